@@ -1,0 +1,226 @@
+"""Messages on the wire: native inference (SPEC 3.4), OpenAI requests, heartbeats and worker records (SPEC 3.5, 3.6)."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from rbee_serve.contract.errors import InvalidRequest
+
+API_VERSION = "v1"
+SERVICE_NAME = "rbee"
+
+#: Header that carries the correlation id through queen and worker (SPEC E-27).
+CORRELATION_HEADER = "X-Correlation-ID"
+#: Header by which a worker names a request; DELETE /v1/inference/{id} takes it.
+REQUEST_ID_HEADER = "X-Request-Id"
+#: Header with the absolute deadline, seconds since the epoch (SPEC E-31).
+DEADLINE_HEADER = "X-Request-Deadline"
+#: Headers by which the queen says what it did.
+WORKER_HEADER = "X-Rbee-Worker"
+
+PROMPT_MAX_CHARS = 32_768
+
+
+class WorkerState(StrEnum):
+    """Life of a worker as the registry shows it."""
+
+    LOADING = "loading"
+    IDLE = "idle"
+    BUSY = "busy"  # every slot taken
+    DRAINING = "draining"
+    RETIRING = "retiring"
+    DORMANT = "dormant"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+#: States in which a worker takes new requests.
+ROUTABLE_STATES = frozenset({WorkerState.IDLE, WorkerState.BUSY})
+
+
+class StopReason(StrEnum):
+    """Why a generation ended (SPEC 3.5)."""
+
+    EOS = "EOS"
+    MAX_TOKENS = "MAX_TOKENS"
+    STOP_SEQUENCE = "STOP_SEQUENCE"
+    CANCELLED = "CANCELLED"
+    ERROR = "ERROR"
+
+
+class Message(BaseModel):
+    """Base of all messages of ours: unknown fields are refused by name."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class TolerantMessage(BaseModel):
+    """Base of messages whose senders we do not control (OpenAI clients): unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+StopStrings = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=4), BeforeValidator(_as_list)
+]
+
+
+class SamplingParams(Message):
+    """How the next token is chosen; defaults are SPEC 3.8's. ``temperature`` 0 is greedy."""
+
+    max_tokens: int = Field(20, ge=1, le=1_000_000)
+    temperature: float = Field(0.7, ge=0, le=2)
+    top_p: float = Field(1.0, ge=0, le=1)
+    top_k: int = Field(0, ge=0, le=1_000_000, description="0: no limit")
+    min_p: float = Field(0.0, ge=0, le=1)
+    typical_p: float = Field(1.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="none: drawn at random and reported in `started`")
+    stop: StopStrings = Field(default_factory=list)
+    ignore_eos: bool = False
+
+
+class ChatMessage(TolerantMessage):
+    """One turn of a conversation. ``content`` may be text or OpenAI's list of text parts."""
+
+    role: str = Field(min_length=1, max_length=64)
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+    def text(self) -> str:
+        """Return the text of all parts; raises InvalidRequest for a part that is not text."""
+        if self.content is None or isinstance(self.content, str):
+            return self.content or ""
+        for part in self.content:
+            if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise InvalidRequest(
+                    f"messages.content: only text parts are supported, got {part.get('type')!r}", field="messages"
+                )
+        return "".join(part["text"] for part in self.content)
+
+
+class Continuation(Message):
+    """A stream that began elsewhere: what was generated so far, as token ids (SPEC X-14)."""
+
+    generated_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+
+
+class InferenceRequest(SamplingParams):
+    """``POST /v1/inference`` of worker and queen: exactly one of ``prompt`` and ``messages``."""
+
+    prompt: str | None = Field(None, min_length=1, max_length=PROMPT_MAX_CHARS)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1024)
+    stream: bool = True
+    continue_from: Continuation | None = None
+    timeout_s: float | None = Field(None, gt=0, le=86_400)
+
+    # Routing, read by the queen alone; a worker ignores them.
+    model: str | None = Field(None, max_length=200)
+    node: str | None = Field(None, max_length=64)
+    device: int | None = Field(None, ge=0, le=63)
+    worker_id: str | None = Field(None, pattern=r"^[A-Za-z0-9.-]{1,128}$")
+
+    @model_validator(mode="after")
+    def _one_input(self) -> InferenceRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("exactly one of prompt and messages is required")
+        return self
+
+
+class StreamOptions(TolerantMessage):
+    """OpenAI's ``stream_options``."""
+
+    include_usage: bool = False
+
+
+class _OpenAIRequest(TolerantMessage):
+    model: str = Field(min_length=1, max_length=200)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=0, le=2**32 - 1)
+    stop: StopStrings | None = None
+    n: Literal[1] | None = None
+
+
+class ChatCompletionRequest(_OpenAIRequest):
+    """``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+class CompletionRequest(_OpenAIRequest):
+    """``POST /v1/completions``; one prompt a request."""
+
+    prompt: Annotated[str, Field(min_length=1, max_length=PROMPT_MAX_CHARS)]
+    max_tokens: int | None = Field(None, ge=1)
+    echo: Literal[False] | None = None
+
+
+class WorkerRecord(TolerantMessage):
+    """A worker as it describes itself in a heartbeat and as ``GET /v1/workers`` lists it (SPEC 3.5, 3.6)."""
+
+    id: str = Field(pattern=r"^[A-Za-z0-9.-]{1,128}$")
+    hive_id: str
+    name: str
+    url: str = Field(pattern=r"^https?://")
+    model_id: str
+    model_ref: str | None = None
+    backend: str
+    device: int
+    port: int
+    pid: int
+    status: WorkerState
+    slots_total: int = Field(ge=0)
+    slots_available: int = Field(ge=0)
+    implementation: str
+    version: str
+    started_at: float = Field(description="seconds since the epoch, worker's clock")
+    context_tokens: int | None = None
+    vram_bytes: int | None = None
+    continuation_class: str | None = Field(
+        None, description="equal classes continue each other's streams exactly (SPEC X-14)"
+    )
+    model_info: dict[str, Any] = Field(default_factory=dict)
+
+
+class Heartbeat(TolerantMessage):
+    """``POST /v1/worker-heartbeat``. ``seq`` grows with each beat of one process: an older one never overwrites."""
+
+    worker: WorkerRecord
+    timestamp: float = Field(description="seconds since the epoch, worker's clock")
+    seq: int = Field(0, ge=0)
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+def parse(model: type[_M], data: Any) -> _M:
+    """Validate decoded JSON as ``model``; raises InvalidRequest naming the first wrong field and all problems.
+
+    Values are not echoed (SPEC E-26).
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as e:
+        problems = [{"field": ".".join(map(str, p["loc"])) or "body", "problem": p["msg"]} for p in e.errors()]
+        first = problems[0]
+        raise InvalidRequest(f"{first['field']}: {first['problem']}", field=first["field"], problems=problems) from e

@@ -1,0 +1,434 @@
+"""Every error that rbee reports, with its code, HTTP status and exit code (SPEC 3.7).
+
+    RbeeError                      INTERNAL_ERROR            500
+    ├── RequestError               what the caller sent      4xx
+    │   ├── InvalidRequest, InvalidModelRef, InvalidBackend, DeviceOutOfRange, PromptTooLong
+    │   ├── MissingApiKey, InvalidApiKey, ModelAccessDenied
+    │   ├── NodeNotFound, ModelNotFound, WorkerNotFound, WorkerBinaryNotFound, RouteNotFound, MethodNotAllowed
+    │   ├── NodeExists, WorkerAlreadyRegistered, BodyTooLarge
+    │   └── RequestTimeout, RequestCanceled
+    ├── CapacityError              nothing free or too small 503, 507
+    │   ├── AllSlotsBusy, WorkerDraining, WorkerLoading, NoWorkerAvailable, BackendUnavailable
+    │   └── InsufficientRam, InsufficientVram, InsufficientDisk
+    ├── UpstreamError              a worker or a node failed 502, 504
+    │   ├── WorkerCrashed, MalformedResponse, ConnectionTimeout, VersionMismatch, InferenceFailed
+    │   └── NodeUnreachable, SshTimeout, SshAuthFailed, SshCommandFailed
+    └── OperationError             a fleet operation failed  500
+        ├── PlaybookFailed, UnitStartFailed, LoadingTimeout, ConfigInvalid, MissingDependency
+        └── DownloadFailed, DownloadTimeout, ChecksumMismatch, ModelFileInvalid
+
+An error carries what failed, with the figures in ``details``, and in ``hint`` the next command to type.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Any, ClassVar
+
+
+class ExitCode(IntEnum):
+    """Exit codes of rbee-ctl (issue "All 28 operations", SPEC 3.7) and, from 64 on, of the services (sysexits.h)."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    PARTIAL = 3  # some hosts failed; for `hive status`: stopped
+    UNREACHABLE = 4
+    REFUSED = 5  # preflight said no, nothing was changed
+    CONFIG = 78  # services: EX_CONFIG, never restarted by systemd
+    INTERRUPTED = 130
+
+
+class RbeeError(Exception):
+    """Root of the tree: one message for a person, ``details`` for a program, ``hint`` for the next step."""
+
+    code: ClassVar[str] = "INTERNAL_ERROR"
+    status: ClassVar[int] = 500
+    exit_code: ClassVar[ExitCode] = ExitCode.FAILED
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, hint: str | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.details = details
+
+    def envelope(self, correlation_id: str | None = None) -> dict[str, Any]:
+        """Return the one error shape on the wire.
+
+        ``{"error": {"code": str, "message": str, "details": dict, "hint"?: str, "correlation_id"?: str}}``
+        """
+        error: dict[str, Any] = {"code": self.code, "message": self.message, "details": self.details}
+        if self.hint:
+            error["hint"] = self.hint
+        if correlation_id:
+            error["correlation_id"] = correlation_id
+        return {"error": error}
+
+
+# --- what the caller sent -------------------------------------------------------------------------------------------
+
+
+class RequestError(RbeeError):
+    """The request itself is at fault; sending it again unchanged can not work."""
+
+    code = "INVALID_REQUEST"
+    status = 400
+
+
+class InvalidRequest(RequestError):
+    """A field is missing, of the wrong type or out of range; ``details["field"]`` names it."""
+
+
+class InvalidModelRef(RequestError):
+    """Not one of ``hf:org/repo[:file]``, ``file:///path.gguf`` or a known model id."""
+
+    code = "INVALID_MODEL_REF"
+    exit_code = ExitCode.REFUSED
+
+
+class InvalidBackend(RequestError):
+    """Not the name of a backend."""
+
+    code = "INVALID_BACKEND"
+    exit_code = ExitCode.REFUSED
+
+
+class DeviceOutOfRange(RequestError):
+    """The node has no such device."""
+
+    code = "DEVICE_OUT_OF_RANGE"
+    exit_code = ExitCode.REFUSED
+
+
+class PromptTooLong(RequestError):
+    """Prompt and requested tokens do not fit the context; both numbers stand in ``details``."""
+
+    code = "PROMPT_TOO_LONG"
+
+
+class MissingApiKey(RequestError):
+    """No bearer token in the request."""
+
+    code = "MISSING_API_KEY"
+    status = 401
+
+
+class InvalidApiKey(RequestError):
+    """A bearer token that nobody knows."""
+
+    code = "INVALID_API_KEY"
+    status = 401
+
+
+class ModelAccessDenied(RequestError):
+    """The key or the hub account may not use this model."""
+
+    code = "MODEL_ACCESS_DENIED"
+    status = 403
+
+
+class RouteNotFound(RequestError):
+    """No such path."""
+
+    code = "NOT_FOUND"
+    status = 404
+
+
+class NodeNotFound(RequestError):
+    """The inventory has no such host."""
+
+    code = "NODE_NOT_FOUND"
+    status = 404
+
+
+class ModelNotFound(RequestError):
+    """Nobody serves this model; ``details["known"]`` lists those served."""
+
+    code = "MODEL_NOT_FOUND"
+    status = 404
+
+
+class WorkerNotFound(RequestError):
+    """No such live worker."""
+
+    code = "WORKER_NOT_FOUND"
+    status = 404
+
+
+class WorkerBinaryNotFound(RequestError):
+    """The runtime (virtual environment with llama.cpp) is not on the node."""
+
+    code = "WORKER_BINARY_NOT_FOUND"
+    status = 404
+
+
+class MethodNotAllowed(RequestError):
+    """The path exists, the method does not."""
+
+    code = "METHOD_NOT_ALLOWED"
+    status = 405
+
+
+class RequestTimeout(RequestError):
+    """The request's deadline passed before it was answered."""
+
+    code = "REQUEST_TIMEOUT"
+    status = 408
+
+
+class NodeExists(RequestError):
+    """The inventory has that host already."""
+
+    code = "NODE_EXISTS"
+    status = 409
+
+
+class WorkerAlreadyRegistered(RequestError):
+    """The same worker id beats from another address."""
+
+    code = "WORKER_ALREADY_REGISTERED"
+    status = 409
+
+
+class BodyTooLarge(RequestError):
+    """The body is over the limit that ``details`` names."""
+
+    code = "BODY_TOO_LARGE"
+    status = 413
+
+
+class RequestCanceled(RequestError):
+    """The caller cancelled it."""
+
+    code = "REQUEST_CANCELED"
+    status = 499
+
+
+# --- nothing free, or too small -------------------------------------------------------------------------------------
+
+
+class CapacityError(RbeeError):
+    """Nothing is wrong with the request; what it needs is not free or not there."""
+
+    status = 503
+    retryable = True
+
+
+class AllSlotsBusy(CapacityError):
+    """Every slot (and the queue) is taken: ``details`` has slots_total and slots_busy."""
+
+    code = "ALL_SLOTS_BUSY"
+
+
+class WorkerDraining(CapacityError):
+    """The worker finishes what it has and takes nothing new."""
+
+    code = "WORKER_DRAINING"
+
+
+class WorkerLoading(CapacityError):
+    """The worker is loading its model."""
+
+    code = "WORKER_LOADING"
+
+
+class NoWorkerAvailable(CapacityError):
+    """No live worker fits the request."""
+
+    code = "NO_WORKER_AVAILABLE"
+
+
+class BackendUnavailable(CapacityError):
+    """The node or the build can not run that backend. There is no fall-back to the CPU."""
+
+    code = "BACKEND_UNAVAILABLE"
+    exit_code = ExitCode.REFUSED
+    retryable = False
+
+
+class InsufficientRam(CapacityError):
+    """Less memory free than the model needs."""
+
+    code = "INSUFFICIENT_RAM"
+    status = 507
+    exit_code = ExitCode.REFUSED
+    retryable = False
+
+
+class InsufficientVram(InsufficientRam):
+    """Less device memory free than the model needs."""
+
+    code = "VRAM_EXHAUSTED"
+
+
+class InsufficientDisk(InsufficientRam):
+    """Less disk free than the download needs."""
+
+    code = "INSUFFICIENT_DISK"
+
+
+# --- a worker or a node failed --------------------------------------------------------------------------------------
+
+
+class UpstreamError(RbeeError):
+    """Somebody behind the queen or the CLI failed."""
+
+    status = 502
+    retryable = True
+
+
+class WorkerCrashed(UpstreamError):
+    """The worker or its engine went away during the request."""
+
+    code = "WORKER_CRASHED"
+
+
+class InferenceFailed(UpstreamError):
+    """llama.cpp reported an error for this request."""
+
+    code = "INFERENCE_FAILED"
+    status = 500
+    retryable = False
+
+
+class MalformedResponse(UpstreamError):
+    """The answer could not be parsed."""
+
+    code = "MALFORMED_RESPONSE"
+
+
+class VersionMismatch(UpstreamError):
+    """Two parts of rbee are of versions that do not work together."""
+
+    code = "VERSION_MISMATCH"
+    retryable = False
+
+
+class ConnectionTimeout(UpstreamError):
+    """Nothing answered in time (also: connection refused)."""
+
+    code = "CONNECTION_TIMEOUT"
+    status = 504
+    exit_code = ExitCode.UNREACHABLE
+
+
+class NodeUnreachable(UpstreamError):
+    """Ansible could not reach the host."""
+
+    code = "NODE_UNREACHABLE"
+    exit_code = ExitCode.UNREACHABLE
+
+
+class SshTimeout(NodeUnreachable):
+    """SSH did not answer in time."""
+
+    code = "SSH_TIMEOUT"
+
+
+class SshAuthFailed(NodeUnreachable):
+    """SSH answered and refused the key."""
+
+    code = "SSH_AUTH_FAILED"
+    retryable = False
+
+
+class SshCommandFailed(NodeUnreachable):
+    """SSH works, the command or sudo does not."""
+
+    code = "SSH_COMMAND_FAILED"
+    exit_code = ExitCode.FAILED
+    retryable = False
+
+
+# --- a fleet operation failed ---------------------------------------------------------------------------------------
+
+
+class OperationError(RbeeError):
+    """A fleet operation did not do what it was asked to."""
+
+
+class PlaybookFailed(OperationError):
+    """A task failed on at least one host."""
+
+    code = "PLAYBOOK_FAILED"
+
+
+class UnitStartFailed(OperationError):
+    """systemd could not bring the unit up; ``details["journal"]`` has its last lines."""
+
+    code = "UNIT_START_FAILED"
+
+
+class LoadingTimeout(OperationError):
+    """The model was not loaded in time."""
+
+    code = "LOADING_TIMEOUT"
+    status = 408
+
+
+class ConfigInvalid(OperationError):
+    """A settings file has a wrong or unknown key, or a value out of range. Services exit 78."""
+
+    code = "CONFIG_INVALID"
+    exit_code = ExitCode.CONFIG
+
+
+class MissingDependency(OperationError):
+    """A program or package that this command needs is not installed."""
+
+    code = "MISSING_DEPENDENCY"
+
+
+class ModelFileInvalid(OperationError):
+    """The model file is missing, unreadable or no GGUF. Services exit 78."""
+
+    code = "MODEL_FILE_INVALID"
+    exit_code = ExitCode.CONFIG
+
+
+class DownloadFailed(OperationError):
+    """The download broke and the tries are used up."""
+
+    code = "DOWNLOAD_FAILED"
+
+
+class DownloadTimeout(DownloadFailed):
+    """The hub stopped sending."""
+
+    code = "DOWNLOAD_TIMEOUT"
+
+
+class ChecksumMismatch(DownloadFailed):
+    """The file is whole and its SHA-256 is wrong."""
+
+    code = "CHECKSUM_MISMATCH"
+
+
+def _subclasses(cls: type[RbeeError]) -> list[type[RbeeError]]:
+    return [cls, *(s for child in cls.__subclasses__() for s in _subclasses(child))]
+
+
+#: code -> class, the most general class of each code.
+BY_CODE: dict[str, type[RbeeError]] = {}
+for _cls in _subclasses(RbeeError):
+    BY_CODE.setdefault(_cls.code, _cls)
+
+
+def from_envelope(body: Any, *, fallback: str) -> RbeeError:
+    """Rebuild the error that a peer reported.
+
+    ``body`` is the decoded JSON of the answer, of any shape; ``fallback`` is the message when it is no envelope.
+    Unknown codes become a plain RbeeError whose details keep the peer's code.
+    """
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict) or not isinstance(error.get("code"), str):
+        return MalformedResponse(fallback)
+    details = error.get("details")
+    details = {str(k): v for k, v in details.items()} if isinstance(details, dict) else {}
+    details.pop("hint", None)
+    cls = BY_CODE.get(error["code"])
+    if cls is None:
+        cls, details = RbeeError, {**details, "peer_code": error["code"]}
+    details.pop("message", None)
+    return cls(str(error.get("message", fallback)), hint=error.get("hint"), **details)

@@ -1,0 +1,93 @@
+"""Server-sent events of the native API (SPEC 3.5, X-12): builders, the one encoder and an incremental parser.
+
+A stream is ``started``, ``token``*, then ``end`` or ``error``, and always ``data: [DONE]`` exactly once, last.
+Events are plain dicts; every one has ``type``, which is also the SSE ``event:`` name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rbee_serve.contract.errors import RbeeError
+
+DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
+
+Event = dict[str, Any]
+
+
+def started(request_id: str, model: str, *, seed: int, prompt_tokens: int, cached_tokens: int, worker_id: str) -> Event:
+    """First event: the request has a slot and its prompt is being evaluated. ``seed`` is the one in use."""
+    return {
+        "type": "started",
+        "request_id": request_id,
+        "model": model,
+        "seed": seed,
+        "prompt_tokens": prompt_tokens,
+        "cached_tokens": cached_tokens,
+        "worker_id": worker_id,
+    }
+
+
+def token(text: str, index: int, token_id: int) -> Event:
+    """One generated token. ``i`` counts from 0 without gaps; ``t`` may be empty while a character or a possible stop
+    string is incomplete; the concatenation of all ``t`` is the text."""
+    return {"type": "token", "t": text, "i": index, "id": token_id}
+
+
+def end(tokens_out: int, stop_reason: str, *, prompt_ms: float, decode_ms: float, prompt_tokens: int) -> Event:
+    """Last event of a stream that ended well. Times in milliseconds, as measured by the worker."""
+    return {
+        "type": "end",
+        "tokens_out": tokens_out,
+        "prompt_tokens": prompt_tokens,
+        "stop_reason": stop_reason,
+        "prompt_time_ms": round(prompt_ms, 1),
+        "decode_time_ms": round(decode_ms, 1),
+    }
+
+
+def error(err: RbeeError, correlation_id: str | None = None) -> Event:
+    """Last event of a stream that failed after it began: the envelope's fields, flat."""
+    return {"type": "error", **err.envelope(correlation_id)["error"]}
+
+
+def narration(actor: str, action: str, human: str) -> Event:
+    """What is happening, for a person."""
+    return {"type": "narration", "actor": actor, "action": action, "human": human}
+
+
+def loading(stage: str, **figures: Any) -> Event:
+    """One line of loading progress: stage ``loading_to_vram``, ``ready`` or ``failed``."""
+    return {"type": "loading", "stage": stage, **figures}
+
+
+def encode(event: Event) -> bytes:
+    """Return the event as SSE bytes. JSON never holds a raw newline, so one ``data:`` line suffices."""
+    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
+    return f"event: {event['type']}\ndata: {data}\n\n".encode()
+
+
+class SseParser:
+    """Incremental parser of an SSE byte stream: feed bytes, get the ``data`` payloads.
+
+    A payload is the text after ``data:`` (several lines joined); comments and other fields are skipped. ``[DONE]`` is
+    returned as the payload it is: text inside JSON that looks like it can not be taken for it.
+    """
+
+    def __init__(self) -> None:
+        self._buffer = b""
+        self._data: list[bytes] = []
+
+    def feed(self, chunk: bytes) -> Iterator[str]:
+        """Yield each payload completed by ``chunk``."""
+        *lines, self._buffer = (self._buffer + chunk).split(b"\n")
+        for raw in lines:
+            line = raw.removesuffix(b"\r")
+            if line.startswith(b"data:"):
+                self._data.append(line[5:].removeprefix(b" "))
+            elif not line and self._data:
+                yield b"\n".join(self._data).decode("utf-8", "replace")
+                self._data = []

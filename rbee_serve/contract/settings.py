@@ -1,0 +1,167 @@
+"""Settings of queen and worker: one table each, frozen after loading, every value with its default, range and unit.
+
+A file is flat TOML; an environment variable ``RBEE_<NAME>`` overrides it (SPEC 3.9, E-36). Names end in their unit
+(``_s``, ``_bytes``, ``_tokens``). Unknown keys are refused by name: a misspelt key never silently means the default.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rbee_serve.contract.errors import ConfigInvalid
+
+Backend = Literal["cpu", "cuda", "rocm", "vulkan"]
+#: Names that a request may use. ``metal`` is a valid name that no managed node can serve (SPEC X-24).
+BACKEND_NAMES: tuple[str, ...] = ("cpu", "cuda", "rocm", "vulkan", "metal")
+KvType = Literal["f16", "q8_0"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+Port = Annotated[int, Field(ge=1024, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+InstanceName = Annotated[str, Field(pattern=r"^[a-z]+[0-9]+(-[a-z0-9]+)?$")]
+HiveName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$")]
+
+
+class Settings(BaseModel):
+    """What queen and worker have in common."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    host: str = Field("127.0.0.1", description="address to listen on")
+    log_level: LogLevel = Field("info", description="lowest level that is logged")
+    fleet_token_file: Path | None = Field(
+        None,
+        description="file with the token that queen and workers share; "
+        "default: fleet-token in $CREDENTIALS_DIRECTORY (systemd LoadCredential=)",
+    )
+    body_max_bytes: int = Field(1_048_576, ge=1024, description="largest request body accepted (SPEC 3.8)")
+    ping_interval_s: Seconds = Field(
+        10.0, description="pause between comment pings on a silent stream (<= 15 s, SPEC 3.5)"
+    )
+
+    @classmethod
+    def load(cls, path: Path, environ: Mapping[str, str] = os.environ) -> Self:
+        """Read ``path``, apply ``RBEE_*`` overrides and validate.
+
+        Raises ConfigInvalid naming file, key, value and what was expected.
+        """
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as e:
+            raise ConfigInvalid(f"cannot read settings file {path}: {e.strerror}", path=str(path)) from e
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+            raise ConfigInvalid(f"{path} is not valid TOML: {e}", path=str(path)) from e
+        return cls.from_values(values, environ, origin=str(path))
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any], environ: Mapping[str, str], *, origin: str) -> Self:
+        """Validate ``values`` with the overrides of ``environ`` on top; ``origin`` names the source in errors."""
+        merged = dict(values)
+        for name in cls.model_fields:
+            if (override := environ.get(f"RBEE_{name.upper()}")) is not None:
+                merged[name] = override
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as e:
+            problems = [f"{'.'.join(map(str, p['loc']))}: {p['msg']} (got {p['input']!r})" for p in e.errors()]
+            raise ConfigInvalid(
+                f"{origin}: " + "; ".join(problems),
+                hint=f"correct the keys named above in {origin}; docs/settings.md lists all of them",
+                problems=problems,
+            ) from e
+
+
+class WorkerSettings(Settings):
+    """``/etc/rbee/workers/NAME.toml``: one process, one device, one model, N slots."""
+
+    name: InstanceName = Field(description="instance name, `<backend><device>` with an optional suffix: cpu0, cuda1-b")
+    hive: HiveName = Field(description="name of this machine in the inventory")
+    port: Port = Field(8001, description="port to listen on: 8001 + ordinal of the instance (SPEC X-01)")
+    url: str | None = Field(
+        None, description="address under which the queen reaches this worker; default http://host:port"
+    )
+
+    backend: Backend = Field("cpu", description="accelerator that must hold the weights; there is no fall-back")
+    device: int = Field(0, ge=0, le=63, description="index of the device within the backend")
+
+    model_id: str = Field(min_length=1, max_length=200, description="name under which clients ask for the model")
+    model_path: Path = Field(description="GGUF file")
+    model_sha256: str | None = Field(
+        None, pattern=r"^[0-9a-f]{64}$", description="digest of the file, from the catalog"
+    )
+
+    slots: int = Field(4, ge=1, le=64, description="streams decoded in parallel")
+    context_tokens: int = Field(
+        4096, ge=64, le=1_048_576, description="context of each slot; cut to what the model was trained for"
+    )
+    threads: int = Field(0, ge=0, le=512, description="compute threads; 0: as many as the process may use")
+    prompt_block_tokens: int = Field(
+        128, ge=32, le=4096, description="prompt tokens evaluated between two decode steps while others decode"
+    )
+    kv_type: KvType = Field("f16", description="type of the KV cache")
+    cpu_variant: str | None = Field(
+        None,
+        pattern=r"^[a-z0-9]+$",
+        description="llama.cpp CPU build variant (haswell, zen4, ...); default: best the machine has",
+    )
+    queue_max: int = Field(0, ge=0, le=1024, description="requests that wait for a slot; beyond it: 503 ALL_SLOTS_BUSY")
+    max_tokens_limit: int = Field(2048, ge=1, description="largest max_tokens that a request may ask for (SPEC 3.8)")
+
+    queen_url: str | None = Field(None, description="queen to send heartbeats to; none: stand-alone")
+    heartbeat_interval_s: Seconds = Field(
+        10.0, description="pause between heartbeats (SPEC X-09); each change of state beats at once"
+    )
+    idle_timeout_s: Seconds = Field(300.0, description="a socket-activated worker without work for this long exits 0")
+    drain_timeout_s: Seconds = Field(
+        30.0, description="how long running streams may finish after SIGTERM; TimeoutStopSec= is longer"
+    )
+    load_timeout_s: Seconds = Field(300.0, description="longest time to load the model (SPEC 3.8)")
+    stall_timeout_s: Seconds = Field(60.0, description="longest engine step before the watchdog is no longer fed")
+
+    @property
+    def worker_id(self) -> str:
+        """Fleet-wide id: ``<hive>-<name>``; two nodes with the same instance name are two workers."""
+        return f"{self.hive}-{self.name}"
+
+    @property
+    def public_url(self) -> str:
+        """Address to advertise, without a trailing slash."""
+        return (self.url or f"http://{self.host}:{self.port}").rstrip("/")
+
+
+class QueenSettings(Settings):
+    """``/etc/rbee/queen.toml``."""
+
+    port: Port = Field(8080, description="port to listen on (SPEC X-01)")
+    client_keys_file: Path | None = Field(
+        None,
+        description="client API keys, hashed; default: client-keys in $CREDENTIALS_DIRECTORY. None on loopback: no key asked for",
+    )
+    stale_after_s: Seconds = Field(30.0, description="a worker silent for longer is not routed to (SPEC X-09)")
+    forget_after_s: Seconds = Field(120.0, description="a worker silent for longer is forgotten (SPEC X-09)")
+    connect_timeout_s: Seconds = Field(5.0, description="time to connect to a worker (SPEC 3.8)")
+    first_byte_timeout_s: Seconds = Field(10.0, description="time until a worker answers with headers")
+    stall_timeout_s: Seconds = Field(
+        60.0, description="longest silence of a worker within a stream (pings count as life)"
+    )
+    request_timeout_s: Seconds = Field(300.0, description="deadline of a request that names none (SPEC 3.8)")
+
+
+_S = TypeVar("_S", bound=Settings)
+
+
+def describe(cls: type[_S]) -> list[dict[str, str]]:
+    """Return one row a setting for the docs: ``{"name", "type", "default", "description"}``."""
+    rows = []
+    for name, field in cls.model_fields.items():
+        annotation = field.annotation
+        kind = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+        default = "required" if field.is_required() else ("none" if field.default is None else str(field.default))
+        rows.append({"name": name, "type": kind, "default": default, "description": field.description or ""})
+    return rows

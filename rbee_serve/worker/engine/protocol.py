@@ -1,0 +1,154 @@
+"""The engine as the worker's front sees it: one interface, plain data, no llama.cpp.
+
+The engine is a process of its own (llama.cpp aborts on asserts and C++ exceptions): the front outlives it, reports
+its death, and still holds the token ids of every stream. ``process.ProcessEngine`` is the implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from rbee_serve.contract.api import SamplingParams
+
+LoadStage = Literal["starting", "loading_to_vram", "ready", "failed"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the engine process needs to load a model; values from WorkerSettings."""
+
+    model_path: str
+    model_sha256: str | None
+    backend: str
+    device: int
+    slots: int
+    context_tokens: int  # per slot, before cutting to what the model was trained for
+    threads: int  # 0: as many as the process may use
+    prompt_block_tokens: int
+    kv_type: str
+    cpu_variant: str | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What was loaded, read back from llama.cpp."""
+
+    architecture: str
+    quantization: str
+    parameters: int
+    size_bytes: int
+    layers: int
+    vocab_size: int
+    context_trained: int
+    context_tokens: int  # per slot, in force
+    slots: int
+    bos_token: str
+    eos_token: str
+    eos_id: int
+    chat_template: str | None
+    backend: str  # where the weights are
+    devices: list[str]
+    device_memory_bytes: int  # weights + KV + compute buffers on the device; 0 for cpu
+    threads: int
+    engine_version: str  # llama-cpp-python version + llama.cpp build
+    continuation_class: str  # digest of model, build, instruction set, weights, KV type, chunking
+    metadata: dict[str, Any] = field(default_factory=dict)  # selected general.* keys
+
+
+@dataclass(frozen=True)
+class LoadProgress:
+    """State of loading; ``layers_total`` is the GGUF's block count, known from the header on."""
+
+    stage: LoadStage
+    layers_loaded: int = 0
+    layers_total: int = 0
+    error: str | None = None  # when failed: reason for a person
+    error_code: str | None = None  # code of contract.errors
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One generation. ``text`` is tokenised by the engine; special tokens are parsed when ``parse_special``."""
+
+    request_id: str
+    text: str
+    parse_special: bool  # True for rendered chat templates
+    add_bos: bool  # False where the rendered template already begins with it
+    params: SamplingParams  # seed is set
+    generated_ids: list[int] = field(default_factory=list)  # continuation: ids already delivered elsewhere
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request holds a slot. Sent before prompt evaluation."""
+
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenOut:
+    """One token: index (continuations go on counting), id, and the text that became complete with it."""
+
+    index: int
+    token_id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Generation is over. ``stop_reason`` is a contract.api.StopReason value; times in ms."""
+
+    stop_reason: str
+    tokens_out: int
+    prompt_ms: float
+    decode_ms: float
+
+
+EngineEvent = Started | TokenOut | Finished
+
+
+class Engine(Protocol):
+    """All methods are called from the front's event loop."""
+
+    async def start(self) -> None:
+        """Spawn the process and begin loading; returns at once."""
+
+    @property
+    def progress(self) -> LoadProgress:
+        """Current state of loading. After a crash: stage ``failed`` with the reason."""
+
+    async def wait_progress(self, seen: LoadProgress) -> LoadProgress:
+        """Return the progress as soon as it differs from ``seen``."""
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What was loaded; None before ``ready``."""
+
+    @property
+    def slots_busy(self) -> int:
+        """Requests that hold a slot or wait for one."""
+
+    @property
+    def step_age_s(self) -> float:
+        """Seconds since the engine's own loop last reported that it moves (it does so at least every second, from
+        that loop and no side thread). The watchdog is fed from this."""
+
+    def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
+        """Submit and yield Started, TokenOut*, Finished.
+
+        Closing the iterator cancels the request and frees its slot within one engine step. Raises PromptTooLong,
+        AllSlotsBusy (admission is atomic and happens before the first event), InferenceFailed, WorkerCrashed.
+        A slow consumer never slows other streams.
+        """
+
+    async def tokenize(self, text: str, *, parse_special: bool, add_bos: bool) -> list[int]:
+        """Return token ids."""
+
+    async def wait_dead(self) -> str:
+        """Return when the process has ended without having been asked to: the reason for a person."""
+
+    async def close(self) -> None:
+        """End the process (idempotent): ask, wait 2 s, kill."""
