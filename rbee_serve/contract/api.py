@@ -67,9 +67,7 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-StopStrings = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=4), BeforeValidator(_as_list)
-]
+StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=4), BeforeValidator(_as_list)]
 
 
 class SamplingParams(Message):
@@ -196,9 +194,7 @@ class WorkerRecord(TolerantMessage):
     started_at: float = Field(description="seconds since the epoch, worker's clock")
     context_tokens: int | None = None
     vram_bytes: int | None = None
-    continuation_class: str | None = Field(
-        None, description="equal classes continue each other's streams exactly (SPEC X-14)"
-    )
+    continuation_class: str | None = Field(None, description="equal classes continue each other's streams exactly (SPEC X-14)")
     model_info: dict[str, Any] = Field(default_factory=dict)
 
 

@@ -41,9 +41,7 @@ class Settings(BaseModel):
         "default: fleet-token in $CREDENTIALS_DIRECTORY (systemd LoadCredential=)",
     )
     body_max_bytes: int = Field(1_048_576, ge=1024, description="largest request body accepted (SPEC 3.8)")
-    ping_interval_s: Seconds = Field(
-        10.0, description="pause between comment pings on a silent stream (<= 15 s, SPEC 3.5)"
-    )
+    ping_interval_s: Seconds = Field(10.0, description="pause between comment pings on a silent stream (<= 15 s, SPEC 3.5)")
 
     @classmethod
     def load(cls, path: Path, environ: Mapping[str, str] = os.environ) -> Self:
@@ -83,18 +81,15 @@ class WorkerSettings(Settings):
     name: InstanceName = Field(description="instance name, `<backend><device>` with an optional suffix: cpu0, cuda1-b")
     hive: HiveName = Field(description="name of this machine in the inventory")
     port: Port = Field(8001, description="port to listen on: 8001 + ordinal of the instance (SPEC X-01)")
-    url: str | None = Field(
-        None, description="address under which the queen reaches this worker; default http://host:port"
-    )
+    url: str | None = Field(None, description="address under which the queen reaches this worker; default http://host:port")
 
     backend: Backend = Field("cpu", description="accelerator that must hold the weights; there is no fall-back")
     device: int = Field(0, ge=0, le=63, description="index of the device within the backend")
 
     model_id: str = Field(min_length=1, max_length=200, description="name under which clients ask for the model")
+    model_ref: str | None = Field(None, max_length=500, description="where the model came from: hf:org/repo:file or file:///path")
     model_path: Path = Field(description="GGUF file")
-    model_sha256: str | None = Field(
-        None, pattern=r"^[0-9a-f]{64}$", description="digest of the file, from the catalog"
-    )
+    model_sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$", description="digest of the file, from the catalog")
 
     slots: int = Field(4, ge=1, le=64, description="streams decoded in parallel")
     context_tokens: int = Field(
@@ -147,9 +142,7 @@ class QueenSettings(Settings):
     forget_after_s: Seconds = Field(120.0, description="a worker silent for longer is forgotten (SPEC X-09)")
     connect_timeout_s: Seconds = Field(5.0, description="time to connect to a worker (SPEC 3.8)")
     first_byte_timeout_s: Seconds = Field(10.0, description="time until a worker answers with headers")
-    stall_timeout_s: Seconds = Field(
-        60.0, description="longest silence of a worker within a stream (pings count as life)"
-    )
+    stall_timeout_s: Seconds = Field(60.0, description="longest silence of a worker within a stream (pings count as life)")
     request_timeout_s: Seconds = Field(300.0, description="deadline of a request that names none (SPEC 3.8)")
 
 

@@ -1,0 +1,43 @@
+# The five words: setup, demo, test, lint, bench. `make help` lists all.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-unit lint format molecule docs bench clean
+SHELL := /bin/bash
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Debian packages (as root), .venv, the llama.cpp wheel, the demonstration model
+	@scripts/setup.sh
+
+demo: setup ## deploy two real machines on this one and stream tokens from them (without root: one process pair)
+	@scripts/demo.sh
+
+test: setup ## all tests: unit, real processes with the real model, booted lab machines
+	pytest
+
+test-unit: setup ## unit and contract tests alone: seconds
+	pytest tests/unit tests/contract
+
+lint: setup ## ruff, mypy strict, import-linter, ansible-lint production, yamllint, shell syntax
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+	yamllint -s .
+	ansible-lint --offline
+	sh -n scripts/*.sh
+
+format: ## let ruff rewrite the code
+	ruff check --fix .
+	ruff format .
+
+molecule: setup ## molecule scenarios on lab machines
+	molecule test -s default
+
+docs: setup ## write the generated pages: docs/settings.md, docs/errors.md, docs/cli.md
+	python scripts/docs.py
+
+clean: ## take the lab down and remove .venv (caches stay: they are keyed by content)
+	@[ ! -e .lab ] || rbee-ctl lab down
+	rm -rf .venv

@@ -1,0 +1,20 @@
+"""Fixtures shared by all kinds of tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    """The demonstration model in the cache; ``make setup`` puts it there."""
+    cache = Path(os.environ.get("RBEE_CACHE", Path.home() / ".cache/rbee"))
+    path = cache / "models" / MODEL_SHA256[:16] / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.fail(f"demonstration model missing: {path}; run: make setup")
+    return path
