@@ -1,0 +1,284 @@
+"""The front's side of the engine process: spawn, messages, one queue a stream, and an honest obituary."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from typing import Any
+
+from rbee_serve.contract.errors import AllSlotsBusy, InferenceFailed, LoadingTimeout, RbeeError, WorkerCrashed, from_envelope
+from rbee_serve.worker.engine.protocol import (
+    EngineConfig,
+    EngineEvent,
+    EngineInfo,
+    Finished,
+    GenerateRequest,
+    LoadProgress,
+    Started,
+    TokenOut,
+)
+from rbee_serve.worker.engine.wire import Unpacker, pack
+
+
+class _Stream:
+    """Events of one request between the reader of the socket and its consumer. At most max_tokens + 2 are ever held."""
+
+    def __init__(self) -> None:
+        self.events: deque[EngineEvent | RbeeError] = deque()
+        self.wake = asyncio.Event()
+
+    def put(self, event: EngineEvent | RbeeError) -> None:
+        self.events.append(event)
+        self.wake.set()
+
+    async def get(self) -> EngineEvent:
+        while not self.events:
+            self.wake.clear()
+            await self.wake.wait()
+        event = self.events.popleft()
+        if isinstance(event, RbeeError):
+            raise event
+        return event
+
+
+class ProcessEngine:
+    """Implementation of protocol.Engine. It never restarts its process: systemd restarts the worker."""
+
+    def __init__(self, config: EngineConfig, queue_max: int = 0, load_timeout_s: float = 300.0) -> None:
+        """``queue_max`` requests may wait beyond the slots; loading that takes longer than ``load_timeout_s`` fails."""
+        self._config, self._queue_max, self._load_timeout_s = config, queue_max, load_timeout_s
+        self._progress = LoadProgress("starting")
+        self._progress_changed = asyncio.Event()
+        self._info: EngineInfo | None = None
+        self._streams: dict[str, _Stream] = {}
+        self._answers: dict[int, asyncio.Future[list[int]]] = {}
+        self._heard = time.monotonic()
+        self._process: asyncio.subprocess.Process | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._dead: asyncio.Future[str] | None = None
+        self._closing = False
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Spawn the process and begin loading; returns at once."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "rbee_serve.worker.engine.child", str(theirs.fileno())),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
+        self._heard = time.monotonic()
+        reader, self._writer = await asyncio.open_connection(sock=ours)
+        self._dead = asyncio.get_running_loop().create_future()
+        self._send({"config": dataclasses.asdict(self._config)})
+        self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._limit_loading())]
+
+    async def close(self) -> None:
+        """End the process (idempotent): close the connection, wait 2 s, kill."""
+        self._closing = True
+        for task in self._tasks:
+            task.cancel()
+        if self._writer is not None:
+            self._writer.close()
+        if self._process is not None and self._process.returncode is None:
+            try:
+                await asyncio.wait_for(self._process.wait(), 2)
+            except TimeoutError:
+                self._process.kill()
+                await self._process.wait()
+        self._fail_all(WorkerCrashed("the engine was stopped"))
+
+    async def wait_dead(self) -> str:
+        """Return when the process has ended without having been asked to: the reason for a person."""
+        if self._dead is None:
+            raise RuntimeError("the engine was not started")
+        return await asyncio.shield(self._dead)
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the engine, once started."""
+        return self._process.pid if self._process else None
+
+    @property
+    def progress(self) -> LoadProgress:
+        """Current state of loading. After a crash: stage ``failed`` with the reason."""
+        return self._progress
+
+    async def wait_progress(self, seen: LoadProgress) -> LoadProgress:
+        """Return the progress as soon as it differs from ``seen``."""
+        while self._progress == seen:
+            await self._progress_changed.wait()
+        return self._progress
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What was loaded; None before ``ready``."""
+        return self._info
+
+    @property
+    def slots_busy(self) -> int:
+        """Requests that hold a slot or wait for one."""
+        return len(self._streams)
+
+    @property
+    def step_age_s(self) -> float:
+        """Seconds since the engine's loop last reported that it moves."""
+        return time.monotonic() - self._heard
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
+        """Submit and yield Started, TokenOut*, Finished; see protocol.Engine."""
+        if self._dead is not None and self._dead.done():
+            raise WorkerCrashed(self._dead.result())
+        total = self._config.slots
+        if len(self._streams) >= total + self._queue_max:
+            raise AllSlotsBusy(
+                f"all {total} slots are busy",
+                slots_total=total,
+                slots_busy=min(total, len(self._streams)),
+                queued=self._queue_max,
+            )
+        if request.request_id in self._streams:
+            raise InferenceFailed(f"request id {request.request_id} is already running")
+        stream = self._streams[request.request_id] = _Stream()
+        ended = False
+        try:
+            body = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+            body["params"] = request.params.model_dump(include=set(type(request.params).model_fields))
+            self._send({"submit": body})
+            while not ended:
+                try:
+                    event = await stream.get()
+                except RbeeError:
+                    ended = True
+                    raise
+                ended = isinstance(event, Finished)
+                if ended:
+                    self._streams.pop(request.request_id, None)
+                yield event
+        finally:
+            if not ended:
+                # The slot counts as taken until the engine says that it is free: admission stays exact.
+                self._send({"cancel": request.request_id})
+            else:
+                self._streams.pop(request.request_id, None)
+
+    async def tokenize(self, text: str, *, parse_special: bool, add_bos: bool) -> list[int]:
+        """Return token ids."""
+        if self._dead is not None and self._dead.done():
+            raise WorkerCrashed(self._dead.result())
+        number = max(self._answers, default=0) + 1
+        future = self._answers[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._send({"tokenize": {"text": text, "parse_special": parse_special, "add_bos": add_bos, "number": number}})
+            return await future
+        finally:
+            self._answers.pop(number, None)
+
+    # --- messages -----------------------------------------------------------------------------------------------
+
+    def _send(self, message: Any) -> None:
+        if self._writer is not None and not self._writer.is_closing():
+            self._writer.write(pack(message))
+
+    async def _read(self, reader: asyncio.StreamReader) -> None:
+        unpacker = Unpacker()
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 18):
+                self._heard = time.monotonic()
+                for message in unpacker.feed(data):
+                    self._dispatch(message)
+        await self._bury()
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        for kind, request_id, payload in message.get("events", ()):
+            self._deliver(kind, request_id, payload)
+        if (load := message.get("load")) is not None:
+            self._set_progress(LoadProgress(**load))
+        elif (ready := message.get("ready")) is not None:
+            self._info = EngineInfo(**ready)
+            total = message["layers_total"]
+            self._set_progress(LoadProgress("ready", total, total))
+        elif (failed := message.get("failed")) is not None:
+            self._set_progress(self._failure(failed["message"], failed["code"]))
+        elif (tokens := message.get("tokens")) is not None:
+            future = self._answers.get(message["number"])
+            if future is not None and not future.done():
+                future.set_result(tokens)
+
+    def _deliver(self, kind: str, request_id: str, payload: Any) -> None:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return
+        if kind == "token":
+            stream.put(TokenOut(*payload))
+        elif kind == "started":
+            stream.put(Started(**payload))
+        elif kind == "finished":
+            stream.put(Finished(**payload))
+            if payload["stop_reason"] == "CANCELLED":
+                self._streams.pop(request_id, None)
+        else:
+            stream.put(from_envelope({"error": payload}, fallback="the engine failed"))
+
+    # --- endings ------------------------------------------------------------------------------------------------
+
+    def _failure(self, message: str, code: str) -> LoadProgress:
+        now = self._progress
+        return LoadProgress("failed", now.layers_loaded, now.layers_total, message, code)
+
+    def _set_progress(self, progress: LoadProgress) -> None:
+        self._progress = progress
+        self._progress_changed.set()
+        self._progress_changed = asyncio.Event()
+
+    async def _limit_loading(self) -> None:
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._load_timeout_s):
+                while self._progress.stage not in ("ready", "failed"):
+                    await self.wait_progress(self._progress)
+        except TimeoutError:
+            now = self._progress
+            error = LoadingTimeout(
+                f"model not loaded after {time.monotonic() - began:.0f} s: {now.layers_loaded} of {now.layers_total} layers"
+            )
+            self._set_progress(self._failure(error.message, error.code))
+            if self._process is not None:
+                self._process.kill()
+
+    async def _bury(self) -> None:
+        """The connection is closed: say why the process ended, to everyone who waits."""
+        if self._process is None or self._dead is None or self._closing:
+            return
+        code = await self._process.wait()
+        if code < 0:
+            reason = f"the engine process was killed by {signal.Signals(-code).name}"
+        else:
+            reason = f"the engine process ended with exit code {code}"
+        if self._progress.stage == "failed" and self._progress.error:
+            reason = self._progress.error
+        else:
+            self._set_progress(self._failure(reason, WorkerCrashed.code))
+        self._dead.set_result(reason)
+        self._fail_all(WorkerCrashed(reason))
+
+    def _fail_all(self, error: RbeeError) -> None:
+        for stream in self._streams.values():
+            stream.put(error)
+        self._streams.clear()
+        for future in self._answers.values():
+            if not future.done():
+                future.set_exception(error)

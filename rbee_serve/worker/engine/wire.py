@@ -1,0 +1,36 @@
+"""Messages between front and engine process: four bytes of length, then JSON."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+_HEADER = struct.Struct("<I")
+
+
+def pack(message: Any) -> bytes:
+    """Return one message as bytes."""
+    body = orjson.dumps(message)
+    return _HEADER.pack(len(body)) + body
+
+
+class Unpacker:
+    """Turns a byte stream back into messages."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> Iterator[Any]:
+        """Yield each message that ``data`` completes."""
+        self._buffer += data
+        while len(self._buffer) >= _HEADER.size:
+            (size,) = _HEADER.unpack_from(self._buffer)
+            end = _HEADER.size + size
+            if len(self._buffer) < end:
+                return
+            body = bytes(self._buffer[_HEADER.size : end])
+            del self._buffer[:end]
+            yield orjson.loads(body)
