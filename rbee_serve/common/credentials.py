@@ -1,0 +1,123 @@
+"""Secrets of the services: where they come from, what is refused, how clients' keys are looked up."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rbee_serve.contract.errors import ConfigInvalid
+
+
+def fingerprint(secret: str) -> str:
+    """Return six hex digits by which a log may name a secret (SPEC E-24)."""
+    return hashlib.sha256(secret.encode()).hexdigest()[:6]
+
+
+def credential_path(path: Path | None, name: str, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return ``path``, else the credential ``name`` that systemd delivers, else None."""
+    if path is not None:
+        return path
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    candidate = Path(directory, name) if directory else None
+    return candidate if candidate is not None and candidate.exists() else None
+
+
+def _read_private(path: Path, environ: Mapping[str, str]) -> str:
+    """Read a file that nobody but its owner may read. systemd's credentials are private by their directory."""
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    delivered = bool(directory) and path.parent == Path(directory or "/")
+    try:
+        mode = path.stat().st_mode
+        if not delivered and stat.S_IMODE(mode) & 0o077:
+            raise ConfigInvalid(
+                f"{path} can be read by others (mode {stat.S_IMODE(mode):04o}), expected 0600",
+                hint=f"chmod 600 {path}",
+                path=str(path),
+            )
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise ConfigInvalid(f"cannot read secret file {path}: {e.strerror}", path=str(path)) from e
+    except UnicodeDecodeError as e:
+        raise ConfigInvalid(f"secret file {path} is not text", path=str(path)) from e
+
+
+def load_secret(path: Path | None, name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the one-line secret in ``path`` (or in systemd's credential ``name``), None when neither is given.
+
+    Raises ConfigInvalid for a file that is missing, unreadable, readable by others, empty or of several lines.
+    """
+    found = credential_path(path, name, environ)
+    if found is None:
+        return None
+    text = _read_private(found, environ).removesuffix("\n").removesuffix("\r")
+    if not text.strip() or text != text.strip() or len(text.splitlines()) != 1:
+        raise ConfigInvalid(f"secret file {found} must hold one line that is neither empty nor padded", path=str(found))
+    return text
+
+
+@dataclass(frozen=True)
+class ClientKey:
+    """One client's key as stored: never the key itself."""
+
+    id: str
+    name: str
+    sha256: str
+
+
+class ClientKeys:
+    """Client keys by the SHA-256 of the key. Format: docs/architecture.md, "Secrets"."""
+
+    def __init__(self, keys: list[ClientKey]) -> None:
+        self._keys = keys
+
+    @classmethod
+    def load(cls, path: Path, environ: Mapping[str, str] = os.environ) -> ClientKeys:
+        """Read the file; raises ConfigInvalid naming it and what is wrong."""
+        try:
+            body = json.loads(_read_private(path, environ))
+            keys = [ClientKey(str(k["id"]), str(k["name"]), str(k["sha256"])) for k in body["keys"]]
+        except (ValueError, KeyError, TypeError) as e:
+            raise ConfigInvalid(f"{path} is no list of client keys: {e!r}", path=str(path)) from e
+        return cls(keys)
+
+    def find(self, token: str) -> ClientKey | None:
+        """Return whose key ``token`` is. All stored digests are compared, so the time tells nothing."""
+        digest = hashlib.sha256(token.encode()).hexdigest()
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(key.sha256, digest):
+                found = key
+        return found
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+
+def same(token: str, secret: str) -> bool:
+    """Compare in constant time."""
+    return hmac.compare_digest(token.encode(), secret.encode())
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a service that listens on ``host``."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def require_auth_for_bind(host: str, has_keys: bool, what: str) -> None:
+    """Refuse to listen on the network without keys (SPEC E-19)."""
+    if not has_keys and not is_loopback(host):
+        raise ConfigInvalid(
+            f"refusing to listen on {host} without {what}: anybody on the network could use this machine",
+            hint=f"give {what}, or listen on 127.0.0.1",
+            host=host,
+        )

@@ -1,0 +1,71 @@
+"""The notify protocol of systemd (sd_notify(3)) in one class, one method a message. Without systemd all do nothing.
+
+Own code because the packages for it either have no wheel or bring a C library for one datagram.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import MutableMapping
+
+
+class Notifier:
+    """Sends state to the service manager; times are in seconds."""
+
+    def __init__(self, environ: MutableMapping[str, str] = os.environ) -> None:
+        """Read and remove the variables, so that children do not inherit them."""
+        address = environ.pop("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
+        ours = not pid or pid == str(os.getpid())
+        #: Time within which the watchdog must be fed; None: there is none.
+        self.watchdog_s: float | None = int(usec) / 1e6 if usec.isdigit() and ours else None
+
+    @property
+    def available(self) -> bool:
+        """Whether a service manager listens."""
+        return bool(self._address)
+
+    def _send(self, *lines: str) -> None:
+        if not self._address:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+            s.setblocking(False)
+            try:
+                s.sendto("\n".join(lines).encode(), self._address)
+            except OSError:
+                return  # the manager restarts or its queue is full: the next message says the same
+
+    def ready(self, status: str) -> None:
+        """Start-up is over."""
+        self._send("READY=1", f"STATUS={_line(status)}")
+
+    def status(self, text: str) -> None:
+        """One line for `systemctl status`."""
+        self._send(f"STATUS={_line(text)}")
+
+    def stopping(self, status: str) -> None:
+        """Shutdown has begun."""
+        self._send("STOPPING=1", f"STATUS={_line(status)}")
+
+    def extend_timeout(self, seconds: float, status: str) -> None:
+        """Ask for ``seconds`` more for start-up, from now."""
+        self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", f"STATUS={_line(status)}")
+
+    def watchdog(self) -> None:
+        """Still alive."""
+        self._send("WATCHDOG=1")
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def listen_sockets(environ: MutableMapping[str, str] = os.environ) -> list[socket.socket]:
+    """Return the sockets that systemd hands over (sd_listen_fds(3)), and remove the variables."""
+    pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "0")
+    environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()):
+        return []
+    return [socket.socket(fileno=3 + i) for i in range(int(count))]
