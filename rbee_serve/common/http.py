@@ -222,7 +222,7 @@ def create_base_app(
     )
 
 
-class sse:  # noqa: N801 - used like a response factory
+class sse:
     """An event-stream response over an async generator of ready-made bytes.
 
     Not sse-starlette's EventSourceResponse: that one takes events apart and encodes each anew on the hot path. As it
@@ -283,8 +283,8 @@ async def _next(iterator: AsyncIterator[bytes]) -> bytes:
         raise _End from None
 
 
-class _End(Exception):  # noqa: N818 - StopAsyncIteration may not leave a task
-    pass
+class _End(Exception):
+    """Stands for StopAsyncIteration, which may not leave a task."""
 
 
 async def _gone(receive: Receive) -> None:

@@ -36,11 +36,19 @@ class Server(uvicorn.Server):
         *,
         notifier: Notifier,
         alive: Callable[[], bool],
+        on_started: Callable[[], Awaitable[None]] | None = None,
         on_shutdown: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         super().__init__(config)
-        self._notifier, self._alive, self._hook = notifier, alive, on_shutdown
+        self._notifier, self._alive = notifier, alive
+        self._on_started, self._on_shutdown = on_started, on_shutdown
         self._fed = 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to serve, then tell the application."""
+        await super().startup(sockets)
+        if self.started and self._on_started is not None:
+            await self._on_started()
 
     async def on_tick(self, counter: int) -> bool:
         """Feed the watchdog; called by uvicorn every 0.1 s."""
@@ -57,12 +65,13 @@ class Server(uvicorn.Server):
         """Drain, then close."""
         feeding = asyncio.create_task(self._keep_feeding())
         try:
-            if self._hook is not None:
-                await self._hook()
+            if self._on_shutdown is not None:
+                await self._on_shutdown()
             for server in self.servers:
                 server.close()
             end = time.monotonic() + SETTLE_S
-            while time.monotonic() < end and any(getattr(c, "cycle", None) is None for c in self.server_state.connections):
+            # Polled: uvicorn tells nobody when a request arrives.
+            while time.monotonic() < end and any(getattr(c, "cycle", None) is None for c in self.server_state.connections):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
             await super().shutdown(sockets)
         finally:
@@ -100,13 +109,15 @@ def run(
     port: int,
     notifier: Notifier,
     alive: Callable[[], bool] = lambda: True,
+    on_started: Callable[[], Awaitable[None]] | None = None,
     on_shutdown: Callable[[], Awaitable[None]] | None = None,
     graceful_timeout_s: float,
     on_server: Callable[[Server], None] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT (or ``server.should_exit``); returns when everything is closed.
 
-    ``on_shutdown`` runs first, with connections still accepted; then running responses have ``graceful_timeout_s``.
+    ``on_started`` runs when connections are accepted. At the end ``on_shutdown`` runs first, with connections still
+    accepted; then running responses have ``graceful_timeout_s``.
     ``on_server`` gets the server before it starts, so that the application can end it.
     """
     sockets = listen_sockets() or [bind(host, port)]
@@ -119,7 +130,7 @@ def run(
         timeout_graceful_shutdown=max(1, round(graceful_timeout_s)),
         timeout_keep_alive=75,
     )
-    server = Server(config, notifier=notifier, alive=alive, on_shutdown=on_shutdown)
+    server = Server(config, notifier=notifier, alive=alive, on_started=on_started, on_shutdown=on_shutdown)
     if on_server is not None:
         on_server(server)
     # uvicorn raises the signal again when it is done, so that a plain program ends by it; a drained service ends with 0.

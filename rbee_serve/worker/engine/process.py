@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
+from rbee_serve.contract.api import SamplingParams
 from rbee_serve.contract.errors import AllSlotsBusy, InferenceFailed, LoadingTimeout, RbeeError, WorkerCrashed, from_envelope
 from rbee_serve.worker.engine.protocol import (
     EngineConfig,
@@ -156,7 +157,7 @@ class ProcessEngine:
         ended = False
         try:
             body = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
-            body["params"] = request.params.model_dump(include=set(type(request.params).model_fields))
+            body["params"] = request.params.model_dump(include=set(SamplingParams.model_fields))
             self._send({"submit": body})
             while not ended:
                 try:
@@ -165,15 +166,11 @@ class ProcessEngine:
                     ended = True
                     raise
                 ended = isinstance(event, Finished)
-                if ended:
-                    self._streams.pop(request.request_id, None)
                 yield event
         finally:
-            if not ended:
-                # The slot counts as taken until the engine says that it is free: admission stays exact.
+            # The slot counts as taken until the engine says that it is free: admission stays exact.
+            if not ended and request.request_id in self._streams:
                 self._send({"cancel": request.request_id})
-            else:
-                self._streams.pop(request.request_id, None)
 
     async def tokenize(self, text: str, *, parse_special: bool, add_bos: bool) -> list[int]:
         """Return token ids."""
@@ -183,7 +180,8 @@ class ProcessEngine:
         future = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
             self._send({"tokenize": {"text": text, "parse_special": parse_special, "add_bos": add_bos, "number": number}})
-            return await future
+            ids: list[int] = await future
+            return ids
         finally:
             self._answers.pop(number, None)
 
@@ -219,7 +217,8 @@ class ProcessEngine:
                 future.set_result(tokens)
 
     def _deliver(self, kind: str, request_id: str, payload: Any) -> None:
-        stream = self._streams.get(request_id)
+        ends = kind in ("finished", "error")
+        stream = self._streams.pop(request_id, None) if ends else self._streams.get(request_id)
         if stream is None:
             return
         if kind == "token":
@@ -228,8 +227,6 @@ class ProcessEngine:
             stream.put(Started(**payload))
         elif kind == "finished":
             stream.put(Finished(**payload))
-            if payload["stop_reason"] == "CANCELLED":
-                self._streams.pop(request_id, None)
         else:
             stream.put(from_envelope({"error": payload}, fallback="the engine failed"))
 
