@@ -1,0 +1,61 @@
+"""The queen's application: its parts put together, its routes, and who may call them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from starlette.applications import Starlette
+
+from rbee_serve.common.credentials import ClientKeys
+from rbee_serve.common.http import create_base_app
+from rbee_serve.contract.settings import QueenSettings
+from rbee_serve.queen import native_api, openai_api
+from rbee_serve.queen.metrics import Metrics
+from rbee_serve.queen.registry import Registry
+from rbee_serve.queen.relay import Relay
+from rbee_serve.queen.state import Queen
+from rbee_serve.queen.upstream import Limits, make_client
+
+
+def create_app(
+    settings: QueenSettings,
+    *,
+    client_keys: ClientKeys | None = None,
+    fleet_token: str | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    on_started: Callable[[], None] = lambda: None,
+) -> Starlette:
+    """Return the application; ``app.state.queen`` holds its parts (a ``state.Queen``).
+
+    ``client_keys``: None asks clients for no key. ``fleet_token``: None asks workers for none. ``clock``: monotonic
+    seconds. ``on_started`` is called once the application serves.
+    """
+    limits = Limits(settings.connect_timeout_s, settings.first_byte_timeout_s, settings.stall_timeout_s)
+    registry = Registry(settings.stale_after_s, settings.forget_after_s)
+    metrics = Metrics()
+    client = make_client(limits)
+    relay = Relay(registry, client, fleet_token, limits, metrics, settings.request_timeout_s, clock)
+    queen = Queen(settings, registry, metrics, relay, clock, fleet_token)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        on_started()
+        try:
+            yield
+        finally:
+            await client.aclose()
+
+    def authenticate(token: str, path: str) -> bool:
+        """Workers hold the fleet token and clients a key; neither opens the other's door (heartbeats look themselves)."""
+        return path == native_api.HEARTBEAT_PATH or (client_keys is not None and client_keys.find(token) is not None)
+
+    app = create_base_app(
+        [*native_api.routes(queen), *openai_api.routes(queen)],
+        authenticate=authenticate if client_keys is not None else None,
+        body_max_bytes=settings.body_max_bytes,
+        lifespan=lifespan,
+    )
+    app.state.queen = queen
+    return app

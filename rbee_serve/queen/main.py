@@ -1,0 +1,82 @@
+"""``rbee-queen --config FILE``: the queen as a process, under systemd or by hand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rbee_serve import __version__
+from rbee_serve.common.credentials import ClientKeys, credential_path, load_secret, require_auth_for_bind
+from rbee_serve.common.log import setup_logging
+from rbee_serve.common.sdnotify import Notifier
+from rbee_serve.common.serving import run
+from rbee_serve.contract.errors import ConfigInvalid, ExitCode
+from rbee_serve.contract.settings import QueenSettings
+from rbee_serve.queen.app import create_app
+from rbee_serve.queen.state import Queen
+
+logger = logging.getLogger(__name__)
+
+#: Seconds that connections have to close once every stream has ended or was told to.
+_CLOSE_S = 2.0
+
+
+def load_secrets(settings: QueenSettings) -> tuple[ClientKeys | None, str | None]:
+    """Return the clients' keys and the fleet token; raises ConfigInvalid, also where the address needs what is missing."""
+    path = credential_path(settings.client_keys_file, "client-keys")
+    keys = ClientKeys.load(path) if path is not None else None
+    token = load_secret(settings.fleet_token_file, "fleet-token")
+    require_auth_for_bind(settings.host, keys is not None and len(keys) > 0, "client keys (client_keys_file)")
+    require_auth_for_bind(settings.host, token is not None, "a fleet token (fleet_token_file)")
+    return keys, token
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until SIGTERM: 0. Wrong settings, secrets or address: 78, which systemd does not restart."""
+    parser = argparse.ArgumentParser(prog="rbee-queen", description="Registry, scheduler and API of an rbee fleet.")
+    parser.add_argument("--config", type=Path, default=Path("/etc/rbee/queen.toml"), help="settings file (default: %(default)s)")
+    parser.add_argument("--check-config", action="store_true", help="check settings and secrets, then exit")
+    parser.add_argument("--version", action="version", version=f"rbee-queen {__version__}")
+    args = parser.parse_args(argv)
+    notifier = Notifier()
+    try:
+        settings = QueenSettings.load(args.config)
+        keys, token = load_secrets(settings)
+        if args.check_config:
+            sys.stdout.write(f"{args.config}: ok\n")
+            return ExitCode.OK
+        setup_logging(settings.log_level)
+        where = f"http://{settings.host}:{settings.port}"
+
+        def started() -> None:
+            logger.info("queen %s listens on %s", __version__, where)
+            notifier.ready(f"listening on {where}")
+
+        app = create_app(settings, client_keys=keys, fleet_token=token, on_started=started)
+        queen: Queen = app.state.queen
+
+        async def drain() -> None:
+            notifier.stopping(f"draining {len(queen.relay.streams)} stream(s)")
+            await queen.drain()
+
+        run(
+            app,
+            host=settings.host,
+            port=settings.port,
+            notifier=notifier,
+            on_shutdown=drain,
+            graceful_timeout_s=_CLOSE_S,
+        )
+    except ConfigInvalid as e:
+        notifier.status(e.message)
+        hint = f"\n  try: {e.hint}" if e.hint else ""
+        sys.stderr.write(f"rbee-queen: {e.message}{hint}\n")
+        return e.exit_code
+    return ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

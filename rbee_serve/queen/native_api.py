@@ -1,0 +1,241 @@
+"""The queen's own routes (SPEC 3.2): inference, workers, hives, status, heartbeats, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from rbee_serve import __version__
+from rbee_serve.common.credentials import same
+from rbee_serve.common.http import JsonResponse, bearer_token, correlation_id, read_json, sse
+from rbee_serve.contract.api import (
+    API_VERSION,
+    REQUEST_ID_HEADER,
+    SERVICE_NAME,
+    WORKER_HEADER,
+    Heartbeat,
+    InferenceRequest,
+    WorkerState,
+    parse,
+)
+from rbee_serve.contract.errors import InvalidApiKey, InvalidRequest
+from rbee_serve.contract.events import DONE
+from rbee_serve.queen.metrics import CONTENT_TYPE
+from rbee_serve.queen.registry import BeatOutcome, Worker
+from rbee_serve.queen.relay import Stream
+from rbee_serve.queen.state import Closing, Queen, collect, while_connected
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_PATH = "/v1/worker-heartbeat"
+_WORKER_FILTERS = ("node", "model", "state")
+
+
+def routes(queen: Queen) -> list[Route]:
+    """Return the native routes."""
+    api = NativeApi(queen)
+    return [
+        Route("/health", api.health),
+        Route("/v1/health", api.health),
+        Route("/v1/info", api.info),
+        Route("/v1/status", api.status),
+        Route("/v1/hives", api.hives),
+        Route("/v1/workers", api.workers),
+        Route("/v1/workers/{worker_id}", api.worker),
+        Route(HEARTBEAT_PATH, api.heartbeat, methods=["POST"]),
+        Route("/v1/inference", api.inference, methods=["POST"]),
+        Route("/v1/inference/{request_id}", api.cancel, methods=["DELETE"]),
+        Route("/metrics", api.metrics),
+    ]
+
+
+def stream_headers(stream: Stream) -> dict[str, str]:
+    """Return the headers by which the queen says what it did."""
+    worker_id = stream.worker.id if stream.worker else ""
+    return {REQUEST_ID_HEADER: stream.id, WORKER_HEADER: worker_id}
+
+
+async def _native_body(stream: Stream) -> AsyncGenerator[bytes]:
+    async with aclosing(stream.events()) as batches:
+        async for batch in batches:
+            if batch:
+                # The worker's own JSON goes through as it came; only its frame is written anew.
+                yield "".join([f"event: {event['type']}\ndata: {payload}\n\n" for payload, event in batch]).encode()
+    yield DONE
+
+
+class NativeApi:
+    """Endpoints; everything but inference is answered from memory."""
+
+    def __init__(self, queen: Queen) -> None:
+        self._queen = queen
+
+    async def health(self, _: Request) -> Response:
+        """Say that the process lives; the one route without a key."""
+        return JsonResponse({"status": "alive", "version": __version__, "api_version": API_VERSION})
+
+    async def info(self, request: Request) -> Response:
+        """Say what this is and where."""
+        base_url = str(request.base_url).rstrip("/")
+        return JsonResponse(
+            {
+                "name": SERVICE_NAME,
+                "role": "queen",
+                "version": __version__,
+                "api_version": API_VERSION,
+                "base_url": base_url,
+                "openai_base_url": f"{base_url}/v1",
+                "started_at": self._queen.started_at,
+            }
+        )
+
+    async def inference(self, request: Request) -> Response | Closing:
+        """Relay one generation, streamed or whole."""
+        queen = self._queen
+        wanted = parse(InferenceRequest, await read_json(request))
+        stream = await queen.open_stream(request, wanted, "native", correlation_id())
+        headers = stream_headers(stream)
+        if wanted.stream:
+            body = sse(_native_body(stream), ping_interval_s=queen.settings.ping_interval_s, headers=headers)
+            return Closing(body, stream)
+        began = time.perf_counter()
+        try:
+            text = await while_connected(request, asyncio.ensure_future(collect(stream)))
+        finally:
+            await stream.aclose()
+        return JsonResponse(
+            {
+                "request_id": stream.id,
+                "model": stream.model,
+                "worker_id": stream.worker.id if stream.worker else None,
+                "text": text,
+                "tokens_generated": stream.tokens_out,
+                "prompt_tokens": stream.prompt_tokens,
+                "token_ids": stream.ids,
+                "seed": stream.seed,
+                "stop_reason": stream.outcome,
+                "duration_ms": round((time.perf_counter() - began) * 1000, 1),
+            },
+            headers=headers,
+        )
+
+    async def cancel(self, request: Request) -> Response:
+        """End a running request: 204, also when it has ended or never was (SPEC 3.4)."""
+        stream = self._queen.relay.streams.get(request.path_params["request_id"])
+        if stream is not None:
+            stream.cancel()
+        return Response(status_code=204)
+
+    async def heartbeat(self, request: Request) -> Response:
+        """Take a worker's heartbeat; its key is the fleet token."""
+        queen = self._queen
+        # Checked here and not at the gate: where clients need no key, workers still need theirs.
+        if queen.fleet_token is not None and not same(bearer_token(_authorization(request)), queen.fleet_token):
+            raise InvalidApiKey(
+                "not the fleet token of this queen", hint="run site.yml again: it brings queen and workers in line"
+            )
+        beat = parse(Heartbeat, await read_json(request))
+        outcome = queen.registry.beat(beat, queen.clock())
+        queen.metrics.heartbeats.labels(outcome=outcome.value).inc()
+        if outcome in (BeatOutcome.REGISTERED, BeatOutcome.REMOVED):
+            worker = beat.worker
+            logger.info("worker %s %s: %s at %s", worker.id, outcome.value, worker.model_id, worker.url)
+        return JsonResponse({"status": "ok", "message": outcome.value})
+
+    async def workers(self, request: Request) -> Response:
+        """List live workers, filtered by ``node``, ``model`` and ``state``."""
+        query = dict(request.query_params)
+        if unknown := sorted(query.keys() - set(_WORKER_FILTERS)):
+            raise InvalidRequest(f"{unknown[0]}: unknown filter; known: {', '.join(_WORKER_FILTERS)}", field=unknown[0])
+        state = query.get("state")
+        if state is not None and state not in set(WorkerState):
+            raise InvalidRequest(f"state: unknown; known: {', '.join(WorkerState)}", field="state")
+        now = self._queen.clock()
+        found = [
+            self._record(w, now)
+            for w in self._queen.registry.live(now)
+            if query.get("node") in (None, w.record.hive_id)
+            and query.get("model") in (None, w.record.model_id, w.record.model_ref)
+            and state in (None, w.state)
+        ]
+        return JsonResponse({"workers": found})
+
+    async def worker(self, request: Request) -> Response:
+        """Show one live worker."""
+        now = self._queen.clock()
+        return JsonResponse(self._record(self._queen.registry.get(request.path_params["worker_id"], now), now))
+
+    async def hives(self, _: Request) -> Response:
+        """List the machines that live workers run on. The inventory knows the others; the queen does not."""
+        return JsonResponse({"hives": self._hives()})
+
+    async def status(self, _: Request) -> Response:
+        """Show queen, hives and workers at one glance (SPEC CAP-94)."""
+        queen, now = self._queen, self._queen.clock()
+        live = queen.registry.live(now)
+        routable = [w for w in live if queen.registry.routable(w, now)]
+        return JsonResponse(
+            {
+                "queen": {
+                    "version": __version__,
+                    "started_at": queen.started_at,
+                    "uptime_s": round(time.time() - queen.started_at, 1),
+                    "requests_in_progress": len(queen.relay.streams),
+                },
+                "hives": self._hives(),
+                "workers": [self._record(w, now) for w in live],
+                "states": Counter(w.state.value for w in live),
+                "models": sorted({w.record.model_id for w in routable}),
+                "slots": _slots(routable),
+            }
+        )
+
+    async def metrics(self, _: Request) -> Response:
+        """Answer Prometheus."""
+        queen = self._queen
+        return Response(queen.metrics.render(queen.registry, queen.clock()), media_type=CONTENT_TYPE)
+
+    def _record(self, worker: Worker, now: float) -> dict[str, Any]:
+        """Return the record of SPEC 3.6 plus what the queen knows of it."""
+        return worker.record.model_dump(mode="json") | {
+            "status": worker.state.value,
+            "available": self._queen.registry.routable(worker, now) and worker.busy < worker.record.slots_total,
+            "in_flight": worker.in_flight,
+            "last_heartbeat_age_s": round(now - worker.seen_at, 1),
+        }
+
+    def _hives(self) -> list[dict[str, Any]]:
+        by_hive: dict[str, list[Worker]] = {}
+        for worker in self._queen.registry.live(self._queen.clock()):
+            by_hive.setdefault(worker.record.hive_id, []).append(worker)
+        return [
+            {
+                "name": name,
+                "workers": [w.id for w in workers],
+                "models": sorted({w.record.model_id for w in workers}),
+                "backends": sorted({w.record.backend for w in workers}),
+                "slots": _slots(workers),
+            }
+            for name, workers in sorted(by_hive.items())
+        ]
+
+
+def _authorization(request: Request) -> bytes | None:
+    value = request.headers.get("authorization")
+    return None if value is None else value.encode("latin-1")
+
+
+def _slots(workers: list[Worker]) -> dict[str, int]:
+    return {
+        "total": sum(w.record.slots_total for w in workers),
+        "busy": sum(min(w.busy, w.record.slots_total) for w in workers),
+    }

@@ -1,0 +1,177 @@
+"""Which workers live, from their heartbeats alone (SPEC 3.5, E-01, E-02, E-05, E-08, E-09). Pure: the clock is an argument.
+
+``now`` is the queen's monotonic clock in seconds. A worker's own clock only orders the beats of that worker, so skew
+between machines does no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rbee_serve.contract.api import ROUTABLE_STATES, Heartbeat, WorkerRecord, WorkerState
+from rbee_serve.contract.errors import WorkerAlreadyRegistered, WorkerNotFound
+
+#: (started_at, seq, timestamp): by these the beats of one worker id are ordered.
+BeatOrder = tuple[float, int, float]
+
+
+class BeatOutcome(StrEnum):
+    """What a heartbeat did."""
+
+    REGISTERED = "registered"  # first beat of this process
+    UPDATED = "updated"
+    OUTDATED = "outdated"  # older than what is known: ignored
+    REMOVED = "removed"  # the worker says that it stops
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One process of one worker. A restarted worker is a new object, so what is counted here never mixes two lives."""
+
+    record: WorkerRecord
+    order: BeatOrder
+    seen_at: float
+    in_flight: int = 0  # requests that this queen has with it now
+    foreign: int = 0  # slots taken by others, as far as the last beat tells
+    failed: bool = False  # broke a stream or a connection since its last beat
+    suspect_until: float = 0.0  # until then others are preferred
+    last_used: int = 0  # ordinal of the last request given to it: makes ties go round
+
+    @property
+    def id(self) -> str:
+        """Fleet-wide worker id."""
+        return self.record.id
+
+    @property
+    def busy(self) -> int:
+        """Slots taken, by this queen (exact) and by others (as of the last beat)."""
+        return self.in_flight + self.foreign
+
+    @property
+    def state(self) -> WorkerState:
+        """State to show: what it says, or ``failed`` when it broke and has not been heard of since."""
+        return WorkerState.FAILED if self.failed else self.record.status
+
+
+@dataclass(slots=True)
+class Registry:
+    """All workers heard of lately. Not thread-safe: belongs to the event loop."""
+
+    stale_after_s: float = 30.0
+    forget_after_s: float = 120.0
+    suspect_for_s: float = 30.0
+    _workers: dict[str, Worker] = field(default_factory=dict)
+    # Ids that said goodbye: a beat that was overtaken on the way must not bring them back.
+    _stopped: dict[str, tuple[BeatOrder, float]] = field(default_factory=dict)
+    _ordinal: int = 0
+
+    def beat(self, beat: Heartbeat, now: float) -> BeatOutcome:
+        """Take one heartbeat; raises WorkerAlreadyRegistered when a live worker beats by this id from another address."""
+        record = beat.worker
+        order: BeatOrder = (record.started_at, beat.seq, beat.timestamp)
+        self.sweep(now)
+        known = self._workers.get(record.id)
+        if known is not None and self._trusted(known, now):
+            if known.record.url != record.url:
+                raise WorkerAlreadyRegistered(
+                    f"worker id {record.id!r} is in use by another live worker at another address",
+                    hint="give the hives different names in the inventory, or stop the other worker first",
+                    worker_id=record.id,
+                    hive_id=known.record.hive_id,
+                )
+            if order <= known.order:
+                return BeatOutcome.OUTDATED
+        if known is not None and known.record.started_at == record.started_at and order <= known.order:
+            return BeatOutcome.OUTDATED  # the same process: its own numbering always holds
+        goodbye = self._stopped.get(record.id)
+        if goodbye is not None and order <= goodbye[0]:
+            return BeatOutcome.OUTDATED
+
+        if record.status is WorkerState.STOPPED:
+            self._workers.pop(record.id, None)
+            self._stopped[record.id] = (order, now)
+            return BeatOutcome.REMOVED
+        self._stopped.pop(record.id, None)
+        if known is None or known.record.started_at != record.started_at:
+            self._workers[record.id] = Worker(record, order, now, foreign=record.slots_total - record.slots_available)
+            return BeatOutcome.REGISTERED
+        known.record, known.order, known.seen_at, known.failed = record, order, now, False
+        known.foreign = max(0, record.slots_total - record.slots_available - known.in_flight)
+        return BeatOutcome.UPDATED
+
+    def sweep(self, now: float) -> None:
+        """Forget what has been silent for too long. Dormant workers are silent by nature and stay (SPEC N-03)."""
+        gone = [
+            w.id
+            for w in self._workers.values()
+            if now - w.seen_at > self.forget_after_s and (w.failed or w.record.status is not WorkerState.DORMANT)
+        ]
+        for worker_id in gone:
+            del self._workers[worker_id]
+        # A machine whose clock was set back would be refused for as long as its goodbye is remembered: keep it short.
+        for worker_id in [i for i, (_, at) in self._stopped.items() if now - at > self.stale_after_s]:
+            del self._stopped[worker_id]
+
+    def fresh(self, worker: Worker, now: float) -> bool:
+        """Say whether the worker counts as alive: heard of within ``stale_after_s``, or dormant."""
+        return now - worker.seen_at <= self.stale_after_s or worker.record.status is WorkerState.DORMANT
+
+    def routable(self, worker: Worker, now: float) -> bool:
+        """Say whether new requests may go to the worker."""
+        return not worker.failed and worker.record.status in ROUTABLE_STATES and now - worker.seen_at <= self.stale_after_s
+
+    def _trusted(self, worker: Worker, now: float) -> bool:
+        return not worker.failed and self.fresh(worker, now)
+
+    def __iter__(self) -> Iterator[Worker]:
+        """Yield every worker that is not forgotten, silent ones included."""
+        return iter(self._workers.values())
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def live(self, now: float) -> list[Worker]:
+        """Return the workers to show, by id: those silent for longer than ``stale_after_s`` are hidden."""
+        self.sweep(now)
+        return sorted((w for w in self._workers.values() if self.fresh(w, now)), key=lambda w: w.id)
+
+    def get(self, worker_id: str, now: float) -> Worker:
+        """Return one live worker or raise WorkerNotFound."""
+        worker = self._workers.get(worker_id)
+        if worker is None or not self.fresh(worker, now):
+            known = [w.id for w in self.live(now)]
+            raise WorkerNotFound(
+                f"no live worker {worker_id!r}; live: {', '.join(known) or 'none'}",
+                hint="rbee-ctl worker list",
+                worker_id=worker_id,
+                known=known,
+            )
+        return worker
+
+    def acquire(self, worker: Worker) -> None:
+        """Count a request that is about to be sent to the worker; ``release`` must follow."""
+        self._ordinal += 1
+        worker.last_used = self._ordinal
+        worker.in_flight += 1
+
+    def release(self, worker: Worker) -> None:
+        """Count a request as ended."""
+        worker.in_flight -= 1
+
+    def mark_failed(self, worker: Worker, now: float) -> None:
+        """Take the worker out of routing: it broke a stream, refused a connection or hung (SPEC E-05).
+
+        Its next beat, or the first one of its successor, brings it back; others are preferred for a while.
+        """
+        worker.failed = True
+        worker.suspect_until = now + self.suspect_for_s
+
+    def mark_full(self, worker: Worker) -> None:
+        """Note that the worker has just refused a request as busy; corrected by its next beat."""
+        worker.foreign = max(worker.foreign, worker.record.slots_total - worker.in_flight)
+
+    def mark_state(self, worker: Worker, state: WorkerState) -> None:
+        """Note a state that the worker told in an answer instead of a beat."""
+        worker.record = worker.record.model_copy(update={"status": state})

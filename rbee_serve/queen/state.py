@@ -1,0 +1,119 @@
+"""What the queen's routes share. One object an application; nothing here is global."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rbee_serve.contract.api import DEADLINE_HEADER, InferenceRequest
+from rbee_serve.contract.errors import InvalidRequest, NoWorkerAvailable, RequestCanceled, WorkerDraining
+from rbee_serve.contract.settings import QueenSettings
+from rbee_serve.queen.metrics import Metrics
+from rbee_serve.queen.registry import Registry
+from rbee_serve.queen.relay import Api, Relay, Stream
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Queen:
+    """The parts of one queen. ``clock`` is monotonic seconds, ``started_at`` seconds since the epoch."""
+
+    settings: QueenSettings
+    registry: Registry
+    metrics: Metrics
+    relay: Relay
+    clock: Callable[[], float]
+    fleet_token: str | None = None
+    started_at: float = field(default_factory=time.time)
+    draining: bool = False
+
+    async def open_stream(self, http: Request, request: InferenceRequest, api: Api, correlation_id: str | None) -> Stream:
+        """Open the stream at a worker while watching the client: one that leaves meanwhile costs no worker anything.
+
+        Raises what ``Relay.open`` raises, RequestCanceled when the client has gone and NoWorkerAvailable while draining.
+        """
+        if self.draining:
+            raise NoWorkerAvailable("the queen is shutting down", hint="try again in some seconds", retry_after_s=5)
+        opening = asyncio.ensure_future(
+            self.relay.open(request, api=api, correlation_id=correlation_id, deadline=_deadline(http))
+        )
+        try:
+            return await while_connected(http, opening)
+        except BaseException:
+            # The stream may have been opened in the very moment in which the client left.
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                await opening.result().aclose()
+            raise
+
+    async def drain(self) -> None:
+        """Take nothing new, let running streams end within ``drain_timeout_s`` and tell the rest why they end (SPEC E-09)."""
+        self.draining = True
+        with contextlib.suppress(TimeoutError):
+            if self.relay.streams:
+                await asyncio.wait_for(self.relay.quiet.wait(), self.settings.drain_timeout_s)
+        for stream in list(self.relay.streams.values()):
+            stream.abort(WorkerDraining("the queen was stopped before the answer was complete", tokens_out=stream.tokens_out))
+
+
+def _deadline(http: Request) -> float | None:
+    value = http.headers.get(DEADLINE_HEADER)
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except ValueError as e:
+        raise InvalidRequest(f"{DEADLINE_HEADER}: seconds since the epoch expected", field=DEADLINE_HEADER) from e
+
+
+async def while_connected(http: Request, work: asyncio.Future[_T]) -> _T:
+    """Return the result of ``work``; when the client leaves first, cancel it, wait for its end and raise RequestCanceled.
+
+    The body must have been read: from here on the only message that can come from the client is its leaving.
+    """
+    leaving = asyncio.ensure_future(http.receive())
+    try:
+        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            return await work
+        raise RequestCanceled("the client closed the connection")
+    finally:
+        leaving.cancel()
+        if not work.done():
+            work.cancel()
+            await asyncio.wait((work,))
+
+
+async def collect(stream: Stream) -> str:
+    """Read the stream to its end and return the text; raises the error with which it ended, with the partial text."""
+    pieces: list[str] = []
+    async with contextlib.aclosing(stream.events()) as batches:
+        async for batch in batches:
+            pieces += [event["t"] for _, event in batch if event["type"] == "token"]
+    text = "".join(pieces)
+    if stream.error is not None:
+        stream.error.details |= {"partial_text": text, "tokens_out": len(stream.ids)}
+        raise stream.error
+    return text
+
+
+class Closing:
+    """A response that closes its stream in any case, also when not one byte of it was read."""
+
+    def __init__(self, response: ASGIApp, stream: Stream) -> None:
+        self._response = response
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            await self._stream.aclose()
