@@ -7,12 +7,15 @@ import hmac
 import ipaddress
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from rbee_serve.contract.errors import ConfigInvalid
+
+_SHA256_RE = re.compile(r"[0-9a-f]{64}")
 
 
 def fingerprint(secret: str) -> str:
@@ -82,9 +85,17 @@ class ClientKeys:
         """Read the file; raises ConfigInvalid naming it and what is wrong."""
         try:
             body = json.loads(_read_private(path, environ))
+            if body["version"] != 1:
+                raise ConfigInvalid(f"{path}: version {body['version']!r}, expected 1", path=str(path))
             keys = [ClientKey(str(k["id"]), str(k["name"]), str(k["sha256"])) for k in body["keys"]]
         except (ValueError, KeyError, TypeError) as e:
-            raise ConfigInvalid(f"{path} is no list of client keys: {e!r}", path=str(path)) from e
+            raise ConfigInvalid(
+                f'{path} is no list of client keys ({type(e).__name__}: {e}), expected {{"version": 1, "keys": [...]}}',
+                path=str(path),
+            ) from e
+        for key in keys:
+            if not _SHA256_RE.fullmatch(key.sha256):
+                raise ConfigInvalid(f"{path}: sha256 of key {key.id!r} is not 64 hex digits", path=str(path))
         return cls(keys)
 
     def find(self, token: str) -> ClientKey | None:

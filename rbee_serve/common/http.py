@@ -7,18 +7,18 @@ leaving from a running stream.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import contextvars
 import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from sse_starlette.sse import AppStatus
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -27,6 +27,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rbee_serve.common.log import correlation
 from rbee_serve.contract.api import CORRELATION_HEADER
 from rbee_serve.contract.errors import (
     BodyTooLarge,
@@ -38,21 +39,27 @@ from rbee_serve.contract.errors import (
     RequestCanceled,
     RouteNotFound,
 )
-from rbee_serve.contract.events import PING
+
+# Draining is ours (serving.py): at SIGTERM sse-starlette would cut running streams (measured: 5 of 30 events arrived).
+AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
 #: (token, path) -> whether the token opens the path. The comparison inside must take constant time.
 Authenticator = Callable[[str, str], bool]
 
-_correlation: contextvars.ContextVar[str | None] = contextvars.ContextVar("correlation_id", default=None)
+_CORRELATION_KEY = CORRELATION_HEADER.lower().encode()
+#: RFC 6750's b64token after exactly one space (SPEC E-18: other spellings of the scheme are refused).
+_BEARER_RE = re.compile(r"Bearer ([A-Za-z0-9._~+/-]+=*)")
 _CORRELATION_RE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 def correlation_id() -> str | None:
     """Return the id of the request that is being handled, None outside of one."""
-    return _correlation.get()
+    return correlation.get()
 
 
 class JsonResponse(Response):
@@ -91,6 +98,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     except ClientDisconnect:
         raise RequestCanceled("the client closed the connection while sending") from None
     try:
+        # Not orjson: it would answer NaN and lone surrogates with a position, where the model's check names the field.
         value = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as e:
         raise InvalidRequest(f"body: not UTF-8 at byte {e.start}", field="body") from None
@@ -101,6 +109,25 @@ async def read_json(request: Request) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"body: a JSON object expected, got {type(value).__name__}", field="body")
     return value
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """Return the result of ``work``; when the client leaves first, cancel it, wait for its end and raise RequestCanceled.
+
+    The body must have been read: from here on the only message that can come from the client is its leaving.
+    """
+    task = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((task, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return await task
+        raise RequestCanceled("the client closed the connection")
+    finally:
+        leaving.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
 
 
 class _Gate:
@@ -114,32 +141,36 @@ class _Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        given = headers.get(CORRELATION_HEADER.lower().encode(), b"").decode("latin-1")
+        headers = _headers(scope["headers"])
+        given = headers.get(_CORRELATION_KEY, b"").decode("latin-1")
         ident = given if _CORRELATION_RE.fullmatch(given) else str(uuid.uuid4())
-        reset = _correlation.set(ident)
+        reset = correlation.set(ident)
         began = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal began
             if message["type"] == "http.response.start":
                 began = True
-                message["headers"] = [*message.get("headers", ()), (CORRELATION_HEADER.lower().encode(), ident.encode())]
+                message["headers"] = [*message.get("headers", ()), (_CORRELATION_KEY, ident.encode())]
             await send(message)
 
         try:
             self._check(scope, headers)
-            await self._app(scope, self._limited(receive, headers), send_with_id)
+            await self._app(scope, self._limited(receive), send_with_id)
         except RbeeError as e:
-            if not began:
-                await error_response(e)(scope, receive, send_with_id)
+            level = logging.WARNING if e.status >= HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
+            logger.log(level, "%s", e.message, extra=_facts(scope) | {"code": e.code})
+            if began:
+                raise
+            await error_response(e)(scope, receive, send_with_id)
         except Exception:
-            logger.exception("request failed: %s %s", scope["method"], scope["path"])
-            if not began:
-                error = RbeeError("internal error; the log of the service has the details under this correlation id")
-                await error_response(error)(scope, receive, send_with_id)
+            logger.exception("request failed", extra=_facts(scope))
+            if began:  # the server then closes the connection: an unfinished answer must not look like a whole one
+                raise
+            error = RbeeError("internal error; the log of the service has the details under this correlation id")
+            await error_response(error)(scope, receive, send_with_id)
         finally:
-            _correlation.reset(reset)
+            correlation.reset(reset)
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         if scope["path"] not in self._public and self._authenticate is not None:
@@ -150,10 +181,11 @@ class _Gate:
         if length.isdigit() and int(length) > self._limit:
             raise BodyTooLarge(f"body of {int(length)} bytes, at most {self._limit} are accepted", limit_bytes=self._limit)
 
-    def _limited(self, receive: Receive, headers: Mapping[bytes, bytes]) -> Receive:
-        """Count the bytes of a chunked body, whose length no header tells."""
-        if b"content-length" in headers:
-            return receive
+    def _limited(self, receive: Receive) -> Receive:
+        """Count the bytes of the body: a chunked one has no length that a header tells.
+
+        Not Starlette's max_body_size: that answers in plain text, and 413 to whoever sends a large body without a key.
+        """
         seen = 0
 
         async def counted() -> Message:
@@ -167,12 +199,24 @@ class _Gate:
         return counted
 
 
+def _headers(raw: Iterable[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
+    """Return headers by name; repeated ones joined, so that two Authorization headers are no valid one."""
+    headers: dict[bytes, bytes] = {}
+    for name, value in raw:
+        headers[name] = headers[name] + b", " + value if name in headers else value
+    return headers
+
+
+def _facts(scope: Scope) -> dict[str, str]:
+    return {"method": scope["method"], "path": scope["path"]}
+
+
 def bearer_token(header: bytes | None) -> str:
     """Return the token of an ``Authorization`` header; raises MissingApiKey unless it is exactly ``Bearer TOKEN``."""
     hint = "send the header `Authorization: Bearer KEY`; `rbee-ctl env` prints the key"
     if header is None:
         raise MissingApiKey("no API key in the request", hint=hint)
-    match = re.fullmatch(r"[Bb]earer ([!-~]+)", header.decode("latin-1"))
+    match = _BEARER_RE.fullmatch(header.decode("latin-1"))
     if match is None:
         raise MissingApiKey("the Authorization header is not of the form `Bearer KEY`", hint=hint)
     return match[1]
@@ -184,21 +228,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
         raise error
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "")
-        ours: RbeeError = MethodNotAllowed(f"{request.method} is not allowed here; allowed: {allowed}", allowed=allowed)
+        ours: RbeeError = MethodNotAllowed(f"this method is not allowed here; allowed: {allowed}", allowed=allowed)
     elif error.status_code == HTTPStatus.NOT_FOUND:
-        ours = RouteNotFound("no such path; /v1/info names the API")
+        ours = RouteNotFound("no such path; docs/http_api.md lists them")
     else:
         ours = InvalidRequest(str(error.detail))
     response = error_response(ours)
-    for name, value in (error.headers or {}).items():
-        response.headers[name] = value
+    response.headers.update(error.headers or {})
     return response
-
-
-async def _rbee_error(_: Request, error: Exception) -> Response:
-    if not isinstance(error, RbeeError):
-        raise error
-    return error_response(error)
 
 
 def create_base_app(
@@ -214,79 +251,40 @@ def create_base_app(
     ``authenticate`` None opens everything (loopback without keys).
     """
     gate = Middleware(_Gate, authenticate=authenticate, public=public_paths, body_max_bytes=body_max_bytes)
-    return Starlette(
+    app = Starlette(
         routes=list(routes),
         middleware=[gate],
-        exception_handlers={HTTPException: _http_error, RbeeError: _rbee_error},
+        exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
+    app.router.redirect_slashes = False  # an unknown path is a 404, not a guess
+    return app
 
 
-class sse:
-    """An event-stream response over an async generator of ready-made bytes.
+class _EventStream(EventSourceResponse):
+    """sse-starlette's response over ready-made bytes, which it passes on as they are.
 
-    Not sse-starlette's EventSourceResponse: that one takes events apart and encodes each anew on the hot path. As it
-    does, a comment ping goes out when the generator is silent for ``ping_interval_s`` and a client that leaves is
-    noticed at once, also while nothing is sent; then the generator is closed, which frees whatever it holds.
+    It notices a client that leaves at once, also while nothing is sent, and cancels the generator where it waits.
     """
 
-    def __init__(
-        self, body: AsyncGenerator[bytes, None], *, ping_interval_s: float, headers: Mapping[str, str] | None = None
-    ) -> None:
-        self._body, self._ping_s, self._headers = body, ping_interval_s, headers or {}
+    def __init__(self, body: AsyncGenerator[bytes, None], ping_interval_s: float, headers: Mapping[str, str]) -> None:
+        super().__init__(
+            body, ping=ping_interval_s, sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping"), headers=headers
+        )
+        self._body = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream; returns when it ended or the client left."""
-        fixed = {
-            "content-type": "text/event-stream; charset=utf-8",
-            "cache-control": "no-cache, no-store",
-            "x-accel-buffering": "no",
-        }
-        headers = [(k.lower().encode(), v.encode("latin-1")) for k, v in {**fixed, **self._headers}.items()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        sender = asyncio.create_task(self._send(send))
-        watcher = asyncio.create_task(_gone(receive))
+        """Send the stream; returns when it ended or the client left, with the generator closed in any case."""
         try:
-            await asyncio.wait((sender, watcher), return_when=asyncio.FIRST_COMPLETED)
+            await super().__call__(scope, receive, send)
         finally:
-            watcher.cancel()
-            if not sender.done():
-                sender.cancel()
-            with contextlib.suppress(asyncio.CancelledError, OSError):
-                await sender
-
-    async def _send(self, send: Send) -> None:
-        iterator = self._body.__aiter__()
-        pending: asyncio.Future[bytes] | None = None
-        try:
-            while True:
-                pending = asyncio.ensure_future(_next(iterator))
-                while not (await asyncio.wait((pending,), timeout=self._ping_s))[0]:
-                    await send({"type": "http.response.body", "body": PING, "more_body": True})
-                try:
-                    data = pending.result()
-                except _End:
-                    break
-                await send({"type": "http.response.body", "body": data, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-        finally:
-            if pending is not None and not pending.done():
-                pending.cancel()
-                await asyncio.wait((pending,))
             await self._body.aclose()
 
 
-async def _next(iterator: AsyncIterator[bytes]) -> bytes:
-    try:
-        return await anext(iterator)
-    except StopAsyncIteration:
-        raise _End from None
+def sse(body: AsyncGenerator[bytes, None], *, ping_interval_s: float, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an event-stream response; a comment ping goes out every ``ping_interval_s`` (seconds).
 
-
-class _End(Exception):
-    """Stands for StopAsyncIteration, which may not leave a task."""
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    ``body`` yields whole events as bytes and handles its own errors. A generator that was never begun runs no ``finally``:
+    what it would free must be freed by whoever opened it.
+    """
+    return _EventStream(body, ping_interval_s, headers or {})

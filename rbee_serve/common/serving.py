@@ -12,6 +12,7 @@ Divergences from plain uvicorn, each with its reason:
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import socket
 import time
@@ -22,6 +23,8 @@ from starlette.types import ASGIApp
 
 from rbee_serve.common.sdnotify import Notifier, listen_sockets
 from rbee_serve.contract.errors import ConfigInvalid
+
+logger = logging.getLogger(__name__)
 
 #: How long an accepted connection may take to send its request once shutdown has begun.
 SETTLE_S = 0.5
@@ -66,7 +69,7 @@ class Server(uvicorn.Server):
         feeding = asyncio.create_task(self._keep_feeding())
         try:
             if self._on_shutdown is not None:
-                await self._on_shutdown()
+                await self._run_hook(self._on_shutdown)
             for server in self.servers:
                 server.close()
             end = time.monotonic() + SETTLE_S
@@ -76,6 +79,16 @@ class Server(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             feeding.cancel()
+
+    async def _run_hook(self, hook: Callable[[], Awaitable[None]]) -> None:
+        """Run the hook to its end; a second Ctrl+C (uvicorn's force_exit) does not wait for it."""
+        task = asyncio.ensure_future(hook())
+        while not task.done() and not self.force_exit:
+            await asyncio.wait((task,), timeout=0.1)
+        if not task.done():
+            task.cancel()
+        elif (error := task.exception()) is not None:
+            logger.error("the drain failed; closing connections", exc_info=error)
 
     async def _keep_feeding(self) -> None:
         while True:
@@ -126,6 +139,7 @@ def run(
         log_config=None,
         access_log=False,
         server_header=False,
+        ws="none",
         lifespan="on",
         timeout_graceful_shutdown=max(1, round(graceful_timeout_s)),
         timeout_keep_alive=75,

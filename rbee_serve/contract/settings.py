@@ -144,6 +144,9 @@ class QueenSettings(Settings):
     first_byte_timeout_s: Seconds = Field(10.0, description="time until a worker answers with headers")
     stall_timeout_s: Seconds = Field(60.0, description="longest silence of a worker within a stream (pings count as life)")
     request_timeout_s: Seconds = Field(300.0, description="deadline of a request that names none (SPEC 3.8)")
+    drain_timeout_s: Seconds = Field(
+        10.0, description="how long running streams may finish after SIGTERM; TimeoutStopSec= is longer"
+    )
 
 
 _S = TypeVar("_S", bound=Settings)

@@ -25,12 +25,11 @@ def create_app(
     client_keys: ClientKeys | None = None,
     fleet_token: str | None = None,
     clock: Callable[[], float] = time.monotonic,
-    on_started: Callable[[], None] = lambda: None,
 ) -> Starlette:
     """Return the application; ``app.state.queen`` holds its parts (a ``state.Queen``).
 
     ``client_keys``: None asks clients for no key. ``fleet_token``: None asks workers for none. ``clock``: monotonic
-    seconds. ``on_started`` is called once the application serves.
+    seconds.
     """
     limits = Limits(settings.connect_timeout_s, settings.first_byte_timeout_s, settings.stall_timeout_s)
     registry = Registry(settings.stale_after_s, settings.forget_after_s)
@@ -41,7 +40,6 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        on_started()
         try:
             yield
         finally:

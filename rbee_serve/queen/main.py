@@ -51,11 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging(settings.log_level)
         where = f"http://{settings.host}:{settings.port}"
 
-        def started() -> None:
+        async def started() -> None:
             logger.info("queen %s listens on %s", __version__, where)
             notifier.ready(f"listening on {where}")
 
-        app = create_app(settings, client_keys=keys, fleet_token=token, on_started=started)
+        app = create_app(settings, client_keys=keys, fleet_token=token)
         queen: Queen = app.state.queen
 
         async def drain() -> None:
@@ -67,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             host=settings.host,
             port=settings.port,
             notifier=notifier,
+            on_started=started,
             on_shutdown=drain,
             graceful_timeout_s=_CLOSE_S,
         )

@@ -148,7 +148,8 @@ class NativeApi:
         queen.metrics.heartbeats.labels(outcome=outcome.value).inc()
         if outcome in (BeatOutcome.REGISTERED, BeatOutcome.REMOVED):
             worker = beat.worker
-            logger.info("worker %s %s: %s at %s", worker.id, outcome.value, worker.model_id, worker.url)
+            facts = {"worker_id": worker.id, "model": worker.model_id, "url": worker.url, "state": worker.status.value}
+            logger.info("worker %s", outcome.value, extra=facts)
         return JsonResponse({"status": "ok", "message": outcome.value})
 
     async def workers(self, request: Request) -> Response:

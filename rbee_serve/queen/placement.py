@@ -52,6 +52,14 @@ def serves(worker: Worker, model: str) -> bool:
     return any(name == ref or (name.startswith("hf:") and ref.startswith(name + ":")) for name in (model, f"hf:{model}"))
 
 
+def continues_exactly(before: Worker, after: Worker, length: int) -> bool:
+    """Say whether ``after`` goes on as ``before`` would have: same class, and a context still short enough for it."""
+    a, b = before.record, after.record
+    if a.continuation_class is None or a.continuation_class != b.continuation_class:
+        return False
+    return all(length <= r.model_info.get("exact_context_tokens", length) for r in (a, b))
+
+
 def known_models(workers: Iterable[Worker]) -> list[str]:
     """Return the ids of all models that the workers serve, sorted."""
     return sorted({w.record.model_id for w in workers})

@@ -41,7 +41,7 @@ from rbee_serve.contract.errors import (
 )
 from rbee_serve.contract.events import Event, end, error
 from rbee_serve.queen.metrics import Metrics
-from rbee_serve.queen.placement import RETRY_AFTER_S, Wanted, choose
+from rbee_serve.queen.placement import RETRY_AFTER_S, Wanted, choose, continues_exactly
 from rbee_serve.queen.registry import Registry, Worker
 from rbee_serve.queen.upstream import Attempt, Batch, CancelledByRequestError, Limits, TryFailedError, error_of
 
@@ -79,7 +79,7 @@ class Relay:
         """
         stream = Stream(self, request, api, correlation_id, deadline)
         try:
-            await stream.start()
+            await stream.next_worker()
         except RbeeError as e:
             stream.outcome = e.code
             await stream.aclose()
@@ -109,7 +109,6 @@ class Stream:
         self.outcome = "disconnected"
         self.error: RbeeError | None = None  # why the stream ended, if it failed
         self.worker: Worker | None = None
-        self.continuations = 0
 
         self._relay = relay
         self._api = api
@@ -147,11 +146,8 @@ class Stream:
 
     # --- workers ----------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Open the stream at a worker, trying others until one takes it."""
-        await self._next_worker(None)
-
-    async def _next_worker(self, failure: RbeeError | None) -> None:
+    async def next_worker(self, failure: RbeeError | None = None) -> None:
+        """Open the stream at a worker, trying others until one takes it; ``failure`` is raised when none does."""
         relay, r = self._relay, self.request
         previous = self.worker
         while True:
@@ -184,7 +180,7 @@ class Stream:
             except TryFailedError as e:
                 await self._give_up(e)
                 failure = failure or e.error
-                logger.warning("worker did not take a request: %s", self._facts(worker, e.error))
+                logger.warning("worker did not take a request", extra=self._facts(worker, e.error))
                 continue
             except RequestTimeout:
                 raise
@@ -193,7 +189,7 @@ class Stream:
                 if previous is None:
                     raise
                 await self._give_up(TryFailedError(e, broken=False))
-                logger.warning("worker can not go on with a stream: %s", self._facts(worker, e))
+                logger.warning("worker can not go on with a stream", extra=self._facts(worker, e))
                 continue
             relay.metrics.dispatches.labels(result="ok").inc()
             return
@@ -335,25 +331,22 @@ class Stream:
             self._ended, self.outcome = True, StopReason.MAX_TOKENS.value
             return end(self.tokens_out, self.outcome, prompt_ms=0, decode_ms=0, prompt_tokens=self.prompt_tokens)
         try:
-            await self._next_worker(failed.error)
+            await self.next_worker(failed.error)
         except RbeeError:
             self._relay.metrics.failovers.labels(kind="none").inc()
-            logger.error("stream lost, no other worker can go on: %s", self._facts(before, failed.error))
+            logger.error("stream lost: no other worker can go on", extra=self._facts(before, failed.error))
             raise
         assert self.worker is not None  # noqa: S101
         after = self.worker
-        facts = f"to_worker={after.id} {self._facts(before, failed.error)}"
+        facts = {"to_worker": after.id} | self._facts(before, failed.error)
         if len(self.ids) == self._given:
             self._relay.metrics.failovers.labels(kind="before_first_token").inc()
-            logger.warning("request moved before its first token: %s", facts)
+            logger.warning("request moved before its first token", extra=facts)
             return None
-        mode = "exact" if _continues_exactly(before, after, self.prompt_tokens + len(self.ids)) else "approximate"
-        self.continuations += 1
+        mode = "exact" if continues_exactly(before, after, self.prompt_tokens + len(self.ids)) else "approximate"
         self._relay.metrics.failovers.labels(kind=mode).inc()
-        logger.warning("stream goes on at another worker: mode=%s %s", mode, facts)
+        logger.warning("stream goes on at another worker", extra=facts | {"mode": mode})
         return {"type": "resumed", "mode": mode, "worker_id": after.id, "i": len(self.ids)}
-
-    # --- the rest ---------------------------------------------------------------------------------------------------
 
     def cancel(self) -> None:
         """End the stream with ``stop_reason`` CANCELLED; the worker's slot is freed by closing its connection."""
@@ -392,19 +385,14 @@ class Stream:
     def _malformed(self, what: str) -> TryFailedError:
         return TryFailedError(MalformedResponse(f"worker {self._worker_id} {what}", worker_id=self._worker_id), broken=True)
 
-    def _facts(self, worker: Worker, cause: RbeeError) -> str:
-        return (
-            f"from_worker={worker.id} tokens_so_far={len(self.ids)} request_id={self.id} "
-            f"code={cause.code} reason={cause.message!r}"
-        )
-
-
-def _continues_exactly(before: Worker, after: Worker, length: int) -> bool:
-    """Say whether ``after`` goes on as ``before`` would have: same class, and a context still short enough for it."""
-    a, b = before.record, after.record
-    if a.continuation_class is None or a.continuation_class != b.continuation_class:
-        return False
-    return all(length <= r.model_info.get("exact_context_tokens", length) for r in (a, b))
+    def _facts(self, worker: Worker, cause: RbeeError) -> dict[str, Any]:
+        return {
+            "from_worker": worker.id,
+            "tokens_so_far": len(self.ids),
+            "request_id": self.id,
+            "code": cause.code,
+            "reason": cause.message,
+        }
 
 
 def _pair(event: Event) -> tuple[str, dict[str, Any]]:

@@ -96,9 +96,10 @@ class Attempt:
         self._cancelled = False
 
     async def open(self, body: bytes, headers: dict[str, str]) -> None:
-        """Send the request (``headers``: besides those of content and authentication) and wait for the headers: the worker has a slot for it then.
+        """Send the request and wait for the answer's headers: the worker has a slot for it then.
 
-        Raises TryFailedError, RequestTimeout, CancelledByRequestError, or the worker's own error when the request is at fault.
+        ``headers`` are added to those of content and authentication. Raises TryFailedError, RequestTimeout,
+        CancelledByRequestError, or the worker's own error when the request is at fault.
         """
         headers = headers | {"content-type": "application/json", "accept": "text/event-stream"}
         if self._token is not None:

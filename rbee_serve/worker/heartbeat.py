@@ -1,72 +1,91 @@
-"""Heartbeats: how the queen learns that this worker lives (SPEC 3.5, X-09). The queen is never needed to serve."""
+"""Heartbeats to the queen: every interval and at once on each change of state (SPEC X-09, CAP-72).
+
+A queen that is away costs a warning, never the worker: it serves on, and the next beat finds the queen again.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 import time
 
 import httpx
 
-from rbee_serve.contract.api import Heartbeat
-from rbee_serve.contract.settings import WorkerSettings
-from rbee_serve.worker.state import WorkerStatus
+from rbee_serve.contract.api import Heartbeat, WorkerState
+from rbee_serve.worker.state import Worker
 
 logger = logging.getLogger(__name__)
 
-#: Changes that come within this time are told in one beat.
-GATHER_S = 0.02
+PATH = "/v1/worker-heartbeat"
+_TIMEOUT = httpx.Timeout(5.0, connect=5.0)
+#: The last beat must not hold up the end of the process for longer.
+_LAST_BEAT_S = 2.0
+#: Pause between beats while the queen does not answer.
+_AWAY_S = 2.0
 
 
-class Heart:
-    """Beats at the interval, jittered, and at once on each change of state."""
+class HeartbeatSender:
+    """Sends the worker's record. ``run`` until cancelled, then ``last``."""
 
-    def __init__(self, settings: WorkerSettings, status: WorkerStatus, token: str | None) -> None:
-        self._settings, self._status = settings, status
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._client = httpx.AsyncClient(headers=headers, timeout=httpx.Timeout(5.0), trust_env=False)
+    def __init__(
+        self, worker: Worker, queen_url: str, fleet_token: str | None, *, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        self._worker = worker
+        self._url = queen_url.rstrip("/") + PATH
+        headers = {"Authorization": f"Bearer {fleet_token}"} if fleet_token else {}
+        # The environment's proxies are not for a private network.
+        self._client = httpx.AsyncClient(timeout=_TIMEOUT, headers=headers, transport=transport, trust_env=False)
         self._seq = 0
-        self._away = False
+        self._told: WorkerState | None = None
+        self._lost = False
 
     async def run(self) -> None:
-        """Beat until cancelled."""
+        """Beat for ever. The first beat goes out at once: the queen learns of a worker while it still loads."""
+        interval = self._worker.settings.heartbeat_interval_s
         while True:
+            self._worker.changed.clear()
             await self.beat()
-            pause = self._settings.heartbeat_interval_s * random.uniform(0.9, 1.1)  # noqa: S311 - jitter, no secret
-            if self._away:
-                pause = min(pause, 1.0 + random.random())  # noqa: S311
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._status.wait_changed()
-                    await asyncio.sleep(GATHER_S)
+            # Jitter keeps a fleet from beating in step; never longer than the interval, which the queen counts on. A queen
+            # that is away is asked more often, so that its registry is full soon after it is back.
+            pause = min(interval, _AWAY_S) if self._lost else interval
+            await self._wait_for_change(time.monotonic() + pause * random.uniform(0.8, 1.0))  # noqa: S311
+
+    async def last(self) -> None:
+        """Say that the worker has stopped, and close the connection."""
+        try:
+            async with asyncio.timeout(_LAST_BEAT_S):
+                await self.beat()
+        except TimeoutError:
+            logger.warning("the queen did not take the last heartbeat", extra={"url": self._url})
+        finally:
+            await self._client.aclose()
+
+    async def _wait_for_change(self, until: float) -> None:
+        """Return at ``until`` or when the state differs from what the queen was told last."""
+        while (left := until - time.monotonic()) > 0:
+            try:
+                await asyncio.wait_for(self._worker.changed.wait(), left)
+            except TimeoutError:
+                return
+            self._worker.changed.clear()
+            if self._worker.state is not self._told:
+                return
 
     async def beat(self) -> None:
-        """Tell the queen once. A queen that is away is logged once an outage."""
-        if self._settings.queen_url is None:
-            return
+        """Send one heartbeat; a failure is logged once an outage."""
+        record = self._worker.record()
         self._seq += 1
-        message = Heartbeat(worker=self._status.record(), timestamp=time.time(), seq=self._seq)
-        url = f"{self._settings.queen_url.rstrip('/')}/v1/worker-heartbeat"
+        self._told = record.status
+        body = Heartbeat(worker=record, timestamp=self._worker.wall(), seq=self._seq).model_dump_json()
         try:
-            answer = await self._client.post(url, content=message.model_dump_json(), headers={"Content-Type": "application/json"})
-            problem = None if answer.is_success else f"HTTP {answer.status_code} {answer.text[:200]}"
+            response = await self._client.post(self._url, content=body, headers={"Content-Type": "application/json"})
+            problem = None if response.is_success else f"HTTP {response.status_code}: {response.text[:200]}"
         except httpx.HTTPError as e:
-            problem = f"{type(e).__name__} {e}"
-        if problem and not self._away:
-            logger.warning("queen at %s does not take heartbeats: %s; trying on", self._settings.queen_url, problem)
-        if self._away and not problem:
-            logger.info("queen at %s is back", self._settings.queen_url)
-        self._away = bool(problem)
-
-    async def last_beat(self) -> None:
-        """Say that this worker is gone; waits 2 s at most."""
-        self._status.stop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(2):
-                await self.beat()
-
-    async def close(self) -> None:
-        """Close the connections."""
-        await self._client.aclose()
+            problem = f"{type(e).__name__}: {e}"
+        self._worker.metrics.heartbeats.labels(result="failed" if problem else "ok").inc()
+        if problem and not self._lost:
+            logger.warning("the queen does not take heartbeats; trying on", extra={"url": self._url, "reason": problem})
+        elif not problem and self._lost:
+            logger.info("the queen takes heartbeats again", extra={"url": self._url})
+        self._lost = problem is not None

@@ -1,172 +1,214 @@
-"""One request at the worker: from validated message to events, with its deadline, its slot and its end."""
+"""``POST /v1/inference`` and ``DELETE /v1/inference/{id}`` (SPEC 3.4, 3.5)."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import math
+import re
 import secrets
 import time
+import uuid
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
 
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rbee_serve.common.http import JsonResponse, correlation_id, read_json, sse, while_connected
 from rbee_serve.contract import events
-from rbee_serve.contract.api import InferenceRequest, StopReason
-from rbee_serve.contract.errors import InvalidRequest, RbeeError, RequestCanceled, RequestTimeout, WorkerCrashed
-from rbee_serve.contract.settings import WorkerSettings
-from rbee_serve.worker import chat
-from rbee_serve.worker.engine.protocol import Engine, EngineEvent, Finished, GenerateRequest, Started, TokenOut
-from rbee_serve.worker.metrics import WorkerMetrics
-from rbee_serve.worker.state import WorkerStatus
+from rbee_serve.contract.api import (
+    DEADLINE_HEADER,
+    REQUEST_ID_HEADER,
+    WORKER_HEADER,
+    InferenceRequest,
+    SamplingParams,
+    parse,
+)
+from rbee_serve.contract.errors import InvalidRequest, RbeeError, RequestCanceled
+from rbee_serve.worker.engine.protocol import EngineInfo, Finished, GenerateRequest, TokenOut
+from rbee_serve.worker.generation import Generation
+from rbee_serve.worker.state import Worker
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass
-class Running:
-    """A request that DELETE can reach."""
-
-    request_id: str
-    cancelled: asyncio.Event
+#: One below llama.cpp's "choose one yourself".
+_SEED_MAX = 2**32 - 2
+_REQUEST_ID_RE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class Inference:
-    """Turns requests into streams of contract events; remembers the running ones by id."""
+class InferenceApi:
+    """The two endpoints."""
 
-    def __init__(self, settings: WorkerSettings, engine: Engine, status: WorkerStatus, metrics: WorkerMetrics) -> None:
-        self._settings, self._engine, self._status, self._metrics = settings, engine, status, metrics
-        self._running: dict[str, Running] = {}
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
 
-    @property
-    def running(self) -> int:
-        """Requests that have been accepted and not ended."""
-        return len(self._running)
+    async def infer(self, request: Request) -> Response | _Closing:
+        """Generate, streamed or whole. An error before the first event has its own status; a later one is an event."""
+        wanted = parse(InferenceRequest, await read_json(request))
+        self._check_limits(wanted)
+        deadline = self._deadline(request, wanted)
+        info = self._worker.admit()
+        generation = Generation(self._worker, self._to_engine(wanted, info, self._request_id(request)), deadline)
+        try:
+            await while_connected(request, generation.open())
+        except BaseException:
+            await generation.aclose()
+            raise
+        headers = {REQUEST_ID_HEADER: generation.id, WORKER_HEADER: self._worker.settings.worker_id}
+        if wanted.stream:
+            body = self._stream(generation, correlation_id())
+            ping_s = self._worker.settings.ping_interval_s
+            return _Closing(sse(body, ping_interval_s=ping_s, headers=headers), generation)
+        try:
+            answer = await while_connected(request, self._whole(generation))
+        finally:
+            await generation.aclose()
+        return JsonResponse(answer, headers=headers)
 
-    def cancel(self, request_id: str) -> None:
-        """End a request; unknown and ended ids are fine (SPEC S-63)."""
-        if running := self._running.get(request_id):
-            running.cancelled.set()
+    async def cancel(self, request: Request) -> Response:
+        """End a running request; 204 also when it has ended or never was."""
+        generation = self._worker.active.get(request.path_params["request_id"])
+        if generation is not None:
+            generation.end(RequestCanceled("the request was cancelled"))
+        return Response(status_code=204)
 
-    def prepare(self, wanted: InferenceRequest, request_id: str) -> GenerateRequest:
-        """Check what only this worker can check and build the engine's request.
+    def _request_id(self, request: Request) -> str:
+        """Return the id that the caller chose, so that it can cancel before the answer's headers arrive, or a new one."""
+        given = request.headers.get(REQUEST_ID_HEADER)
+        if given is None:
+            return f"req-{uuid.uuid4()}"
+        if not _REQUEST_ID_RE.fullmatch(given):
+            raise InvalidRequest(f"{REQUEST_ID_HEADER}: 1 to 128 of A-Z a-z 0-9 . _ - expected", field=REQUEST_ID_HEADER)
+        if given in self._worker.active:
+            raise InvalidRequest(f"{REQUEST_ID_HEADER}: a request of this id is running", field=REQUEST_ID_HEADER)
+        return given
 
-        Raises InvalidRequest (with both numbers) and what refuses new work now.
-        """
-        self._status.refuse_unless_ready()
-        limit = self._settings.max_tokens_limit
+    def _check_limits(self, wanted: InferenceRequest) -> None:
+        limit = self._worker.settings.max_tokens_limit
         if wanted.max_tokens > limit:
             raise InvalidRequest(
-                f"max_tokens: {wanted.max_tokens} asked for, this worker gives at most {limit}", field="max_tokens", limit=limit
+                f"max_tokens: {wanted.max_tokens} is over the limit of {limit}",
+                field="max_tokens",
+                got=wanted.max_tokens,
+                limit=limit,
             )
-        if request_id in self._running:
-            raise InvalidRequest(f"request id {request_id} is already running", field="X-Request-Id")
-        info = self._engine.info
-        if info is None:
-            raise WorkerCrashed("the engine has no model loaded")
+
+    def _deadline(self, request: Request, wanted: InferenceRequest) -> float | None:
+        """Return the earlier of header and ``timeout_s``: neither can lengthen the other (SPEC E-31)."""
+        limits = []
+        if (header := request.headers.get(DEADLINE_HEADER)) is not None:
+            try:
+                limits.append(float(header))
+            except ValueError:
+                limits.append(math.nan)
+            if not math.isfinite(limits[0]):
+                raise InvalidRequest(f"{DEADLINE_HEADER}: seconds since the epoch expected", field=DEADLINE_HEADER)
+        if wanted.timeout_s is not None:
+            limits.append(self._worker.wall() + wanted.timeout_s)
+        return min(limits, default=None)
+
+    def _to_engine(self, wanted: InferenceRequest, info: EngineInfo, request_id: str) -> GenerateRequest:
+        values = {name: getattr(wanted, name) for name in SamplingParams.model_fields}
+        if wanted.seed is None:
+            values["seed"] = secrets.randbelow(_SEED_MAX + 1)
+        text, chat, bos = wanted.prompt or "", wanted.messages is not None, True
         if wanted.messages is not None:
-            text = chat.render(wanted.messages, template=info.chat_template, bos_token=info.bos_token, eos_token=info.eos_token)
-            special, bos = True, not (info.bos_token and text.startswith(info.bos_token))
-        else:
-            text, special, bos = wanted.prompt or "", False, True
-        params = wanted if wanted.seed is not None else wanted.model_copy(update={"seed": secrets.randbits(32)})
+            template = self._worker.chat(info)
+            text = template.render(wanted.messages)
+            bos = not template.begins_with_bos(text)
         ids = wanted.continue_from.generated_ids if wanted.continue_from else []
-        return GenerateRequest(request_id, text, special, bos, params, list(ids))
+        if ids and max(ids) >= info.vocab_size:
+            raise InvalidRequest(
+                f"continue_from.generated_ids: no token id reaches {info.vocab_size} in this model",
+                field="continue_from.generated_ids",
+                vocab_size=info.vocab_size,
+            )
+        if len(ids) >= wanted.max_tokens:
+            raise InvalidRequest(
+                f"continue_from.generated_ids: {len(ids)} ids leave nothing of max_tokens {wanted.max_tokens}",
+                field="continue_from.generated_ids",
+                got=len(ids),
+                limit=wanted.max_tokens,
+            )
+        params = SamplingParams.model_construct(**values)
+        return GenerateRequest(request_id, text, chat, bos, params, ids)
 
-    async def stream(self, request: GenerateRequest, deadline: float | None) -> AsyncGenerator[events.Event, None]:
-        """Yield started, token*, end. ``deadline``: seconds since the epoch.
-
-        Raises RbeeErrors at any point: before the first event they are the answer's status, later an error event.
-        Closing the generator cancels the request.
-        """
-        running = self._running[request.request_id] = Running(request.request_id, asyncio.Event())
-        began, outcome = time.monotonic(), "cancelled"
+    async def _stream(self, generation: Generation, ident: str | None) -> AsyncGenerator[bytes, None]:
+        started = generation.started
+        if started is None or generation.seed is None:
+            raise RuntimeError("the stream of a request that was not opened")
+        s = self._worker.settings
+        yield events.encode(
+            events.started(
+                generation.id,
+                s.model_id,
+                seed=generation.seed,
+                prompt_tokens=started.prompt_tokens,
+                cached_tokens=started.cached_tokens,
+                worker_id=s.worker_id,
+            )
+        )
         try:
-            source = self._engine.generate(request)
-            async with aclosing(_interruptible(source, running.cancelled, deadline)) as produced:
-                async for event in produced:
-                    if isinstance(event, Started):
-                        self._status.notice()
-                        self._metrics.tokens_in.inc(event.prompt_tokens)
-                        self._metrics.tokens_cached.inc(event.cached_tokens)
-                        prompt_tokens = event.prompt_tokens
-                        yield events.started(
-                            request.request_id,
-                            self._settings.model_id,
-                            seed=request.params.seed or 0,
-                            prompt_tokens=event.prompt_tokens,
-                            cached_tokens=event.cached_tokens,
-                            worker_id=self._settings.worker_id,
-                        )
-                    elif isinstance(event, TokenOut):
-                        self._metrics.tokens_out.inc()
-                        yield events.token(event.text, event.index, event.token_id)
-                    else:
-                        outcome = event.stop_reason.lower()
-                        yield events.end(
-                            event.tokens_out,
-                            event.stop_reason,
-                            prompt_ms=event.prompt_ms,
-                            decode_ms=event.decode_ms,
-                            prompt_tokens=prompt_tokens,
-                        )
-        except RbeeError as e:
-            outcome = e.code.lower()
-            raise
-        finally:
-            self._running.pop(request.request_id, None)
-            self._metrics.requests.labels(outcome=outcome).inc()
-            self._metrics.duration.observe((time.monotonic() - began) * 1000)
-            self._status.notice()
-            logger.info("request %s ended: %s after %.2f s", request.request_id, outcome, time.monotonic() - began)
-
-    async def collect(self, stream: AsyncGenerator[events.Event, None]) -> dict[str, Any]:
-        """Read a stream to its end and return the one JSON of ``stream: false``."""
-        text: list[str] = []
-        ids: list[int] = []
-        answer: dict[str, Any] = {}
-        async with aclosing(stream) as produced:
-            async for event in produced:
-                if event["type"] == "started":
-                    answer |= {k: event[k] for k in ("request_id", "model", "seed", "cached_tokens", "worker_id")}
-                elif event["type"] == "token":
-                    text.append(event["t"])
-                    ids.append(event["id"])
+            async for event in generation.events():
+                if isinstance(event, TokenOut):
+                    yield events.encode(events.token(event.text, event.index, event.token_id))
                 else:
-                    answer |= {
-                        k: event[k] for k in ("tokens_out", "prompt_tokens", "stop_reason", "prompt_time_ms", "decode_time_ms")
-                    }
-        if answer.get("stop_reason") == StopReason.CANCELLED:
-            raise RequestCanceled("the request was cancelled", partial_text="".join(text), tokens_out=len(ids))
-        duration = answer.get("prompt_time_ms", 0.0) + answer.get("decode_time_ms", 0.0)
-        return answer | {"text": "".join(text), "token_ids": ids, "tokens_generated": len(ids), "duration_ms": round(duration, 1)}
+                    yield events.encode(_end(event, started.prompt_tokens))
+        except RbeeError as e:
+            logger.warning("stream failed", extra={"request_id": generation.id, "code": e.code, "reason": e.message})
+            yield events.encode(events.error(e, ident))
+        except Exception:
+            logger.exception("stream failed", extra={"request_id": generation.id})
+            yield events.encode(events.error(RbeeError("internal error; the worker's log has the details"), ident))
+        yield events.DONE
+
+    async def _whole(self, generation: Generation) -> dict[str, object]:
+        began = time.perf_counter()
+        pieces: list[str] = []
+        ids: list[int] = []
+        last: Finished | None = None
+        try:
+            async for event in generation.events():
+                if isinstance(event, TokenOut):
+                    pieces.append(event.text)
+                    ids.append(event.token_id)
+                else:
+                    last = event
+        except RbeeError as e:
+            e.details |= {"partial_text": "".join(pieces), "tokens_out": generation.tokens_out}
+            raise
+        started = generation.started
+        return {
+            "request_id": generation.id,
+            "model": self._worker.settings.model_id,
+            "worker_id": self._worker.settings.worker_id,
+            "text": "".join(pieces),
+            "tokens_generated": generation.tokens_out,
+            "token_ids": ids,
+            "prompt_tokens": started.prompt_tokens if started else 0,
+            "cached_tokens": started.cached_tokens if started else 0,
+            "seed": generation.seed,
+            "stop_reason": last.stop_reason if last else generation.outcome,
+            "prompt_time_ms": round(last.prompt_ms, 1) if last else None,
+            "decode_time_ms": round(last.decode_ms, 1) if last else None,
+            "duration_ms": round((time.perf_counter() - began) * 1000, 1),
+        }
 
 
-async def _interruptible(source: Any, cancelled: asyncio.Event, deadline: float | None) -> AsyncGenerator[EngineEvent, None]:
-    """Pass events on until DELETE or the deadline: then close the source, which frees the slot.
+def _end(event: Finished, prompt_tokens: int) -> events.Event:
+    return events.end(
+        event.tokens_out, event.stop_reason, prompt_ms=event.prompt_ms, decode_ms=event.decode_ms, prompt_tokens=prompt_tokens
+    )
 
-    DELETE ends the stream in an orderly way, with a Finished that says so; the deadline raises RequestTimeout.
-    """
-    stop = asyncio.ensure_future(cancelled.wait())
-    count = 0
-    began = time.monotonic()
-    try:
-        async with aclosing(source) as produced:
-            while True:
-                step = asyncio.ensure_future(anext(produced, None))
-                timeout = None if deadline is None else max(0.0, deadline - time.time())
-                done, _ = await asyncio.wait((step, stop), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-                if step not in done:
-                    step.cancel()
-                    await asyncio.wait((step,))
-                    if stop in done:
-                        yield Finished(StopReason.CANCELLED, count, 0.0, (time.monotonic() - began) * 1000)
-                        return
-                    raise RequestTimeout("the request's deadline passed", hint="send a larger timeout_s", tokens_out=count)
-                event = step.result()
-                if event is None:
-                    return
-                count += isinstance(event, TokenOut)
-                yield event
-    finally:
-        stop.cancel()
+
+class _Closing:
+    """A response that closes its generation in any case, also when not one byte of it was read."""
+
+    def __init__(self, response: ASGIApp, generation: Generation) -> None:
+        self._response, self._generation = response, generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            await self._generation.aclose()

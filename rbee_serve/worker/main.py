@@ -1,38 +1,31 @@
-"""Entry point of the worker: ``rbee-worker --config FILE [--check-config]``.
-
-Exit codes: 0 drained and stopped, 1 the engine died, 78 the settings, a secret or the model file are wrong (systemd does
-not restart then).
-"""
+"""``rbee-worker --config FILE``: one worker as a process, under systemd or by hand."""
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from rbee_serve.common import serving
-from rbee_serve.common.credentials import load_secret, require_auth_for_bind
+from rbee_serve import __version__
+from rbee_serve.common.credentials import is_loopback, load_secret, require_auth_for_bind
 from rbee_serve.common.log import setup_logging
 from rbee_serve.common.sdnotify import Notifier
-from rbee_serve.contract.errors import BackendUnavailable, ConfigInvalid, ExitCode, ModelFileInvalid, RbeeError
+from rbee_serve.common.serving import Server, run
+from rbee_serve.contract.errors import ConfigInvalid, ExitCode, RbeeError
 from rbee_serve.contract.settings import WorkerSettings
-from rbee_serve.worker.app import Worker
+from rbee_serve.worker.app import create_app
 from rbee_serve.worker.engine.gguf_header import read_header
 from rbee_serve.worker.engine.process import ProcessEngine
 from rbee_serve.worker.engine.protocol import EngineConfig
+from rbee_serve.worker.lifecycle import Lifecycle
 
-logger = logging.getLogger("rbee.worker")
-
-#: Failures of loading that another start would only repeat.
-_NOT_RESTARTED = frozenset({ModelFileInvalid.code, BackendUnavailable.code, ConfigInvalid.code})
-#: Start-up time asked for with each sign of loading progress.
-_LOAD_STEP_S = 60.0
+#: Seconds that connections have to close once every stream has ended or was told to.
+_CLOSE_S = 2.0
 
 
 def engine_config(settings: WorkerSettings) -> EngineConfig:
-    """Return the engine's part of the settings."""
+    """Return what the engine process needs."""
     return EngineConfig(
         model_path=str(settings.model_path),
         model_sha256=settings.model_sha256,
@@ -47,93 +40,67 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
     )
 
 
-class Service:
-    """One worker process under systemd (or under a shell)."""
-
-    def __init__(self, settings: WorkerSettings, token: str | None, notifier: Notifier) -> None:
-        self._settings, self._notifier = settings, notifier
-        self._engine = ProcessEngine(engine_config(settings), settings.queue_max, settings.load_timeout_s)
-        self._server: serving.Server | None = None
-        self._stopping = False
-        self.exit_code = ExitCode.OK
-        self._worker = Worker(settings, self._engine, token, self._request_exit)
-
-    def run(self) -> None:
-        """Serve until told to stop or the engine is dead."""
-        s = self._settings
-        serving.run(
-            self._worker.app(),
-            host=s.host,
-            port=s.port,
-            notifier=self._notifier,
-            alive=lambda: self._engine.progress.stage != "ready" or self._engine.step_age_s < s.stall_timeout_s,
-            on_shutdown=self._on_shutdown,
-            on_started=self._on_started,
-            graceful_timeout_s=2.0,
-            on_server=self._set_server,
+def check(settings: WorkerSettings) -> str | None:
+    """Return the fleet token; raises ConfigInvalid or ModelFileInvalid for whatever only a person can put right."""
+    token = load_secret(settings.fleet_token_file, "fleet-token")
+    require_auth_for_bind(settings.host, token is not None, "a fleet token (fleet_token_file)")
+    if settings.queen_url and settings.url is None and settings.host in ("0.0.0.0", "::"):  # noqa: S104 -- compared, not bound
+        raise ConfigInvalid(
+            f"url: required, since the queen cannot reach a worker at {settings.host}",
+            hint=f"set url to the address of this machine, for example http://10.0.0.5:{settings.port}",
         )
-
-    def _set_server(self, server: serving.Server) -> None:
-        self._server = server
-
-    def _request_exit(self) -> None:
-        if self._server is not None:
-            self._server.should_exit = True
-
-    async def _on_started(self) -> None:
-        self._watch = asyncio.create_task(self._watch_engine())
-
-    async def _watch_engine(self) -> None:
-        """Tell systemd of loading and readiness; end the process when the engine is gone."""
-        progress = self._engine.progress
-        while progress.stage not in ("ready", "failed"):
-            status = f"loading {self._settings.model_id}: {progress.layers_loaded} of {progress.layers_total} layers"
-            self._notifier.extend_timeout(_LOAD_STEP_S, status)
-            progress = await self._engine.wait_progress(progress)
-        if progress.stage == "ready":
-            s = self._settings
-            self._notifier.ready(f"ready: {s.model_id} on {s.backend}:{s.device}, {s.slots} slots, {s.public_url}")
-            logger.info("ready: %s on %s:%d, %d slots, %s", s.model_id, s.backend, s.device, s.slots, s.public_url)
-            await self._engine.wait_dead()
-            progress = self._engine.progress
-        if self._stopping:
-            return
-        reason = progress.error or "the engine ended"
-        self.exit_code = ExitCode.CONFIG if progress.error_code in _NOT_RESTARTED else ExitCode.FAILED
-        self._notifier.status(f"failed: {reason}")
-        logger.error("%s", reason)
-        self._request_exit()
-
-    async def _on_shutdown(self) -> None:
-        self._stopping = True
-        if self.exit_code is ExitCode.OK:
-            self._notifier.stopping(f"draining: {self._worker.inference.running} streams")
-            await self._worker.begin_drain()
+    read_header(settings.model_path)
+    return token
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run; return the exit code."""
-    parser = argparse.ArgumentParser(prog="rbee-worker", description="one llama.cpp model behind HTTP, as a systemd service")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="settings file (docs/settings.md)")
-    parser.add_argument("--check-config", action="store_true", help="validate the settings and exit")
-    options = parser.parse_args(argv)
+def serve(settings: WorkerSettings, token: str | None, notifier: Notifier) -> int:
+    """Serve until SIGTERM, a drain or the end of the engine; return the exit code."""
+    servers: list[Server] = []
+
+    def leave() -> None:
+        for server in servers:
+            server.should_exit = True
+
+    engine = ProcessEngine(engine_config(settings), settings.queue_max, settings.load_timeout_s)
+    app = create_app(settings, engine, fleet_token=token, notifier=notifier, leave=leave)
+    lifecycle: Lifecycle = app.state.lifecycle
+    run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        notifier=notifier,
+        alive=lifecycle.alive,
+        on_shutdown=lifecycle.on_shutdown,
+        graceful_timeout_s=_CLOSE_S,
+        on_server=servers.append,
+    )
+    return lifecycle.exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 drained; 1 the engine died; 78 wrong settings, secrets, address or model file, which systemd does not
+    try again."""
+    parser = argparse.ArgumentParser(prog="rbee-worker", description="One model on one device, served over HTTP.")
+    parser.add_argument("--config", type=Path, required=True, help="settings file, /etc/rbee/workers/NAME.toml")
+    parser.add_argument("--check-config", action="store_true", help="check settings, secrets and model file, then exit")
+    parser.add_argument("--version", action="version", version=f"rbee-worker {__version__}")
+    args = parser.parse_args(argv)
     notifier = Notifier()
     try:
-        settings = WorkerSettings.load(options.config)
-        if options.check_config:
+        settings = WorkerSettings.load(args.config)
+        token = check(settings)
+        if args.check_config:
+            sys.stdout.write(f"{args.config}: ok\n")
             return ExitCode.OK
         setup_logging(settings.log_level)
-        token = load_secret(settings.fleet_token_file, "fleet-token")
-        require_auth_for_bind(settings.host, token is not None, "a fleet token (fleet_token_file)")
-        read_header(settings.model_path)
-        service = Service(settings, token, notifier)
-        service.run()
+        if token is None and is_loopback(settings.host):
+            sys.stderr.write(f"rbee-worker: no fleet token: every program on this machine may use {settings.public_url}\n")
+        return serve(settings, token, notifier)
     except RbeeError as e:
-        hint = f"; next: {e.hint}" if e.hint else ""
-        notifier.status(f"failed: {e.message}")
-        print(f"rbee-worker: {e.message}{hint}", file=sys.stderr, flush=True)
+        notifier.status(e.message)
+        hint = f"; try: {e.hint}" if e.hint else ""
+        sys.stderr.write(f"rbee-worker: {e.message}{hint}\n")
         return e.exit_code
-    return service.exit_code
 
 
 if __name__ == "__main__":

@@ -1,41 +1,49 @@
-"""Counters of one worker in Prometheus' text form (SPEC E-32)."""
+"""What a worker counts (SPEC E-32). One registry an application, nothing global, no unbounded label."""
 
 from __future__ import annotations
 
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from rbee_serve.worker.engine.protocol import Engine
+CONTENT_TYPE = CONTENT_TYPE_LATEST
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 300_000)
 
 
-class WorkerMetrics:
-    """One registry a worker; nothing global."""
+class Metrics:
+    """Counters of one worker; ``render`` takes the figures that are read off its state."""
 
-    def __init__(self, engine: Engine, slots: int) -> None:
-        registry = self._registry = CollectorRegistry()
-        self.requests = Counter("worker_requests", "requests by how they ended", ["outcome"], registry=registry)
-        self.tokens_out = Counter("worker_tokens_generated", "tokens generated", registry=registry)
-        self.tokens_in = Counter("worker_tokens_in", "prompt tokens", registry=registry)
-        self.tokens_cached = Counter(
-            "worker_prompt_tokens_cached", "prompt tokens taken from the prefix cache", registry=registry
-        )
-        self.duration = Histogram(
-            "worker_inference_duration_ms",
-            "milliseconds from acceptance to the end",
-            buckets=(50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000),
-            registry=registry,
-        )
-        began = time.monotonic()
-        Gauge("worker_uptime_seconds", "seconds since start", registry=registry).set_function(lambda: time.monotonic() - began)
-        Gauge("worker_vram_bytes", "device memory in use", registry=registry).set_function(
-            lambda: float(engine.info.device_memory_bytes) if engine.info else 0.0
-        )
-        Gauge("worker_slots", "parallel streams possible", registry=registry).set(slots)
-        Gauge("worker_slots_busy", "streams running or waiting", registry=registry).set_function(lambda: float(engine.slots_busy))
+    def __init__(self) -> None:
+        self.collector = CollectorRegistry()
+        self._began = time.monotonic()
 
-    def render(self) -> bytes:
-        """Return the exposition."""
-        return generate_latest(self._registry)
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"worker_{name}", text, labels, registry=self.collector)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"worker_{name}", text, registry=self.collector)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(f"worker_{name}", text, buckets=_MS, registry=self.collector)
+
+        self.requests = counter("requests", "inference requests ended, by stop reason or error code", "outcome")
+        self.tokens_generated = counter("tokens_generated", "tokens sampled for clients")
+        self.tokens_in = counter("tokens_in", "prompt tokens of accepted requests")
+        self.tokens_cached = counter("tokens_cached", "prompt tokens that needed no evaluation")
+        self.heartbeats = counter("heartbeats", "heartbeats sent, by result", "result")
+        self.duration_ms = histogram("inference_duration_ms", "from acceptance to the last event, milliseconds")
+        self.first_token_ms = histogram("time_to_first_token_ms", "from acceptance to the first token, milliseconds")
+        self._uptime = gauge("uptime_seconds", "age of the process")
+        self._vram = gauge("vram_bytes", "device memory held by weights, KV cache and buffers; 0 on a CPU")
+        self._slots_total = gauge("slots_total", "streams decoded in parallel")
+        self._slots_busy = gauge("slots_busy", "slots taken")
+
+    def render(self, *, slots_total: int, slots_busy: int, vram_bytes: int) -> bytes:
+        """Return everything in Prometheus' text format."""
+        self._uptime.set(time.monotonic() - self._began)
+        self._vram.set(vram_bytes)
+        self._slots_total.set(slots_total)
+        self._slots_busy.set(slots_busy)
+        return generate_latest(self.collector)

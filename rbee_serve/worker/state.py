@@ -1,91 +1,155 @@
-"""What the worker is doing right now, and the record that says so to the queen."""
+"""What a worker is at this moment: its state, who may come in, its record. No I/O."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from rbee_serve import __version__
 from rbee_serve.contract.api import WorkerRecord, WorkerState
-from rbee_serve.contract.errors import LoadingTimeout, RbeeError, WorkerCrashed, WorkerDraining, WorkerLoading
+from rbee_serve.contract.errors import RbeeError, WorkerCrashed, WorkerDraining, WorkerLoading
 from rbee_serve.contract.settings import WorkerSettings
-from rbee_serve.worker.engine.protocol import Engine
+from rbee_serve.worker.chat import ChatTemplate
+from rbee_serve.worker.engine.protocol import Engine, EngineInfo, LoadProgress
+from rbee_serve.worker.metrics import Metrics
+
+if TYPE_CHECKING:
+    from rbee_serve.worker.generation import Generation
+
+#: Seconds after which a refused client may try again.
+RETRY_AFTER_S = 1
+#: How often a slot that is being freed is looked at. The engine needs one step for it and has no event for its end.
+_SETTLE_S = 0.02
 
 
-class WorkerStatus:
-    """State derived from the engine and from whether the worker drains. ``changed`` wakes the heartbeat."""
+class Worker:
+    """One worker. ``active`` holds the requests that are running, by id."""
 
-    def __init__(self, settings: WorkerSettings, engine: Engine) -> None:
-        self._settings, self._engine = settings, engine
-        self._draining = self._stopped = False
-        self._started_at = time.time()
-        self._changed = asyncio.Event()
-
-    def notice(self) -> None:
-        """Something may have changed: beat soon."""
-        self._changed.set()
-
-    async def wait_changed(self) -> None:
-        """Return after the next ``notice``."""
-        await self._changed.wait()
-        self._changed.clear()
-
-    @property
-    def draining(self) -> bool:
-        """Whether new work is refused for good."""
-        return self._draining
-
-    def drain(self) -> None:
-        """Take nothing new from now on."""
-        self._draining = True
-        self.notice()
-
-    def stop(self) -> None:
-        """The last thing that is ever said."""
-        self._draining = self._stopped = True
+    def __init__(
+        self, settings: WorkerSettings, engine: Engine, metrics: Metrics, *, wall: Callable[[], float] = time.time
+    ) -> None:
+        """``wall``: seconds since the epoch."""
+        self.settings, self.engine, self.metrics, self.wall = settings, engine, metrics, wall
+        self.started_at = wall()
+        self.active: dict[str, Generation] = {}
+        self._drain_began = asyncio.Event()
+        self.stopped = False
+        #: Set when the state may have changed; the heartbeat clears it.
+        self.changed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._settling: asyncio.Task[None] | None = None
+        self._chat: ChatTemplate | None = None
 
     @property
     def state(self) -> WorkerState:
-        """Current state."""
-        if self._stopped:
+        """The state as the registry shows it."""
+        if self.stopped:
             return WorkerState.STOPPED
-        stage = self._engine.progress.stage
-        if stage == "failed":
+        if self.engine.progress.stage == "failed":
             return WorkerState.FAILED
-        if self._draining:
+        if self.draining:
             return WorkerState.DRAINING
-        if stage != "ready":
+        if self.engine.info is None:
             return WorkerState.LOADING
-        return WorkerState.BUSY if self._engine.slots_busy >= self._settings.slots else WorkerState.IDLE
+        return WorkerState.BUSY if self.engine.slots_busy >= self.settings.slots else WorkerState.IDLE
 
-    def refuse_unless_ready(self) -> None:
-        """Raise what a new request gets now: WorkerDraining, WorkerLoading, WorkerCrashed or nothing."""
-        state, progress = self.state, self._engine.progress
+    @property
+    def draining(self) -> bool:
+        """Whether nothing new is taken, for good."""
+        return self._drain_began.is_set()
+
+    @property
+    def slots_busy(self) -> int:
+        """Slots taken; requests that wait for one do not count."""
+        return min(self.engine.slots_busy, self.settings.slots)
+
+    def admit(self) -> EngineInfo:
+        """Return what is loaded; raises WorkerLoading, WorkerDraining or WorkerCrashed. Slots are the engine's to grant."""
+        state = self.state
         if state in (WorkerState.DRAINING, WorkerState.STOPPED):
-            raise WorkerDraining("this worker finishes what it has and takes nothing new", retry_after_s=1)
+            raise WorkerDraining("the worker finishes what it has and takes nothing new", retry_after_s=RETRY_AFTER_S)
         if state is WorkerState.FAILED:
-            raise WorkerCrashed(progress.error or "the engine failed")
-        if state is WorkerState.LOADING:
+            raise WorkerCrashed("the engine of this worker has failed; its journal says why")
+        info, progress = self.engine.info, self.engine.progress
+        if info is None:
             raise WorkerLoading(
-                f"loading: {progress.layers_loaded} of {progress.layers_total} layers",
+                f"the model is being loaded: {progress.layers_loaded} of {progress.layers_total or '?'} layers",
                 layers_loaded=progress.layers_loaded,
                 layers_total=progress.layers_total,
-                retry_after_s=2,
+                progress_url=f"{self.settings.public_url}/v1/loading/progress",
+                retry_after_s=RETRY_AFTER_S,
             )
+        return info
 
-    def loading_error(self) -> RbeeError | None:
-        """Return why loading failed, None when it did not."""
-        progress = self._engine.progress
-        if progress.stage != "failed":
-            return None
-        cls = LoadingTimeout if progress.error_code == LoadingTimeout.code else WorkerCrashed
-        return cls(progress.error or "the engine failed")
+    def chat(self, info: EngineInfo) -> ChatTemplate:
+        """Return the model's chat template."""
+        if self._chat is None:
+            self._chat = ChatTemplate(info.chat_template, bos_token=info.bos_token, eos_token=info.eos_token)
+        return self._chat
+
+    def add(self, generation: Generation) -> None:
+        """A request is running."""
+        self.active[generation.id] = generation
+        self._idle.clear()
+        self.changed.set()
+
+    def remove(self, generation: Generation) -> None:
+        """A request has ended; its slot is free now or within one step of the engine."""
+        self.active.pop(generation.id, None)
+        if not self.active:
+            self._idle.set()
+        self.changed.set()
+        if self.engine.slots_busy > len(self.active) and self._settling is None:
+            self._settling = asyncio.create_task(self._settle())
+
+    async def _settle(self) -> None:
+        try:
+            while self.engine.slots_busy > len(self.active):  # noqa: ASYNC110 -- the engine has no event for it
+                await asyncio.sleep(_SETTLE_S)
+        finally:
+            self._settling = None
+        self.changed.set()
+
+    async def drain(self, timeout_s: float | None) -> None:
+        """Take nothing new and return when every running request has ended.
+
+        After ``timeout_s`` the rest is handed back with an ``error`` event WORKER_DRAINING, so that the queen can go on
+        with it elsewhere. None: wait as long as it takes.
+        """
+        self._drain_began.set()
+        self.changed.set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            self.end_all(WorkerDraining("the worker is stopping and the time for running requests is over"))
+
+    async def next_progress(self, seen: LoadProgress) -> LoadProgress:
+        """Return the progress of loading as soon as it differs from ``seen``; raises WorkerDraining when that is in vain."""
+        waits = [asyncio.ensure_future(self.engine.wait_progress(seen)), asyncio.ensure_future(self._drain_began.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        progress = self.engine.progress
+        if progress == seen:
+            raise WorkerDraining("the worker is stopping")
+        return progress
+
+    def end_all(self, why: RbeeError) -> None:
+        """End every running request with ``why``."""
+        for generation in list(self.active.values()):
+            generation.end(why)
 
     def record(self) -> WorkerRecord:
-        """Return the worker as the queen is to know it."""
-        s, info = self._settings, self._engine.info
-        ready = self.state in (WorkerState.IDLE, WorkerState.BUSY)
+        """Return the worker as it describes itself (SPEC 3.6)."""
+        s, info, state = self.settings, self.engine.info, self.state
+        takes = state in (WorkerState.IDLE, WorkerState.BUSY)
         return WorkerRecord(
             id=s.worker_id,
             hive_id=s.hive,
@@ -93,27 +157,37 @@ class WorkerStatus:
             url=s.public_url,
             model_id=s.model_id,
             model_ref=s.model_ref,
-            backend=s.backend,
+            backend=info.backend if info else s.backend,
             device=s.device,
             port=s.port,
             pid=os.getpid(),
-            status=self.state,
+            status=state,
             slots_total=s.slots,
-            slots_available=max(0, s.slots - self._engine.slots_busy) if ready else 0,
-            implementation="llama.cpp",
+            slots_available=s.slots - self.slots_busy if takes else 0,
+            implementation="llama-cpp-python",
             version=__version__,
-            started_at=self._started_at,
+            started_at=self.started_at,
             context_tokens=info.context_tokens if info else None,
             vram_bytes=info.device_memory_bytes if info else None,
             continuation_class=info.continuation_class if info else None,
-            model_info={
-                "architecture": info.architecture,
-                "quantization": info.quantization,
-                "parameters": info.parameters,
-                "size_bytes": info.size_bytes,
-                "engine": info.engine_version,
-                "exact_context_tokens": info.metadata.get("exact_context_tokens", 0),
-            }
-            if info
-            else {},
+            model_info=_model_info(info) if info else {},
         )
+
+
+def _model_info(info: EngineInfo) -> dict[str, object]:
+    return {
+        "architecture": info.architecture,
+        "quantization": info.quantization,
+        "parameters": info.parameters,
+        "size_bytes": info.size_bytes,
+        "layers": info.layers,
+        "vocab_size": info.vocab_size,
+        "context_trained": info.context_trained,
+        "chat_template": info.chat_template is not None,
+        "devices": info.devices,
+        "threads": info.threads,
+        "engine_version": info.engine_version,
+        # Up to this length another worker of the same class continues a stream exactly; the queen reads it.
+        "exact_context_tokens": info.metadata.get("exact_context_tokens", 0),
+        "metadata": info.metadata,
+    }

@@ -258,11 +258,9 @@ P, M = {"prompt": "hi"}, {"messages": [{"role": "user", "content": "hi"}]}
         ("/v1/inference", {"prompt": ""}, "prompt"),
         ("/v1/inference", {"prompt": 5}, "prompt"),
         ("/v1/inference", {"prompt": "x" * 32_769}, "prompt"),
-        ("/v1/inference", {"prompt": "\ud800"}, "prompt"),
         ("/v1/inference", P | {"max_tokens": 0}, "max_tokens"),
         ("/v1/inference", P | {"max_tokens": "many"}, "max_tokens"),
         ("/v1/inference", P | {"temperature": 2.1}, "temperature"),
-        ("/v1/inference", P | {"temperature": float("nan")}, "temperature"),
         ("/v1/inference", P | {"top_p": 2}, "top_p"),
         ("/v1/inference", P | {"min_p": -1}, "min_p"),
         ("/v1/inference", P | {"top_k": -1}, "top_k"),
@@ -289,8 +287,7 @@ def test_bad_input_is_400_and_names_the_field(path: str, body: dict[str, Any], f
     app = App()
     app.beat()
 
-    # httpx refuses to send NaN and lone surrogates, the json module does not.
-    response = app.ask("POST", path, content=json.dumps(body), headers=CLIENT | {"Content-Type": "application/json"})
+    response = app.ask("POST", path, json=body)
 
     error = error_of(response)
     assert (response.status_code, error["code"]) == (400, "INVALID_REQUEST")
@@ -298,6 +295,17 @@ def test_bad_input_is_400_and_names_the_field(path: str, body: dict[str, Any], f
     assert field in error["message"]
     if path != "/v1/inference":
         assert (error["type"], error["param"]) == ("invalid_request_error", field)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"), [(P | {"prompt": "\ud800"}, "prompt"), (P | {"temperature": float("nan")}, "temperature")]
+)
+def test_what_is_no_strict_json_is_400(body: dict[str, Any], field: str) -> None:
+    """Half a surrogate pair and NaN: Python's json writes them, nothing further on could take them."""
+    response = App().ask("POST", "/v1/inference", content=json.dumps(body))
+
+    assert (response.status_code, error_of(response)["code"]) == (400, "INVALID_REQUEST")
+    assert error_of(response)["details"]["field"] in ("body", field)
 
 
 @pytest.mark.parametrize("path", ["/v1/inference", "/v1/chat/completions", "/v1/completions"])

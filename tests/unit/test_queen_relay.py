@@ -12,6 +12,7 @@ import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from starlette.requests import Request
 from test_queen_registry import beat
 
 from rbee_serve.contract import events
@@ -28,9 +29,11 @@ from rbee_serve.contract.errors import (
     WorkerDraining,
     WorkerLoading,
 )
+from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Relay, Stream
+from rbee_serve.queen.state import Queen
 from rbee_serve.queen.upstream import Limits
 
 TEXT = ["Once", " upon", " a", " time", ",", " ", "é", "…", " [DONE]", " end"]
@@ -295,6 +298,39 @@ def test_wrong_number_is_never_passed_on(wrong: list[bytes]) -> None:
     assert bench.failed() == ["lab0-cpu0"]
 
 
+def test_worker_that_dies_between_last_token_and_end_needs_no_other() -> None:
+    bench = Bench(breaks_after(3), whole)
+
+    seen = bench.run(max_tokens=3)
+
+    assert kinds(seen) == ["started", "token", "end"]
+    assert (seen[-1]["stop_reason"], seen[-1]["tokens_out"]) == ("MAX_TOKENS", 3)
+    assert bench.workers == ["lab0-cpu0"]
+
+
+def test_worker_whose_context_is_too_small_to_go_on_is_passed_over() -> None:
+    too_long = refuses(PromptTooLong("5000 > 4096", prompt_tokens=5000, context_tokens=4096))
+
+    assert text_of(Bench(breaks_after(3), too_long, whole).run()) == "".join(TEXT)
+    assert Bench(breaks_after(3), too_long).run()[-1]["code"] == WorkerCrashed.code
+
+
+@pytest.mark.parametrize(("holds_to", "mode"), [(10, "exact"), (9, "approximate"), (0, "approximate")])
+def test_continuation_is_exact_only_up_to_the_context_that_the_workers_state(holds_to: int, mode: str) -> None:
+    bench = Bench(breaks_after(3), whole)  # 7 tokens of prompt + 3
+    for worker in bench.registry:
+        worker.record.model_info["exact_context_tokens"] = holds_to
+
+    assert [e["mode"] for e in bench.run() if e["type"] == "resumed"] == [mode]
+
+
+def test_client_s_own_continuation_goes_on_counting() -> None:
+    seen = Bench(whole).run(continue_from={"generated_ids": [100, 101]}, max_tokens=10)
+
+    assert [e["i"] for e in seen if e["type"] == "token"] == list(range(2, 10))
+    assert seen[-1]["tokens_out"] == 10
+
+
 def test_silent_worker_is_left() -> None:
     bench = Bench(stream_of(STARTED, *tokens(0, 2), 30.0), whole, stall_s=0.05)
 
@@ -439,6 +475,27 @@ def test_cancel_ends_the_stream_at_once_and_closes_the_worker_s() -> None:
     assert time.perf_counter() - began < 5
 
 
+def test_drain_waits_for_streams_then_tells_the_rest_why_and_takes_nothing_new() -> None:
+    async def drain(*pieces: Piece) -> tuple[list[dict[str, Any]], Bench]:
+        bench = Bench(stream_of(STARTED, *tokens(0, 2), *pieces), stall_s=20.0)
+        queen = Queen(QueenSettings(drain_timeout_s=0.2), bench.registry, bench.metrics, bench.relay, lambda: 0.0)
+        stream = await bench.open()
+        draining = asyncio.ensure_future(queen.drain())
+        seen = [event async for batch in stream.events() for _, event in batch]
+        await draining
+        with pytest.raises(NoWorkerAvailable, match="shutting down"):
+            await queen.open_stream(Request({"type": "http"}), InferenceRequest(prompt="hi"), "native", None)
+        bench.check_settled()
+        return seen, bench
+
+    ended, _ = asyncio.run(drain(0.05, *tokens(2), END))
+    cut, bench = asyncio.run(drain(30.0))
+
+    assert (text_of(ended), ended[-1]["type"]) == ("".join(TEXT), "end")
+    assert (cut[-1]["type"], cut[-1]["code"], cut[-1]["tokens_out"]) == ("error", WorkerDraining.code, 2)
+    assert bench.failed() == []
+
+
 def test_stream_that_is_never_read_frees_the_slot_when_closed() -> None:
     async def leave() -> None:
         bench = Bench(stream_of(STARTED, 30.0))
@@ -489,7 +546,7 @@ def test_cut_anywhere_the_client_gets_every_token_once(cut: int, first_size: int
     broken = stream_of(*in_pieces(STARTED + b"".join(tokens(0, cut)) + b'event: token\ndata: {"ty', first_size), BREAK)
     bench = Bench(broken, second, classes=["A", "A" if same else "B"])
 
-    seen = bench.run()
+    seen = bench.run(max_tokens=len(TEXT) + 1)
 
     assert text_of(seen) == "".join(TEXT)
     assert [e["id"] for e in seen if e["type"] == "token"] == [100 + n for n in range(len(TEXT))]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import platform
 import re
 import shlex
@@ -23,9 +22,9 @@ from typing import Any
 
 from lab_common import FIRST_HOST, MAX_NODES, LabError, progress, run
 
-#: libgomp1: llama.cpp; python3-packaging: ansible.builtin.pip; python3-apt: ansible.builtin.apt; libnss-systemd: DynamicUser
+#: nftables: tests that refuse traffic; libgomp1: llama.cpp; python3-packaging: ansible.builtin.pip; python3-apt: ansible.builtin.apt; libnss-systemd: DynamicUser
 PACKAGES = (
-    "systemd systemd-sysv dbus openssh-server sudo iproute2 procps ca-certificates libnss-systemd libgomp1"
+    "systemd systemd-sysv dbus openssh-server sudo iproute2 nftables procps ca-certificates libnss-systemd libgomp1"
     " python3 python3-venv python3-apt python3-packaging"
 ).split()
 
@@ -73,6 +72,8 @@ def recipe(suite: str, architecture: str) -> dict[str, Any]:
             "etc/dpkg/dpkg.cfg.d/99mmdebstrap",
             "etc/ssh/ssh_host_*",
         ],
+        # .updated newer than /usr: nothing is to be brought up to date at each first boot
+        "commands": ["install -d -m 700 root/.ssh", "touch etc/.updated var/.updated"],
     }
 
 
@@ -258,7 +259,7 @@ def _customize(parts: dict[str, Any], scratch: Path) -> str:
         source = scratch / f"file-{number}"
         source.write_text(text)
         lines.append(f"rm -f {path} && install -D -m {mode:o} {shlex.quote(str(source))} {path}")
-    lines += ["install -d -m 700 root/.ssh", f"touch -d @{os.stat('/etc/os-release').st_mtime:.0f} etc/.updated var/.updated"]
+    lines += parts["commands"]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,115 @@
+"""Commands that show and start nothing: status, env, config show, version."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import typer
+
+from rbee_ctl.commands.options import Json, session
+from rbee_ctl.result import ErrorItem, OperationResult, exit_code_of
+from rbee_ctl.session import Session
+from rbee_serve.contract.errors import RbeeError
+
+config_app = typer.Typer(help="Settings of rbee-ctl.", no_args_is_help=True)
+
+
+def status(ctx: typer.Context, json: Json = False) -> OperationResult:
+    """Show queen, machines and workers at one glance. Asks the queen alone; `hive status` asks the machines themselves."""
+    s = session(ctx, json=json)
+    url, seen, problem = None, None, None
+    try:
+        url = s.settings.queen
+        with s.queen() as queen:
+            seen = queen.get("/v1/status")
+    except RbeeError as e:
+        problem = e
+    data = {
+        "queen_url": url,
+        "queen": seen["queen"] if seen else None,
+        "hives": _hives(s, seen),
+        "workers": seen["workers"] if seen else [],
+        "models": seen["models"] if seen else [],
+    }
+    if problem is None:
+        return OperationResult("status", data=data, view="status")
+    return OperationResult(
+        "status",
+        data=data,
+        view="status",
+        exit_code=exit_code_of(problem),
+        errors=(ErrorItem.of(problem),),
+        partial=bool(data["hives"]),
+    )
+
+
+def _hives(s: Session, seen: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Merge the inventory's machines with those that the queen hears from."""
+    live = {h["name"]: h for h in (seen or {}).get("hives", [])}
+    addresses: dict[str, str | None] = {}
+    if s.settings.inventory.value is not None:
+        addresses = {h.name: h.address for h in s.inventory.hives}
+    addresses |= {name: None for name in live if name not in addresses}
+    silent = "unknown" if seen is None else "no live worker"
+    return [
+        {
+            "name": name,
+            "address": address,
+            "state": "live" if name in live else silent,
+            "workers": live.get(name, {}).get("workers", []),
+            "models": live.get(name, {}).get("models", []),
+            "slots": live.get(name, {}).get("slots"),
+        }
+        for name, address in addresses.items()
+    ]
+
+
+def env(ctx: typer.Context, json: Json = False) -> OperationResult:
+    """Print shell lines that point any OpenAI client at the queen: eval "$(rbee-ctl env)"."""
+    s = session(ctx, json=json)
+    # OpenAI's client refuses to start without a key, so a queen that asks for none gets a word that says so.
+    variables = {"OPENAI_BASE_URL": f"{s.settings.queen}/v1", "OPENAI_API_KEY": s.settings.api_key() or "not-needed"}
+    return OperationResult("env", data={"variables": variables}, view="exports")
+
+
+@config_app.command("show")
+def config_show(ctx: typer.Context, json: Json = False) -> OperationResult:
+    """Show each setting and where it comes from. The key is shown by the first digits of its SHA-256."""
+    s = session(ctx, json=json)
+    found = s.settings
+    shown = {key: {"value": getattr(found, key).value, "source": getattr(found, key).source} for key in _KEYS}
+    errors: tuple[ErrorItem, ...] = ()
+    try:
+        key = found.api_key()
+        digest = f"sha256:{hashlib.sha256(key.encode()).hexdigest()[:6]}..." if key else None
+        shown["api_key"] = {"value": digest, "source": found.api_key_file.value or "not set"}
+    except RbeeError as e:
+        errors = (ErrorItem.of(e),)
+    return OperationResult(
+        "config show",
+        data={"file": str(found.file) if found.file else None, "settings": shown},
+        view="settings",
+        errors=errors,
+        exit_code=1 if errors else 0,
+        partial=True,
+    )
+
+
+_KEYS = ("inventory", "state_dir", "queen_url", "api_key_file")
+
+
+def version(ctx: typer.Context, json: Json = False) -> OperationResult:
+    """Show the version."""
+    import platform
+
+    from rbee_ctl import content
+    from rbee_serve import __version__
+
+    session(ctx, json=json)
+    try:
+        where = str(content.root())
+    except RbeeError:
+        where = None
+    data = {"version": __version__, "python": platform.python_version(), "content": where}
+    return OperationResult("version", data=data, view="version")

@@ -1,0 +1,99 @@
+"""``rbee-ctl worker``: start and stop by playbook; list and get ask the queen."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from rbee_ctl.commands.options import Backend, Json, Node, Verbose, session
+from rbee_ctl.result import OperationResult
+
+app = typer.Typer(help="Workers: start, stop, list, get.", no_args_is_help=True)
+plural = typer.Typer(help="Alias of worker.", no_args_is_help=True)
+
+
+@app.command("spawn", hidden=True)
+@app.command()
+def start(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Option("--model", metavar="REF", help="model id, hf:org/repo[:file] or file:///path.gguf")],
+    node: Annotated[str, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory")],
+    backend: Backend = None,
+    device: Annotated[int, typer.Option("--device", min=0, max=63, help="index of the device within the backend")] = 0,
+    name: Annotated[str | None, typer.Option("--name", help="instance name; default: <backend><device>")] = None,
+    slots: Annotated[int | None, typer.Option("--slots", min=1, max=64, help="streams decoded in parallel")] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Start a worker on a machine; the model is downloaded when it is not there."""
+    from rbee_ctl.commands.fleet import one_host
+    from rbee_ctl.references import check_backend, check_model
+
+    s = session(ctx, json=json, verbose=verbose)
+    check_model(model)
+    check_backend(backend)
+    host = s.inventory.get(node)
+    request = start_request(model, host.backend(backend), device, name, slots)
+    play = s.play("worker_start", limit=node, extra_vars={"rbee_worker_request": request})
+    return OperationResult("worker start", data=dict(one_host(play, node, "worker")), view="worker_started")
+
+
+def start_request(model: str, backend: str, device: int, name: str | None = None, slots: int | None = None) -> dict[str, Any]:
+    """Return the variable ``rbee_worker_request`` of playbooks/worker_start.yml."""
+    wanted = {"backend": backend, "device": device, "model": model, "name": name, "slots": slots}
+    return {k: v for k, v in wanted.items() if v is not None}
+
+
+@app.command()
+def stop(
+    ctx: typer.Context,
+    workers: Annotated[list[str], typer.Argument(metavar="WORKER...", help="ids (lab1-cpu0), or names (cpu0) with --node")],
+    node: Node = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Stop workers; each finishes what it has."""
+    from rbee_ctl.commands.fleet import per_host
+    from rbee_serve.contract.errors import InvalidRequest
+
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    pairs = {
+        (node, worker.removeprefix(f"{node}-")) if node is not None else s.inventory.split_worker_id(worker) for worker in workers
+    }
+    if len(hosts := {host for host, _ in pairs}) > 1:
+        raise InvalidRequest(
+            f"workers of one machine at a time; these are on {', '.join(sorted(hosts))}", hint="rbee-ctl worker stop NODE-NAME"
+        )
+    names = sorted(name for _, name in pairs)
+    play = s.play("worker_stop", limit=hosts.pop(), extra_vars={"rbee_worker_names": names})
+    return per_host("worker stop", play, "workers_stopped")
+
+
+@plural.command("list")
+@app.command("list")
+def list_(
+    ctx: typer.Context,
+    node: Node = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="ID", help="only workers with this model")] = None,
+    state: Annotated[str | None, typer.Option("--state", help="only workers in this state: idle, busy, loading, ...")] = None,
+    json: Json = False,
+) -> OperationResult:
+    """List the live workers, as the queen hears from them."""
+    s = session(ctx, json=json)
+    with s.queen() as queen:
+        found = queen.workers(node=node, model=model, state=state)
+    return OperationResult("worker list", data={"workers": found}, view="workers")
+
+
+@app.command()
+def get(ctx: typer.Context, worker_id: Annotated[str, typer.Argument(metavar="WORKER")], json: Json = False) -> OperationResult:
+    """Show one live worker."""
+    from urllib.parse import quote
+
+    s = session(ctx, json=json)
+    with s.queen() as queen:
+        return OperationResult(
+            "worker get", data={"worker": queen.get(f"/v1/workers/{quote(worker_id, safe='')}")}, view="record"
+        )

@@ -1,0 +1,355 @@
+"""Run a playbook and say what came of it, host by host. The only module that knows ansible-runner.
+
+ansible-runner is kept on a short lead: it gets a private folder (0700, in memory where possible) that is removed in any
+case, an environment of named variables only, and extra variables through a file; nothing secret reaches argv or stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rbee_ctl import content, process_tree
+from rbee_ctl.events import OnEvent, Output, Stats, TaskDone, translate
+from rbee_serve.contract.errors import (
+    BY_CODE,
+    ExitCode,
+    MissingDependency,
+    NodeUnreachable,
+    PlaybookFailed,
+    RbeeError,
+    SshAuthFailed,
+    SshTimeout,
+)
+
+HostStatus = Literal["ok", "failed", "unreachable"]
+Status = Literal["success", "partial", "failed", "unreachable", "canceled"]
+
+#: What ansible-playbook sees of the caller's environment. RBEE_* comes on top.
+_PASSED = ("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "SSH_AUTH_SOCK")
+_PASSED_SECRET = ("HF_TOKEN",)
+_PASSED_HUB = ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+#: What ansible-runner itself adds and needs. ANSIBLE_HOST_KEY_CHECKING is not among them: it would switch checking off.
+_RUNNERS_OWN = (
+    "ANSIBLE_CALLBACK_PLUGINS",
+    "ANSIBLE_STDOUT_CALLBACK",
+    "ANSIBLE_RETRY_FILES_ENABLED",
+    "AWX_ISOLATED_DATA_DIR",
+    "RUNNER_OMIT_EVENTS",
+    "RUNNER_ONLY_FAILED_EVENTS",
+)
+#: Seconds between two looks at whether the user has cancelled.
+_POLL_S = 0.2
+#: Seconds that Ansible gets to end by itself after Ctrl+C; a second Ctrl+C ends the wait.
+_GRACE_S = 3.0
+
+
+@dataclass(frozen=True)
+class HostOutcome:
+    """What happened on one host. ``result`` is the playbook's ``rbee_result``; ``error`` is set unless status is ok."""
+
+    status: HostStatus
+    result: dict[str, Any] = field(default_factory=dict)
+    error: RbeeError | None = None
+    changed: int = 0
+
+
+@dataclass(frozen=True)
+class PlaybookResult:
+    """Outcome of a run. ``rc`` is ansible-playbook's own, for information; ``exit_code`` is what rbee-ctl ends with."""
+
+    status: Status
+    rc: int
+    hosts: dict[str, HostOutcome]
+    error: RbeeError | None = None  # a failure that belongs to no host: syntax, inventory, no hosts matched
+
+    @property
+    def exit_code(self) -> int:
+        """0 all done, 3 some hosts failed, 4 hosts unreachable and nothing else wrong, 1 (or the one error's own) else."""
+        if self.status == "canceled":
+            return ExitCode.INTERRUPTED
+        errors = [o.error for o in self.hosts.values() if o.error is not None]
+        if self.error is not None:
+            errors.append(self.error)
+        if not errors:
+            return ExitCode.OK
+        if all(isinstance(e, NodeUnreachable) and e.exit_code == ExitCode.UNREACHABLE for e in errors):
+            return ExitCode.UNREACHABLE
+        if self.status == "partial":
+            return ExitCode.PARTIAL
+        codes = {e.exit_code for e in errors}
+        only = codes.pop() if len(codes) == 1 else ExitCode.FAILED
+        return ExitCode.FAILED if only == ExitCode.CONFIG else only
+
+
+def environment(environ: Mapping[str, str] | None = None, state_dir: Path | None = None) -> dict[str, str]:
+    """Return the environment for Ansible's programs: named variables and RBEE_*, with our own ``bin`` first on PATH."""
+    environ = os.environ if environ is None else environ
+    passed = {k: environ[k] for k in (*_PASSED, *_PASSED_SECRET, *_PASSED_HUB) if k in environ}
+    passed |= {k: v for k, v in environ.items() if k.startswith("RBEE_")}
+    bin_dir = str(Path(sys.executable).parent)
+    passed["PATH"] = f"{bin_dir}:{environ.get('PATH') or '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'}"
+    if (cfg := content.ansible_cfg()) is not None:
+        passed["ANSIBLE_CONFIG"] = str(cfg)
+    if state_dir is not None:
+        passed["RBEE_STATE_DIR"] = str(state_dir)
+    return passed
+
+
+def run_playbook(
+    name: str,
+    *,
+    inventory: Path | None,
+    limit: str | None = None,
+    extra_vars: Mapping[str, Any] | None = None,
+    on_event: OnEvent | None = None,
+    state_dir: Path | None = None,
+    verbose: bool = False,
+) -> PlaybookResult:
+    """Run ``playbooks/<name>.yml`` to its end.
+
+    ``on_event`` gets our events as they happen, in the calling thread; ``inventory`` None is for playbooks that need
+    none (localhost). Raises MissingDependency when Ansible or the playbook is not there. On Ctrl+C or SIGTERM the whole
+    process tree is ended, the private folder removed and KeyboardInterrupt raised.
+    """
+    path = content.playbook(name)
+    collector = _Collector(on_event)
+    with _private_folder() as private, _cancellation() as cancellation:
+        runner = _prepare(private, path, inventory, limit, extra_vars, environment(state_dir=state_dir), verbose)
+        runner.event_handler = collector.handle
+        runner.cancel_callback = cancellation.check
+        try:
+            runner.run()
+        finally:
+            cancellation.sweep()
+        if cancellation.requested:
+            raise KeyboardInterrupt
+        return collector.conclude(runner.rc if isinstance(runner.rc, int) else 1, path)
+
+
+def _prepare(
+    private: Path,
+    playbook: Path,
+    inventory: Path | None,
+    limit: str | None,
+    extra_vars: Mapping[str, Any] | None,
+    env: dict[str, str],
+    verbose: bool,
+) -> Any:
+    """Return an ansible-runner Runner that is ready to run."""
+    try:
+        import ansible_runner
+    except ImportError as e:
+        raise MissingDependency("ansible-runner is not installed", hint="pip install 'rbee[ctl]'") from e
+    variables = None
+    if extra_vars:
+        variables = private / "extra-vars.json"
+        variables.touch(mode=0o600)
+        variables.write_text(json.dumps(dict(extra_vars)), encoding="utf-8")
+    # Ansible's own scratch files (rendered templates, copied secrets) go where they are sure to be removed.
+    env = env | {"ANSIBLE_LOCAL_TEMP": str(private / "tmp"), "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
+    config = ansible_runner.RunnerConfig(
+        private_data_dir=str(private),
+        playbook=str(playbook),
+        inventory=str(inventory) if inventory is not None else "localhost,",
+        limit=limit,
+        extravars=str(variables) if variables is not None else None,
+        envvars=env,
+        project_dir=str(content.root()),
+        quiet=True,
+        suppress_env_files=True,
+        verbosity=1 if verbose else None,
+    )
+    config.prepare()
+    # prepare() starts from os.environ; only what is named above goes on.
+    config.env = {k: v for k, v in config.env.items() if k in env or k in _RUNNERS_OWN}
+    config.pexpect_timeout = _POLL_S
+    config.suppress_output_file = True
+    return ansible_runner.Runner(config)
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    memory = Path("/dev/shm")  # noqa: S108 -- mkdtemp beneath it, 0700
+    base = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="rbee-ctl-", dir=base) as folder:
+        yield Path(folder)
+
+
+class _Cancellation:
+    """Turns SIGINT and SIGTERM into an orderly end of the child and all its descendants."""
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self._since = 0.0
+        self._seen: set[process_tree.Process] = set()
+
+    def request(self, *_: object) -> None:
+        """Note the signal; the runner's loop acts on it within ``_POLL_S``."""
+        self.requested += 1
+
+    def check(self) -> bool:
+        """Return True when the runner is to kill its child; called by its loop."""
+        if not self.requested:
+            return False
+        # Ansible's forks have sessions of their own and are re-parented when it dies: remember them while it lives.
+        self._seen.update(process_tree.descendants(os.getpid()))
+        if not self._since:
+            self._since = time.monotonic()
+            process_tree.kill(self._direct(), signal.SIGINT)
+            return False
+        return self.requested > 1 or time.monotonic() - self._since > _GRACE_S
+
+    def sweep(self) -> None:
+        """Kill whatever a cancelled run left and wait until it is gone: it may still write into the private folder."""
+        process_tree.kill(self._seen)
+        limit = time.monotonic() + _GRACE_S
+        while any(process_tree.alive(p) for p in self._seen) and time.monotonic() < limit:
+            time.sleep(0.02)
+
+    def _direct(self) -> list[process_tree.Process]:
+        return process_tree.children(os.getpid())
+
+
+@contextlib.contextmanager
+def _cancellation() -> Iterator[_Cancellation]:
+    cancellation = _Cancellation()
+    before = {s: signal.signal(s, cancellation.request) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield cancellation
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+class _Collector:
+    """Gathers what the events say about each host."""
+
+    def __init__(self, on_event: OnEvent | None) -> None:
+        self._on_event = on_event
+        self._results: dict[str, dict[str, Any]] = {}
+        self._failed: dict[str, TaskDone] = {}
+        self._unreachable: dict[str, TaskDone] = {}
+        self._seen: dict[str, None] = {}
+        self._stats: Stats | None = None
+        self._output: list[str] = []
+
+    def handle(self, raw: dict[str, Any]) -> bool:
+        """Take one of ansible-runner's events; False: it is not to be written to disk."""
+        for event in translate(raw):
+            if isinstance(event, TaskDone):
+                self._task_done(event)
+            elif isinstance(event, Stats):
+                self._stats = event
+            elif isinstance(event, Output):
+                self._output = [*self._output, *event.text.splitlines()][-40:]
+            if self._on_event is not None:
+                self._on_event(event)
+        return False
+
+    def _task_done(self, event: TaskDone) -> None:
+        self._seen[event.host] = None
+        if event.status == "unreachable":
+            self._unreachable[event.host] = event
+        elif event.status == "failed" and not event.ignored:
+            self._failed[event.host] = event
+        for holder in (event.result, event.result.get("ansible_facts") or {}):
+            if isinstance(holder, dict) and isinstance(holder.get("rbee_result"), dict):
+                self._results[event.host] = holder["rbee_result"]
+
+    def conclude(self, rc: int, path: Path) -> PlaybookResult:
+        """Return the outcome of the run."""
+        hosts = {host: self._outcome(host) for host in self._seen}
+        bad = [o for o in hosts.values() if o.status != "ok"]
+        error: RbeeError | None = None
+        if not bad and (rc != 0 or not hosts):
+            error = self._general_failure(rc, path)
+        status: Status = "success"
+        if error is not None:
+            status = "failed"
+        elif bad and len(bad) < len(hosts):
+            status = "partial"
+        elif bad:
+            status = "unreachable" if all(o.status == "unreachable" for o in bad) else "failed"
+        return PlaybookResult(status, rc, hosts, error)
+
+    def _outcome(self, host: str) -> HostOutcome:
+        result = self._results.get(host, {})
+        changed = self._stats.changed.get(host, 0) if self._stats else 0
+        # A failed task inside a rescued block is no failure: Ansible's own account decides where there is one.
+        failed = host in self._failed if self._stats is None else self._stats.failures.get(host, 0) > 0
+        if host in self._unreachable and (self._stats is None or self._stats.unreachable.get(host, 0) > 0):
+            return HostOutcome("unreachable", result, unreachable(host, _message(self._unreachable[host].result)), changed)
+        if failed:
+            return HostOutcome("failed", result, task_error(host, self._failed.get(host)), changed)
+        return HostOutcome("ok", result, None, changed)
+
+    def _general_failure(self, rc: int, path: Path) -> RbeeError:
+        tail = "\n".join(line for line in self._output if line.strip())[-1500:]
+        if rc == 0:
+            return PlaybookFailed(f"{path.name}: no host matched", hint="rbee-ctl hive list", output=tail)
+        return PlaybookFailed(
+            f"{path.name}: ansible-playbook ended with exit code {rc}; its last words:\n{tail}",
+            hint=f"ansible-playbook --syntax-check {path}",
+            ansible_exit=rc,
+        )
+
+
+def _message(result: Mapping[str, Any]) -> str:
+    text = str(result.get("msg") or result.get("stderr") or result.get("module_stderr") or "no message")
+    return " ".join(text.split())[:600]
+
+
+def unreachable(host: str, message: str) -> NodeUnreachable:
+    """Classify what ssh said (SPEC 3.7): wrong key, changed host key, silence, or anything else."""
+    said = message.lower()
+    if "host key verification failed" in said or "remote host identification has changed" in said:
+        return SshAuthFailed(
+            f"{host}: its SSH host key is unknown or has changed: {message}",
+            hint="if the machine is the right one: ssh-keygen -R ADDRESS && ssh-keyscan ADDRESS >> ~/.ssh/known_hosts",
+        )
+    if "permission denied" in said or "too many authentication failures" in said:
+        return SshAuthFailed(
+            f"{host}: SSH refused the key: {message}", hint="check ansible_user and ansible_ssh_private_key_file in the inventory"
+        )
+    hint = f"check that {host} is up and its address is right: rbee-ctl hive list"
+    if "timed out" in said or "timeout" in said:
+        return SshTimeout(f"{host}: SSH did not answer in time: {message}", hint=hint)
+    return NodeUnreachable(f"{host}: not reachable: {message}", hint=hint)
+
+
+def task_error(host: str, failed: TaskDone | None) -> RbeeError:
+    """Return the error of a failed task: the one that our modules describe in ``rbee_error``, else the task's message."""
+    if failed is None:
+        return PlaybookFailed(f"{host}: failed", hint="run the command again with --verbose")
+    told = _told(failed.result)
+    if told is not None:
+        cls = BY_CODE.get(str(told.get("code")), PlaybookFailed)
+        details = {str(k): v for k, v in (told.get("details") or {}).items() if k not in ("hint", "message")}
+        hint = told.get("hint")
+        return cls(f"{host}: {told.get('message', 'failed')}", hint=str(hint) if hint else None, **details)
+    return PlaybookFailed(
+        f"{host}: task '{failed.task}': {_message(failed.result)}",
+        hint="run the command again with --verbose to see Ansible's output",
+        task=failed.task,
+    )
+
+
+def _told(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Find ``rbee_error`` in a result or in the first failed item of a loop."""
+    if isinstance(told := result.get("rbee_error"), dict):
+        return told
+    items = result.get("results")
+    for item in items if isinstance(items, list) else []:
+        if isinstance(item, dict) and item.get("failed") and isinstance(item.get("rbee_error"), dict):
+            return dict(item["rbee_error"])
+    return None

@@ -1,0 +1,168 @@
+"""The only module that prints. Answers go to stdout, everything else to stderr (SPEC CAP-25)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rbee_ctl import events
+from rbee_ctl.result import ErrorItem, OperationResult
+
+if TYPE_CHECKING:
+    from rbee_ctl.views import Table
+
+ACTOR_WIDTH, ACTION_WIDTH = 10, 15
+#: Seconds between two lines of progress where stderr is no terminal; narration does not wait.
+PROGRESS_PAUSE_S = 1.0
+_DIM, _RED, _RESET = "\x1b[2m", "\x1b[31m", "\x1b[0m"
+
+
+def narration_line(actor: str, action: str, text: str) -> str:
+    """Return ``[actor     ] action         : text`` (SPEC 3.5); what is too long is cut."""
+    return f"[{actor[:ACTOR_WIDTH]:<{ACTOR_WIDTH}}] {action[:ACTION_WIDTH]:<{ACTION_WIDTH}}: {text}"
+
+
+class Ui:
+    """Where a person (or a script) sees what happens. Colours only on a terminal and without NO_COLOR."""
+
+    def __init__(self, out: TextIO | None = None, err: TextIO | None = None) -> None:
+        self.out, self.err = out or sys.stdout, err or sys.stderr
+        self.json = False
+        self.verbose = False
+        self.quiet = False
+        self._tty_out, self._tty_err = self.out.isatty(), self.err.isatty()
+        self._colour = self._tty_err and not os.environ.get("NO_COLOR")
+        self._open_line = False  # stdout stands in the middle of a line
+        self._last_progress = ""
+        self._progress_shown = False  # stderr stands in a line of progress
+        self._progress_at = 0.0
+
+    # --- while a command runs ---------------------------------------------------------------------------------------
+
+    def token(self, text: str) -> None:
+        """Write generated text to stdout at once."""
+        if text:
+            self.out.write(text)
+            self.out.flush()
+            self._open_line = not text.endswith("\n")
+
+    def end_of_tokens(self) -> None:
+        """End the line on a terminal; a file or pipe gets the tokens and nothing else."""
+        if self._open_line and self._tty_out:
+            self.out.write("\n")
+            self.out.flush()
+        self._open_line = False
+
+    def narrate(self, actor: str, action: str, text: str) -> None:
+        """Say on stderr what is happening."""
+        if not self.quiet:
+            line = narration_line(actor, action, text)
+            self.note(f"{_DIM}{line}{_RESET}" if self._colour else line)
+
+    def progress(self, actor: str, action: str, text: str) -> None:
+        """Say how far something is: on a terminal in one line that is rewritten, else at most once a second."""
+        if self.quiet or text == self._last_progress:
+            return
+        self._last_progress = text
+        line = narration_line(actor, action, text)
+        if self._tty_err:
+            self.err.write(f"\r\x1b[K{_DIM if self._colour else ''}{line}{_RESET if self._colour else ''}")
+            self.err.flush()
+            self._progress_shown = True
+        elif (now := time.monotonic()) - self._progress_at >= PROGRESS_PAUSE_S:
+            self._progress_at = now
+            self.note(line)
+
+    def note(self, text: str) -> None:
+        """Write a line to stderr."""
+        if self._progress_shown:
+            self.err.write("\r\x1b[K")
+            self._progress_shown = False
+        if self._open_line and self._tty_out and self._tty_err:
+            self.err.write("\n")
+            self._open_line = False
+        self.err.write(f"{text}\n")
+        self.err.flush()
+
+    def narrator(self, actor: str, action: str) -> events.OnEvent:
+        """Return a listener that narrates a playbook; with ``verbose`` it shows Ansible's own output instead."""
+
+        def on_event(event: events.Event) -> None:
+            if isinstance(event, events.Output):
+                if self.verbose:
+                    self.note(event.text)
+            elif isinstance(event, events.Progress):
+                if not self.verbose:
+                    self.progress(actor, action, event.text)
+            elif isinstance(event, events.TaskStarted):
+                if not self.verbose and event.task:
+                    self.narrate(actor, action, event.task)
+            elif isinstance(event, events.TaskDone) and event.status == "unreachable" and not self.verbose:
+                self.narrate(event.host, action, "not reachable")
+
+        return on_event
+
+    # --- at the end -------------------------------------------------------------------------------------------------
+
+    def finish(self, result: OperationResult) -> None:
+        """Print the result: one JSON envelope, or tables on stdout with messages and errors on stderr."""
+        if self.json:
+            self.out.write(json.dumps(result.envelope(), ensure_ascii=False, default=str) + "\n")
+            self.out.flush()
+            return
+        if result.view is not None and (result.partial or not result.errors):
+            self._show(result)
+        for message in result.messages:
+            self.note(message)
+        for error in result.errors:
+            self._error(error)
+
+    def _show(self, result: OperationResult) -> None:
+        from rbee_ctl import views
+
+        for part in getattr(views, result.view or "")(result.data):
+            if isinstance(part, str):
+                self.out.write(part + "\n")
+            elif self._tty_out:
+                self._rich_table(part)
+            else:
+                self.out.write(part.plain())
+        self.out.flush()
+
+    def _rich_table(self, table: Table) -> None:
+        import rich.box
+        import rich.console
+        import rich.table
+        from rich.markup import escape
+
+        shown = rich.table.Table(title=table.title, title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+        for column in table.columns:
+            shown.add_column(column, overflow="fold")
+        for row in table.rows:
+            shown.add_row(*(escape(cell) for cell in row))
+        rich.console.Console(file=self.out).print(shown)
+
+    def _error(self, error: ErrorItem) -> None:
+        head = f"{_RED}error{_RESET}" if self._colour else "error"
+        self.note(f"{head}: {error.message} [{error.code}]")
+        if facts := _facts(error.details):
+            self.note(f"  {facts}")
+        if isinstance(journal := error.details.get("journal"), list | str):
+            for line in journal.splitlines() if isinstance(journal, str) else journal:
+                self.note(f"  | {line}")
+        if error.hint:
+            self.note(f"  try: {error.hint}")
+
+
+#: Details that the message or the lines above say already.
+_UNSHOWN = frozenset(
+    {"known", "problems", "journal", "node", "model", "backend", "url", "field", "task", "output", "path", "partial_text_file"}
+)
+
+
+def _facts(details: Any) -> str:
+    plain = {k: v for k, v in details.items() if k not in _UNSHOWN and isinstance(v, str | int | float) and v != ""}
+    return ", ".join(f"{k}: {v}" for k, v in plain.items())

@@ -1,0 +1,58 @@
+"""What all commands share in one run: the user interface, the settings, and how to reach inventory, queen and playbooks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rbee_ctl import config
+from rbee_ctl.render import Ui
+
+if TYPE_CHECKING:
+    from rbee_ctl.inventory import Host, Inventory
+    from rbee_ctl.playbook import PlaybookResult
+    from rbee_ctl.queen_client import QueenClient
+
+
+class Session:
+    """One invocation of rbee-ctl. Nothing is read before it is asked for."""
+
+    def __init__(self, ui: Ui) -> None:
+        self.ui = ui
+
+    @functools.cached_property
+    def settings(self) -> config.Settings:
+        """Return the settings; raises ConfigInvalid."""
+        return config.load()
+
+    @functools.cached_property
+    def inventory(self) -> Inventory:
+        """Return the inventory; raises ConfigInvalid when there is none."""
+        from rbee_ctl.inventory import load
+
+        return load(self.settings.inventory_path)
+
+    def known_node(self, name: str | None) -> Host | None:
+        """Return the host, or None when none was named; raises NodeNotFound before anything is started."""
+        return None if name is None else self.inventory.get(name)
+
+    def queen(self) -> QueenClient:
+        """Return a client for the queen; close it."""
+        from rbee_ctl.queen_client import QueenClient
+
+        return QueenClient(self.settings.queen, self.settings.api_key())
+
+    def play(self, name: str, *, limit: str | None = None, extra_vars: Mapping[str, Any] | None = None) -> PlaybookResult:
+        """Run a playbook against the inventory and narrate it."""
+        from rbee_ctl.playbook import run_playbook
+
+        return run_playbook(
+            name,
+            inventory=self.settings.inventory_path,
+            limit=limit,
+            extra_vars=extra_vars,
+            on_event=self.ui.narrator(limit or "ansible", name),
+            state_dir=self.settings.state_path,
+            verbose=self.ui.verbose,
+        )

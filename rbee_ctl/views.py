@@ -1,0 +1,194 @@
+"""How data looks to a person: pure functions from a command's ``data`` to tables and lines. ``render`` prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Data = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text; ``plain`` is its form for pipes and files."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    title: str | None = None
+
+    def plain(self) -> str:
+        """Return aligned columns, two spaces apart, with a header line."""
+        lines = [tuple(c.upper() for c in self.columns), *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        body = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return (f"{self.title}\n" if self.title else "") + body + "\n"
+
+
+View = Iterable[Table | str]
+
+
+def _table(columns: tuple[str, ...], rows: Iterable[Iterable[Any]], title: str | None = None) -> Table:
+    return Table(columns, tuple(tuple("-" if cell is None or cell == "" else str(cell) for cell in row) for row in rows), title)
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time in the two largest units: ``4s``, ``3m 10s``, ``2h 5m``, ``3d 4h``."""
+    whole = int(seconds)
+    days, rest = divmod(whole, 86400)
+    hours, rest = divmod(rest, 3600)
+    minutes, secs = divmod(rest, 60)
+    parts = [(days, "d"), (hours, "h"), (minutes, "m"), (secs, "s")]
+    while len(parts) > 1 and parts[0][0] == 0:
+        parts.pop(0)
+    return " ".join(f"{n}{unit}" for n, unit in parts[:2])
+
+
+def size(count: float | None) -> str | None:
+    """Return bytes in decimal megabytes."""
+    return None if count is None else f"{count / 1e6:.1f} MB"
+
+
+def _worker_rows(workers: Iterable[Data]) -> list[tuple[Any, ...]]:
+    return [
+        (
+            w.get("id"),
+            w.get("hive_id"),
+            w.get("model_id"),
+            f"{w.get('backend')}:{w.get('device')}",
+            w.get("status"),
+            f"{w.get('slots_available')}/{w.get('slots_total')}",
+            f"{w['last_heartbeat_age_s']}s" if "last_heartbeat_age_s" in w else None,
+            w.get("url"),
+        )
+        for w in workers
+    ]
+
+
+_WORKER_COLUMNS = ("worker", "node", "model", "device", "state", "free", "heard", "url")
+
+
+def workers(data: Data) -> View:
+    """Live workers."""
+    if not data["workers"]:
+        return ["no live workers"]
+    return [_table(_WORKER_COLUMNS, _worker_rows(data["workers"]))]
+
+
+def record(data: Data) -> View:
+    """One record, key by key."""
+    (inner,) = data.values()
+    return [_table(("field", "value"), ((k, v) for k, v in inner.items() if not isinstance(v, dict)))]
+
+
+def status(data: Data) -> View:
+    """The fleet at one glance: queen, hives, workers."""
+    queen = data["queen"]
+    if queen is None:
+        yield f"queen {data['queen_url'] or 'not set'}: no answer"
+    else:
+        running = queen.get("requests_in_progress")
+        up = duration(queen.get("uptime_s", 0))
+        yield f"queen {data['queen_url']}: up {up}, version {queen.get('version')}, {running} running"
+    rows = []
+    for hive in data["hives"]:
+        slots = hive["slots"]
+        free = f"{slots['total'] - slots['busy']}/{slots['total']}" if slots else None
+        rows.append((hive["name"], hive["address"], hive["state"], ", ".join(hive["workers"]), ", ".join(hive["models"]), free))
+    if rows:
+        yield _table(("node", "address", "state", "workers", "models", "free"), rows)
+    if data["workers"]:
+        yield _table(_WORKER_COLUMNS, _worker_rows(data["workers"]))
+
+
+def hives(data: Data) -> View:
+    """Hosts of the inventory."""
+    if not data["hives"]:
+        return ["the inventory has no hosts in group rbee_hives"]
+    rows = (
+        (h["name"], h["address"], ", ".join(h["backends"]), ", ".join(h["workers"]), "yes" if h["queen"] else "")
+        for h in data["hives"]
+    )
+    return [_table(("node", "address", "backends", "declared workers", "queen"), rows)]
+
+
+def hive_status(data: Data) -> View:
+    """State of each machine's target and units, as systemd tells it."""
+    rows: list[tuple[Any, ...]] = []
+    for host, outcome in data["hosts"].items():
+        if outcome["status"] != "ok":
+            rows.append((host, outcome["status"], None, None, None, None, None))
+            continue
+        hive = outcome.get("hive", {})
+        rows.append((host, hive.get("target"), hive.get("version"), "rbee-hive.target", hive.get("target"), None, None))
+        for unit in [*hive.get("units", []), *([hive["queen"]] if hive.get("queen") else [])]:
+            state = f"{unit.get('active_state')} ({unit.get('sub_state')})"
+            rows.append((host, None, None, unit.get("unit"), state, unit.get("n_restarts"), unit.get("status_text")))
+    return [_table(("node", "hive", "version", "unit", "state", "restarts", "status"), rows)]
+
+
+def hosts(data: Data) -> View:
+    """Outcome of a fleet verb, host by host."""
+    rows = []
+    for host, outcome in data["hosts"].items():
+        done = outcome["status"] if outcome["status"] != "ok" else ("changed" if outcome.get("changed") else "unchanged")
+        rows.append((host, done, outcome.get("target")))
+    return [_table(("node", "outcome", "hive"), rows)]
+
+
+def worker_started(data: Data) -> View:
+    """A worker that was started, or ran already."""
+    w = data["worker"]
+    verb = "started" if data.get("changed") else "already running"
+    where = f"{w.get('backend')}:{w.get('device')}"
+    yield f"{w.get('worker_id')}: {verb}, {w.get('state')}, {w.get('model_id')} on {where}, {w.get('url')}"
+
+
+def workers_stopped(data: Data) -> View:
+    """Workers that were stopped, or were not running."""
+    for host, outcome in data["hosts"].items():
+        for verb, key in (("stopped", "stopped"), ("was not running", "already_stopped")):
+            for name in outcome.get(key, []):
+                yield f"{host}-{name}: {verb}"
+
+
+def models(data: Data) -> View:
+    """Models of nodes, or those that are served."""
+    if not data["models"]:
+        return ["no models"]
+    rows = ((m.get("node"), m.get("id"), size(m.get("size_bytes")), m.get("status"), m.get("reference")) for m in data["models"])
+    return [_table(("node", "model", "size", "status", "reference"), rows)]
+
+
+def model_downloaded(data: Data) -> View:
+    """A model that was fetched, or was there."""
+    for host, outcome in data["hosts"].items():
+        model = outcome.get("model", {})
+        verb = "downloaded" if outcome.get("downloaded") else "already there"
+        yield f"{host}: {model.get('id')} {verb}, {size(model.get('size_bytes'))}, {model.get('path')}"
+
+
+def exports(data: Data) -> View:
+    """Lines for ``eval``."""
+    import shlex
+
+    for name, value in data["variables"].items():
+        yield f"export {name}={shlex.quote(value)}"
+
+
+def settings(data: Data) -> View:
+    """Settings with their sources."""
+    return [_table(("setting", "value", "source"), ((k, s["value"], s["source"]) for k, s in data["settings"].items()))]
+
+
+def version(data: Data) -> View:
+    """Version in one line."""
+    yield f"rbee-ctl {data['version']}"
+
+
+def lab(data: Data) -> View:
+    """Machines of the lab."""
+    if not data["nodes"]:
+        return ["no lab machines"]
+    rows = ((n["name"], n["state"], n["address"], data["lab"]["network"], data["lab"]["bridge"]) for n in data["nodes"])
+    return [_table(("machine", "state", "address", "network", "bridge"), rows)]

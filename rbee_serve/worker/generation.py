@@ -1,0 +1,135 @@
+"""One request at the engine: deadline, cancellation, figures. Knows no HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import suppress
+from typing import cast
+
+from rbee_serve.contract.api import StopReason
+from rbee_serve.contract.errors import MalformedResponse, RbeeError, RequestCanceled, RequestTimeout
+from rbee_serve.worker.engine.protocol import EngineEvent, Finished, GenerateRequest, Started, TokenOut
+from rbee_serve.worker.state import Worker
+
+
+class Generation:
+    """A request from submission to its last event. ``aclose`` in any case: it frees the slot."""
+
+    def __init__(self, worker: Worker, request: GenerateRequest, deadline: float | None) -> None:
+        """``deadline``: seconds since the epoch (of ``worker.wall``), None: no limit."""
+        self.id = request.request_id
+        self.seed = request.params.seed
+        self.started: Started | None = None
+        self.tokens_out = len(request.generated_ids)
+        self.outcome: str | None = None
+        self._worker = worker
+        self._deadline = None
+        if deadline is not None:
+            self._deadline = asyncio.get_running_loop().time() + deadline - worker.wall()
+        self._events = cast("AsyncGenerator[EngineEvent, None]", worker.engine.generate(request))
+        self._ending: RbeeError | None = None
+        self._timer: asyncio.Timeout | None = None
+        self._began = time.perf_counter()
+        self._first_token: float | None = None
+        self._last_token = self._began
+        self._closed = False
+
+    async def open(self) -> Started:
+        """Wait for a slot. Raises what the engine raises (AllSlotsBusy, PromptTooLong, ...), RequestTimeout, or why it was
+        ended meanwhile."""
+        self._worker.add(self)
+        event = await self._next()
+        if not isinstance(event, Started):
+            raise MalformedResponse(f"the engine began with {type(event).__name__}")
+        self.started = event
+        self._worker.changed.set()
+        metrics = self._worker.metrics
+        metrics.tokens_in.inc(event.prompt_tokens)
+        metrics.tokens_cached.inc(event.cached_tokens)
+        return event
+
+    async def events(self) -> AsyncIterator[TokenOut | Finished]:
+        """Yield tokens and, last, Finished: also when the client cancelled.
+
+        Raises RequestTimeout, WorkerDraining, WorkerCrashed, InferenceFailed.
+        """
+        metrics = self._worker.metrics
+        while True:
+            try:
+                event = await self._next()
+            except RequestCanceled:
+                event = self._cancelled()
+            if isinstance(event, Started):
+                continue
+            if isinstance(event, Finished):
+                self.outcome = event.stop_reason
+                yield event
+                return
+            self._last_token = time.perf_counter()
+            if self._first_token is None:
+                self._first_token = self._last_token
+                metrics.first_token_ms.observe(self._ms(self._began, self._first_token))
+            self.tokens_out += 1
+            metrics.tokens_generated.inc()
+            yield event
+
+    def end(self, why: RbeeError) -> None:
+        """End it from outside: whoever waits for the engine gets ``why`` at once. Later calls change nothing."""
+        if self._ending is None:
+            self._ending = why
+            if self._timer is not None:
+                with suppress(RuntimeError):  # the deadline has just passed: the next wait looks at _ending
+                    self._timer.reschedule(0.0)
+
+    async def aclose(self) -> None:
+        """Cancel what still runs, free the slot, count. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            await self._events.aclose()
+        finally:
+            self._worker.remove(self)
+            metrics = self._worker.metrics
+            metrics.requests.labels(outcome=self.outcome or RequestCanceled.code).inc()
+            if self.started is not None:
+                metrics.duration_ms.observe(self._ms(self._began, time.perf_counter()))
+
+    async def _next(self) -> EngineEvent:
+        if self._ending is not None:
+            raise self._failed(self._ending)
+        self._timer = asyncio.timeout_at(self._deadline)
+        try:
+            async with self._timer:
+                return await anext(self._events)
+        except TimeoutError as e:
+            raise self._failed(self._ending or self._late()) from e
+        except RbeeError as e:
+            raise self._failed(e) from None
+        except StopAsyncIteration as e:
+            raise self._failed(MalformedResponse("the engine ended the stream without a last event")) from e
+        finally:
+            self._timer = None
+
+    def _failed(self, error: RbeeError) -> RbeeError:
+        self.outcome = error.code
+        return error
+
+    def _late(self) -> RbeeError:
+        return RequestTimeout(
+            f"the deadline of the request has passed after {self.tokens_out} tokens",
+            hint="ask for fewer tokens or a longer timeout_s",
+            tokens_out=self.tokens_out,
+        )
+
+    def _cancelled(self) -> Finished:
+        first = self._first_token or time.perf_counter()
+        return Finished(
+            StopReason.CANCELLED, self.tokens_out, self._ms(self._began, first), self._ms(first, max(first, self._last_token))
+        )
+
+    @staticmethod
+    def _ms(since: float, until: float) -> float:
+        return (until - since) * 1000

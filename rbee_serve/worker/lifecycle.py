@@ -1,0 +1,125 @@
+"""From the first layer to the last beat: what the worker tells systemd and the queen, and with which code it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+
+from rbee_serve.common.sdnotify import Notifier
+from rbee_serve.contract.errors import BY_CODE, BackendUnavailable, ExitCode
+from rbee_serve.worker.engine.protocol import LoadProgress
+from rbee_serve.worker.heartbeat import HeartbeatSender
+from rbee_serve.worker.state import Worker
+
+logger = logging.getLogger(__name__)
+
+#: While loading, systemd is asked for this much more time, at least every third of it. The limit on loading is the
+#: engine's (load_timeout_s): systemd only has to notice a front that has stopped asking.
+_EXTEND_S = 30.0
+
+
+class Lifecycle:
+    """Starts the engine, watches it, ends the process when it ends. ``exit_code`` is what the process returns."""
+
+    def __init__(self, worker: Worker, notifier: Notifier, heartbeat: HeartbeatSender | None, leave: Callable[[], None]) -> None:
+        """``leave`` makes the server begin its shutdown."""
+        self._worker, self._notifier, self._heartbeat, self._leave = worker, notifier, heartbeat, leave
+        self.exit_code: int = ExitCode.OK
+        self._drainer: asyncio.Task[None] | None = None
+
+    def alive(self) -> bool:
+        """Whether the watchdog may be fed: the engine's own loop moves. Loading has its own limit."""
+        engine = self._worker.engine
+        if engine.progress.stage == "failed":
+            return False
+        return engine.info is None or engine.step_age_s < self._worker.settings.stall_timeout_s
+
+    @asynccontextmanager
+    async def run(self) -> AsyncIterator[None]:
+        """Lifespan of the application: the port answers from the start, loading goes on beside it."""
+        await self._worker.engine.start()
+        tasks = [asyncio.create_task(self._watch())]
+        if self._heartbeat is not None:
+            tasks.append(asyncio.create_task(self._heartbeat.run()))
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._worker.stopped = True
+            if self._heartbeat is not None:
+                await self._heartbeat.last()
+            await self._worker.engine.close()
+
+    async def on_shutdown(self) -> None:
+        """Drain within ``drain_timeout_s``; connections are still accepted and told WORKER_DRAINING."""
+        worker = self._worker
+        self._notifier.stopping(f"draining {len(worker.active)} request(s)")
+        if self.exit_code == ExitCode.OK:
+            logger.info("draining", extra={"requests": len(worker.active)})
+        await worker.drain(worker.settings.drain_timeout_s)
+
+    def shutdown(self) -> None:
+        """Begin what SIGTERM begins."""
+        self._leave()
+
+    def drain(self) -> None:
+        """Take nothing new and end the process with 0 once every running request has ended, however long that takes."""
+        if self._drainer is None:
+            self._drainer = asyncio.create_task(self._drain_then_leave())
+
+    async def _drain_then_leave(self) -> None:
+        self._notifier.status(f"draining {len(self._worker.active)} request(s)")
+        await self._worker.drain(None)
+        self._leave()
+
+    async def _watch(self) -> None:
+        try:
+            progress = await self._load()
+            if progress.stage == "ready":
+                self._ready()
+                reason = await self._worker.engine.wait_dead()
+                self._fail(f"the engine ended: {reason}", ExitCode.FAILED)
+            else:
+                self._fail(progress.error or "the model could not be loaded", _exit_code(progress.error_code))
+        except Exception:
+            logger.exception("the worker's own watch over the engine failed")
+            self._fail("internal error, see the log", ExitCode.FAILED)
+
+    async def _load(self) -> LoadProgress:
+        engine, path = self._worker.engine, self._worker.settings.model_path
+        progress = engine.progress
+        while progress.stage not in ("ready", "failed"):
+            layers = f"{progress.layers_loaded} of {progress.layers_total or '?'} layers"
+            self._notifier.extend_timeout(_EXTEND_S, f"loading {path.name}: {layers}")
+            with suppress(TimeoutError):
+                progress = await asyncio.wait_for(engine.wait_progress(progress), _EXTEND_S / 3)
+        return progress
+
+    def _ready(self) -> None:
+        info, settings = self._worker.engine.info, self._worker.settings
+        if info is None:
+            raise RuntimeError("the engine is ready and says nothing about itself")
+        where = f"{info.backend}:{settings.device}"
+        self._notifier.ready(f"{settings.model_id} on {where}, {info.slots} slots of {info.context_tokens} tokens")
+        facts = {"model": settings.model_id, "backend": info.backend, "slots": info.slots, "context": info.context_tokens}
+        logger.info("ready", extra=facts)
+        self._worker.changed.set()
+
+    def _fail(self, reason: str, code: int) -> None:
+        logger.critical("%s", reason, extra={"exit_code": int(code)})
+        self._notifier.status(reason)
+        self.exit_code = code
+        self._worker.changed.set()
+        self._leave()
+
+
+def _exit_code(error_code: str | None) -> int:
+    """Return 78 for what only a person can put right, which systemd then does not try again."""
+    error = BY_CODE.get(error_code or "")
+    if error is not None and (error.exit_code is ExitCode.CONFIG or error is BackendUnavailable):
+        return ExitCode.CONFIG
+    return ExitCode.FAILED

@@ -1,0 +1,180 @@
+#!/usr/bin/python
+"""Start or stop worker instances that are there."""
+
+from __future__ import annotations
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.rbee_node import (
+    NodeError,
+    fail,
+    instances,
+    run,
+    running,
+    settled,
+    show,
+    start_failure,
+    unit_instance,
+    up,
+    wait_until,
+    worker_unit,
+    worker_units,
+)
+
+DOCUMENTATION = r"""
+module: rbee_worker_state
+short_description: Start or stop worker instances
+description:
+  - Works on instances that have a settings file. Making one is the role rbee_worker's work.
+  - Starting returns at once, with the unit being started, unless I(wait) is set; the action C(rbee_follow) shows how it
+    loads. With I(wait) a unit that does not come up fails the module with C(UNIT_START_FAILED) and its last journal lines.
+  - Stopping lets running streams finish and stops the socket with the service.
+options:
+  names:
+    description: Instances.
+    type: list
+    elements: str
+    required: true
+  state:
+    description: What they shall be.
+    type: str
+    choices: [started, stopped]
+    required: true
+  wait:
+    description: Wait until a started unit is ready or failed.
+    type: bool
+    default: true
+  restart:
+    description: When starting, restart what already runs, for settings that changed.
+    type: bool
+    default: false
+  invocation:
+    description: >-
+      Invocation id that the unit had before all this began; with it, C(changed) says whether the unit was started since.
+    type: str
+  timeout_s:
+    description: Longest time to wait, seconds.
+    type: float
+    default: 330
+  etc_dir:
+    description: Where the instances' settings are.
+    type: path
+    default: /etc/rbee
+author: rbee
+attributes:
+  check_mode: {support: full}
+"""
+
+EXAMPLES = r"""
+- name: Stop a worker
+  rbee_worker_state:
+    names: [cpu0]
+    state: stopped
+"""
+
+RETURN = r"""
+rbee_result:
+  description: For C(stopped) the two lists of names; for C(started) the worker (the first of I(names)) and whether it changed.
+  returned: success
+  type: dict
+  sample:
+    changed: true
+    worker: {worker_id: lab1-cpu0, name: cpu0, unit: rbee-worker@cpu0.service, url: "http://10.77.0.11:8001", state: idle,
+             model_id: smollm2-135m-instruct, backend: cpu, device: 0, port: 8001}
+"""
+
+
+STATES = {"active": "idle", "activating": "loading", "deactivating": "draining", "failed": "failed", "inactive": "stopped"}
+
+
+def record(name, settings, props):
+    state = STATES.get(props["ActiveState"], props["ActiveState"])
+    if int(props.get("Job") or 0) and state == "stopped":
+        state = "loading"  # asked for and not begun
+    return {
+        "worker_id": f"{settings.get('hive')}-{name}",
+        "name": name,
+        "unit": worker_unit(name),
+        "url": settings.get("url") or f"http://{settings.get('host', '127.0.0.1')}:{settings.get('port')}",
+        "state": state,
+        **{key: settings.get(key) for key in ("model_id", "backend", "device", "port")},
+    }
+
+
+def known(names, etc_dir):
+    """Return the settings of all instances; raises NodeError WORKER_NOT_FOUND for a name that is none."""
+    settings = instances(etc_dir)
+    there = {*settings, *map(unit_instance, worker_units(etc_dir))}
+    for name in names:
+        if name not in there:
+            raise NodeError(
+                "WORKER_NOT_FOUND",
+                f"no worker {name!r} on this machine; it has {', '.join(sorted(there)) or 'none'}",
+                "rbee-ctl worker list",
+                known=sorted(there),
+            )
+    return settings
+
+
+def start(params, check):
+    # In check mode the instance may be one that the role would have made before.
+    settings = instances(params["etc_dir"]) if check else known(params["names"], params["etc_dir"])
+    units = [worker_unit(n) for n in params["names"]]
+    before = show(*units)
+    down = [u for u in units if params["restart"] or not up(before[u])]
+    if down and not check:
+        run("systemctl", "reset-failed", *down)  # a start is refused for units that failed too often
+        run("systemctl", "restart", "--no-block", *down, check=True)
+    now = wait_until(units, settled, params["timeout_s"]) if params["wait"] and not check else show(*units)
+    if params["wait"] and not check:
+        for unit in units:
+            if now[unit]["ActiveState"] != "active":
+                raise start_failure(unit, now[unit])
+    changed = bool(down)
+    if params["invocation"] is not None:
+        changed = changed or now[units[0]]["InvocationID"] != params["invocation"]
+    name = params["names"][0]
+    if name not in settings:
+        return {"worker": {"name": name, "unit": units[0], "state": "absent"}, "changed": True}
+    return {"worker": record(name, settings[name], now[units[0]]), "changed": changed}
+
+
+def stop(params, check):
+    known(params["names"], params["etc_dir"])
+    units = [worker_unit(n) for n in params["names"]]
+    alive = [u for u, p in show(*units).items() if running(p)]
+    if alive and not check:
+        sockets = [u for u in show(*[u.replace(".service", ".socket") for u in units]).values() if u["ActiveState"] == "active"]
+        run("systemctl", "stop", *[s["Id"] for s in sockets], *alive, check=True)
+        now = wait_until(alive, lambda p: not running(p), params["timeout_s"])
+        left = [u for u, p in now.items() if running(p)]
+        if left:
+            raise NodeError("PLAYBOOK_FAILED", f"still running: {', '.join(left)}", f"systemctl status {left[0]}", units=left)
+    stopped = [n for n in params["names"] if worker_unit(n) in alive]
+    return {"stopped": stopped, "already_stopped": [n for n in params["names"] if n not in stopped], "changed": bool(alive)}
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "names": {"type": "list", "elements": "str", "required": True},
+            "state": {"type": "str", "choices": ["started", "stopped"], "required": True},
+            "wait": {"type": "bool", "default": True},
+            "restart": {"type": "bool", "default": False},
+            "invocation": {"type": "str"},
+            "timeout_s": {"type": "float", "default": 330.0},
+            "etc_dir": {"type": "path", "default": "/etc/rbee"},
+        },
+        supports_check_mode=True,
+    )
+    if not module.params["names"]:
+        module.fail_json(msg="names is empty: give at least one instance, for example cpu0")
+    try:
+        result = (start if module.params["state"] == "started" else stop)(module.params, module.check_mode)
+    except NodeError as e:
+        fail(module, e)
+    changed = result["changed"] if "worker" in result else result.pop("changed")
+    module.exit_json(changed=changed, rbee_result=result)
+
+
+if __name__ == "__main__":
+    main()

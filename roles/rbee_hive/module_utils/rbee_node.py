@@ -1,0 +1,232 @@
+"""What rbee's modules know about a node: systemd units, instances, runtimes, memory, ports. Standard library only.
+
+Functions that take text parse; the others read the machine. Nothing here starts, stops or writes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+import tomllib
+from pathlib import Path
+
+TARGET = "rbee-hive.target"
+QUEEN_UNIT = "rbee-queen.service"
+TEMPLATE = "rbee-worker@.service"
+FIRST_PORT = 8001
+SHOWN = "Id,LoadState,ActiveState,SubState,Result,NRestarts,MainPID,StatusText,UnitFileState,InvocationID,ExecMainStatus,Job"
+
+NAME = re.compile(r"^[a-z]+[0-9]+(-[a-z0-9]+)?$")
+
+
+class NodeError(Exception):
+    """A finding that ends the operation; ``code`` is one of rbee_serve.contract.errors."""
+
+    def __init__(self, code, message, hint=None, **details):
+        super().__init__(message)
+        self.code, self.message, self.hint, self.details = code, message, hint, details
+
+
+def fail(module, error):
+    """End the module with ``error`` (NodeError or CatalogError) in the agreed form."""
+    record = {"code": error.code, "message": error.message, "hint": error.hint, "details": error.details}
+    words = f"{error.message} [{error.code}]" + (f"; next: {error.hint}" if error.hint else "")
+    module.fail_json(msg=words, rbee_error=record)
+
+
+def run(*argv, check=False, stdin=None):
+    """Run a program in the C locale; returns (exit code, stdout, stderr). 127: not there. Raises NodeError with ``check``."""
+    env = {**os.environ, "LC_ALL": "C", "SYSTEMD_COLORS": "0", "SYSTEMD_PAGER": ""}
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, errors="replace", env=env, input=stdin, check=False)
+    except OSError as e:
+        done = subprocess.CompletedProcess(argv, 127, "", str(e))
+    if check and done.returncode != 0:
+        raise NodeError(
+            "SSH_COMMAND_FAILED",
+            f"{' '.join(argv)}: exit code {done.returncode}: {done.stderr.strip() or done.stdout.strip()}",
+            exit_code=done.returncode,
+        )
+    return done.returncode, done.stdout, done.stderr
+
+
+# --- units ----------------------------------------------------------------------------------------------------------
+
+
+def parse_show(text):
+    """Parse ``systemctl show`` of several units: a list of {property: value}; one block a unit, blank lines between."""
+    blocks = []
+    for block in text.split("\n\n"):
+        pairs = (line.split("=", 1) for line in block.splitlines() if "=" in line)
+        if props := dict(pairs):
+            blocks.append(props)
+    return blocks
+
+
+def unit_row(props):
+    """Return the agreed record of a unit."""
+    return {
+        "unit": props["Id"],
+        "active_state": props.get("ActiveState", ""),
+        "sub_state": props.get("SubState", ""),
+        "result": props.get("Result", ""),
+        "n_restarts": int(props.get("NRestarts") or 0),
+        "main_pid": int(props.get("MainPID") or 0),
+        "status_text": props.get("StatusText", ""),
+        "enabled": props.get("UnitFileState") == "enabled",
+    }
+
+
+def show(*units):
+    """Return {unit id: properties} of units (globs match what is loaded)."""
+    _, out, _ = run("systemctl", "show", "--no-pager", f"--property={SHOWN}", "--", *units, check=True)
+    return {p["Id"]: p for p in parse_show(out) if p.get("Id")}
+
+
+def worker_unit(name):
+    """Return the service of an instance."""
+    return f"rbee-worker@{name}.service"
+
+
+def unit_instance(unit):
+    """Return the instance name of a worker's unit."""
+    return unit.split("@", 1)[1].rsplit(".", 1)[0]
+
+
+def worker_units(etc_dir):
+    """Return {unit id: properties} of all worker services: of every settings file, and whatever else systemd has loaded."""
+    named = [worker_unit(n) for n in instances(etc_dir)]
+    return {k: v for k, v in show("rbee-worker@*.service", *named).items() if k != TEMPLATE}
+
+
+def require_hive(props, host_hint):
+    """Raise NodeError MISSING_DEPENDENCY unless the target's unit file is there."""
+    if props.get("LoadState") in (None, "not-found"):
+        raise NodeError("MISSING_DEPENDENCY", f"rbee is not installed here: systemd does not know {TARGET}", host_hint)
+
+
+def journal(unit, lines=12, own=False):
+    """Return the last lines of a unit's journal, oldest first, without time stamps; with ``own`` not systemd's about it."""
+    which = [f"_SYSTEMD_UNIT={unit}"] if own else ["--unit", unit]
+    _, out, _ = run("journalctl", "--no-pager", "--quiet", "--output=cat", f"--lines={lines}", *which)
+    return [line for line in out.splitlines() if line.strip()]
+
+
+def running(props):
+    """Return whether anything of the unit still runs or is about to."""
+    return props.get("ActiveState") in ("active", "activating", "deactivating", "reloading") or int(props.get("MainPID") or 0) > 0
+
+
+def up(props):
+    """Return whether the unit runs or is coming up; one that crashed and waits for its restart is not."""
+    return running(props) and props.get("SubState") != "auto-restart"
+
+
+def start_failure(unit, props):
+    """Return the NodeError for a unit that did not come up (SPEC S-46)."""
+    status, result = props.get("ExecMainStatus", ""), props.get("Result", "")
+    own = journal(unit, lines=1, own=True)
+    reason = {
+        "oom-kill": "the kernel killed it: out of memory",
+        "timeout": "it did not become ready in time",
+        "watchdog": "its watchdog fired: it hung",
+        "start-limit-hit": "it failed too often in a row",
+    }.get(result, f"result {result}, exit status {status}")
+    if status == "203":
+        reason = "its program is not there (203/EXEC)"
+    return NodeError(
+        "WORKER_BINARY_NOT_FOUND" if status == "203" else "UNIT_START_FAILED",
+        f"{unit} did not start: {reason}" + (f": {own[-1]}" if own else ""),
+        f"journalctl -u {unit} -n 50",
+        unit=unit,
+        result=result,
+        exit_status=status,
+        active_state=props.get("ActiveState"),
+        journal=journal(unit),
+    )
+
+
+def wait_until(units, reached, timeout_s, interval_s=0.2):
+    """Poll until ``reached(properties)`` holds for every unit; returns {unit: properties}, complete or not after the limit."""
+    end = time.monotonic() + timeout_s
+    while True:
+        props = show(*units) if units else {}
+        if all(reached(p) for p in props.values()) or time.monotonic() > end:
+            return props
+        time.sleep(interval_s)
+
+
+def settled(props):
+    """Return whether a start is over: up, down, failed for good, or down for the second time and about to be tried again."""
+    if int(props.get("Job") or 0):
+        return False
+    looping = props.get("SubState") == "auto-restart" and int(props.get("NRestarts") or 0) >= 1
+    return looping or props.get("ActiveState") in ("active", "failed", "inactive")
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def instances(etc_dir):
+    """Return {name: settings} of ``<etc_dir>/workers/*.toml``; settings is {} for a file that is no TOML."""
+    found = {}
+    for path in sorted(Path(etc_dir, "workers").glob("*.toml")):
+        if NAME.match(path.stem):
+            found[path.stem] = read_toml(path)
+    return found
+
+
+def read_toml(path):
+    """Return a TOML file's values; {} when it is missing or broken."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def runtimes(install_path, kind):
+    """Return the paths of the installed runtimes of a type, newest first: those whose metadata file, written last, is there."""
+    complete = Path(install_path, "runtimes", kind).glob("*/metadata.yaml")
+    usable = [p for p in complete if os.access(p.parent / "bin" / "python", os.X_OK)]
+    return [str(p.parent) for p in sorted(usable, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def any_runtime_python(install_path):
+    """Return the interpreter of some worker runtime; None if there is none."""
+    for kind in ("cpu", "cuda", "rocm", "vulkan"):
+        for path in runtimes(install_path, kind):
+            return f"{path}/bin/python"
+    return None
+
+
+# --- memory and ports -----------------------------------------------------------------------------------------------
+
+
+def parse_meminfo(text):
+    """Return {"MemTotal": bytes, ...} of /proc/meminfo."""
+    rows = (line.split() for line in text.splitlines() if line.endswith("kB"))
+    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}
+
+
+def mem_available():
+    """Return MemAvailable in bytes."""
+    return parse_meminfo(Path("/proc/meminfo").read_text(encoding="ascii"))["MemAvailable"]
+
+
+def parse_listening(text):
+    """Return the TCP ports in state LISTEN of /proc/net/tcp or tcp6."""
+    rows = (line.split() for line in text.splitlines()[1:])
+    return {int(row[1].rsplit(":", 1)[1], 16) for row in rows if len(row) > 3 and row[3] == "0A"}
+
+
+def listening_ports():
+    """Return all TCP ports that something listens on."""
+    ports = set()
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            ports |= parse_listening(Path(path).read_text(encoding="ascii"))
+        except OSError:
+            continue
+    return ports

@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Collect every wheel that a node needs into one archive, once per content; print a JSON object about it.
+
+    build_wheelhouse.py --plan          {"version", "archive", "present"}; builds and writes nothing
+    build_wheelhouse.py                 the same, after building what is not there
+
+The archive holds the wheel of this checkout, the llama-cpp-python wheel, all they need in the exact versions of
+requirements/constraints.txt, and requirements-{queen,worker}.txt. Its version, ``<rbee version>-<8 hex digits>``, follows
+from the inputs (source files, constraints, Python, llama wheel), so that it is known before anything is built and the same
+inputs always mean the same runtime. Standard library only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import build_llama_wheel as llama
+
+SOURCES = ("rbee_serve", "rbee_ctl")
+FILES = ("pyproject.toml", "README.md", "LICENSE", "requirements/constraints.txt")
+RUNTIMES = ("queen", "worker")
+
+
+def input_key(source: Path) -> str:
+    """Digest of everything that decides what the wheels are."""
+    digest = hashlib.sha256(f"{sys.version_info[:2]} {llama.cache_key()}".encode())
+    files = [source / f for f in FILES]
+    for package in SOURCES:
+        files += sorted(p for p in (source / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    for path in files:
+        digest.update(f"\n{path.relative_to(source)}\n".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def rbee_version(source: Path) -> str:
+    """Return the version in pyproject.toml."""
+    match = re.search(r'^version = "([^"]+)"', (source / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+    if match is None:
+        raise SystemExit(f"{source}/pyproject.toml has no version")
+    return match[1]
+
+
+def pip(python: str, *arguments: str) -> None:
+    """Run pip; on failure its last lines are the message."""
+    done = subprocess.run(
+        [python, "-m", "pip", "--disable-pip-version-check", *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        tail = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+        raise SystemExit(f"pip {' '.join(arguments)}\n{tail}")
+
+
+def requirements(wheels: Path, resolved: Path) -> str:
+    """Return exact requirements for the wheels in ``resolved``, all of which are moved to ``wheels``."""
+    lines = []
+    for wheel in sorted(resolved.glob("*.whl")):
+        name, version = wheel.name.split("-")[:2]
+        lines.append(f"{name}=={version}\n")
+        wheel.replace(wheels / wheel.name)
+    return "".join(sorted(lines))
+
+
+def build(source: Path, cache: Path, archive: Path, python: str) -> None:
+    """Build ``archive`` and put it into place in one step."""
+    done = subprocess.run(
+        [python, str(Path(llama.__file__)), "--cache", str(cache), "--python", python], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(done.returncode)
+    llama_wheel = Path(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory(prefix=".wheelhouse-", dir=archive.parent) as scratch:
+        built, wheels = Path(scratch, "built"), Path(scratch, "wheels")
+        wheels.mkdir()
+        pip(python, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source))
+        rbee = next(built.glob("rbee-*.whl"))
+        for runtime in RUNTIMES:
+            resolved = Path(scratch, runtime)
+            links = ("--find-links", str(built), "--find-links", str(llama_wheel.parent), "--find-links", str(wheels))
+            limits = ("--constraint", str(source / "requirements/constraints.txt"))
+            # The platform's own wheels: the nodes are of the same kind (the role checks it), and nothing is compiled there.
+            pip(python, "download", "--quiet", "--only-binary", ":all:", *links, *limits, "--dest", str(resolved), f"{rbee}[{runtime}]")
+            (wheels / f"requirements-{runtime}.txt").write_text(requirements(wheels, resolved), encoding="utf-8")
+        part = Path(scratch, "wheelhouse.tar")
+        with tarfile.open(part, "w") as tar:
+            for path in sorted(wheels.iterdir()):
+                tar.add(path, arcname=path.name, filter=_anonymous)
+        part.replace(archive)
+
+
+def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = "root"
+    member.mode = 0o644
+    return member
+
+
+def main() -> None:
+    """Parse, plan, build when asked and needed, print JSON."""
+    default_cache = os.environ.get("RBEE_CACHE") or str(Path.home() / ".cache/rbee")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=Path(__file__).resolve().parents[3], help="checkout of rbee")
+    parser.add_argument("--cache", type=Path, default=Path(default_cache), help="cache directory")
+    parser.add_argument("--python", default=sys.executable, help="interpreter with pip, of the nodes' Python version")
+    parser.add_argument("--plan", action="store_true", help="build and write nothing")
+    options = parser.parse_args()
+    key = input_key(options.source)
+    cache = options.cache.expanduser()
+    archive = cache / "wheelhouses" / f"{key[:16]}.tar"
+    present = archive.is_file()
+    if not present and not options.plan:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with archive.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not archive.is_file():
+                build(options.source, cache, archive, options.python)
+    result = {
+        "version": f"{rbee_version(options.source)}-{key[:8]}",
+        "rbee_version": rbee_version(options.source),
+        "archive": str(archive),
+        "present": present,
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

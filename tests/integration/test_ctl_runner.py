@@ -1,0 +1,177 @@
+"""Real playbooks through rbee_ctl.playbook: outcomes, secrets, Ctrl+C. Local connection; one host that does not answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from rbee_ctl import content, events, process_tree
+from rbee_ctl.playbook import run_playbook
+from rbee_serve.contract.errors import MissingDependency
+
+pytestmark = pytest.mark.integration
+
+SECRET = "planted-" + "secret-5f3a"  # noqa: S105
+INVENTORY = """
+all:
+  vars: {ansible_connection: local, ansible_python_interpreter: "%s"}
+  hosts:
+    good: {wrong: false}
+    bad: {wrong: true}
+    away: {ansible_connection: ssh, ansible_host: 127.0.0.1, ansible_port: 9, ansible_ssh_args: "-o ConnectTimeout=3"}
+"""
+PLAYBOOK = """
+- hosts: all
+  gather_facts: false
+  tasks:
+    - name: Verb | look
+      ansible.builtin.command: "true"
+      changed_when: false
+    - name: Verb | refuse
+      ansible.builtin.fail: {msg: "it is wrong"}
+      when: wrong
+    - name: Verb | report
+      ansible.builtin.set_fact:
+        rbee_result: {given: "{{ given | default('nothing') }}", state: "{{ lookup('env', 'RBEE_STATE_DIR') }}"}
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "playbooks").mkdir()
+    (tmp_path / "playbooks/verb.yml").write_text(PLAYBOOK)
+    (tmp_path / "inventory.yml").write_text(INVENTORY % sys.executable)
+    monkeypatch.setattr(content, "root", lambda: tmp_path)
+    return tmp_path
+
+
+def test_each_host_has_its_own_outcome(project: Path) -> None:
+    seen: list[events.Event] = []
+    inventory = project / "inventory.yml"
+    result = run_playbook("verb", inventory=inventory, extra_vars={"given": "x y"}, on_event=seen.append, state_dir=project)
+    assert {h: o.status for h, o in result.hosts.items()} == {"good": "ok", "bad": "failed", "away": "unreachable"}
+    assert result.hosts["good"].result == {"given": "x y", "state": str(project)}
+    assert [getattr(o.error, "code", None) for o in result.hosts.values()].count("PLAYBOOK_FAILED") == 1
+    assert result.hosts["away"].error is not None
+    assert result.hosts["away"].error.code == "NODE_UNREACHABLE"
+    assert (result.status, result.exit_code) == ("partial", 3)
+    assert events.TaskStarted("Verb | look") in seen
+
+
+@pytest.mark.parametrize(
+    ("limit", "status", "exit_code"), [("good", "success", 0), ("bad", "failed", 1), ("away", "unreachable", 4)]
+)
+def test_limit_and_exit_code(project: Path, limit: str, status: str, exit_code: int) -> None:
+    result = run_playbook("verb", inventory=project / "inventory.yml", limit=limit)
+    assert (list(result.hosts), result.status, result.exit_code) == ([limit], status, exit_code)
+
+
+def test_playbook_that_can_not_be_parsed_says_why(project: Path) -> None:
+    (project / "playbooks/verb.yml").write_text("- hosts: all\n  tasks:\n    - nonsense_module_xyz: {}\n")
+    result = run_playbook("verb", inventory=project / "inventory.yml", limit="good")
+    assert result.exit_code == 1
+    assert result.error is not None
+    assert "nonsense_module_xyz" in result.error.message
+
+
+def test_unknown_playbook_is_named(project: Path) -> None:
+    with pytest.raises(MissingDependency, match=r"no playbook fly\.yml"):
+        run_playbook("fly", inventory=project / "inventory.yml")
+
+
+def private_folders() -> set[Path]:
+    return {p for base in (Path("/dev/shm"), Path("/tmp")) for p in base.glob("rbee-ctl-*")}
+
+
+def holds_secret(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
+
+
+def test_secret_variables_are_in_no_argv_and_leave_no_trace_after_a_failure(
+    project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = private_folders()
+    monkeypatch.setenv("UNLISTED_TOKEN", SECRET)
+    commands: set[str] = set()
+    environments: set[bytes] = set()
+    modes: set[int] = set()
+
+    def look(_: events.Event) -> None:
+        for process in process_tree.descendants(os.getpid()):
+            try:
+                commands.add(Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace"))
+                environments.add(Path(f"/proc/{process.pid}/environ").read_bytes())
+            except OSError:
+                continue
+        modes.update(p.stat().st_mode & 0o777 for p in private_folders() - before)
+
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    run_playbook("verb", inventory=project / "inventory.yml", limit="good,bad", extra_vars={"given": SECRET}, on_event=look)
+    assert any("ansible-playbook" in c for c in commands)
+    assert not [c for c in commands if SECRET in c]
+    assert not [e for e in environments if SECRET.encode() in e]
+    assert modes == {0o700}
+    assert private_folders() <= before
+    assert holds_secret(home) == []
+
+
+def test_ctrl_c_ends_the_whole_tree_and_removes_the_folder(project: Path) -> None:
+    (project / "playbooks/verb.yml").write_text(
+        textwrap.dedent(
+            """
+            - hosts: good
+              gather_facts: false
+              tasks:
+                - name: Verb | hang
+                  ansible.builtin.command: "sleep 4242"
+                  changed_when: false
+            """
+        )
+    )
+    before = private_folders()
+    script = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from rbee_ctl import content, playbook
+        root = Path({str(project)!r})
+        content.root = lambda: root
+        playbook.run_playbook("verb", inventory=root / "inventory.yml", extra_vars={{"given": {SECRET!r}}})
+        """
+    )
+    child = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    try:
+        below = wait_for_command(child, "sleep\0004242")
+        assert private_folders() - before
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=20)
+    finally:
+        child.kill()
+        child.wait()
+    assert "KeyboardInterrupt" in err
+    assert [p for p in below if process_tree.alive(p)] == []
+    assert private_folders() <= before
+
+
+def wait_for_command(child: subprocess.Popen[str], command: str) -> list[process_tree.Process]:
+    """Return all descendants as soon as one of them runs ``command``."""
+    limit = time.monotonic() + 30
+    while time.monotonic() < limit:
+        below = process_tree.descendants(child.pid)
+        for process in below:
+            try:
+                if command in Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace"):
+                    return below
+            except OSError:
+                continue
+        time.sleep(0.05)
+    pytest.fail(f"{json.dumps(command)} was never started")

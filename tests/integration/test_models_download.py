@@ -1,0 +1,352 @@
+"""Downloads from a hub on loopback, with real bytes over real HTTP: SPEC S-21 to S-28, S-40, S-41, CAP-44, P-02."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hub import Behaviour, Hub
+
+from rbee_serve.models import download, hub, store
+
+pytestmark = pytest.mark.integration
+
+REPO = "HuggingFaceTB/SmolLM2-135M-Instruct-GGUF"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+REF = f"hf:{REPO}:{FILE}"
+
+
+@pytest.fixture
+def server(tmp_path: Path, model_path: Path) -> Iterator[Hub]:
+    with Hub(tmp_path / "hub") as server:
+        server.add(REPO, FILE, model_path)
+        (tmp_path / "hub" / REPO / "README.md").write_text("a model")
+        yield server
+
+
+class Run:
+    """What a run of the program left: exit code and progress lines."""
+
+    def __init__(self, code: int, lines: list[dict[str, Any]]) -> None:
+        self.code, self.lines = code, lines
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.lines[-1]
+
+    def stages(self, stage: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["stage"] == stage]
+
+
+@pytest.fixture
+def models_dir(tmp_path: Path) -> Path:
+    return tmp_path / "models"
+
+
+def arguments(server: Hub, models_dir: Path, ref: str = REF, **options: Any) -> list[str]:
+    values = {"--pause-s": 0.02, "--stall-timeout-s": 0.5, **{f"--{k.replace('_', '-')}": v for k, v in options.items()}}
+    extra = [str(x) for pair in values.items() for x in pair]
+    base = ["--ref", ref, "--models-dir", str(models_dir), "--endpoint", server.url]
+    return [*base, "--progress-file", str(models_dir.with_suffix(".jsonl")), *extra]
+
+
+def run(server: Hub, models_dir: Path, ref: str = REF, **options: Any) -> Run:
+    code = download.main(arguments(server, models_dir, ref, **options))
+    text = models_dir.with_suffix(".jsonl").read_text()
+    return Run(code, [json.loads(line) for line in text.splitlines()])
+
+
+def final_path(models_dir: Path) -> Path:
+    return models_dir / REPO / FILE
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_download_brings_the_file_and_its_catalog_entry(server: Hub, models_dir: Path, model_path: Path) -> None:
+    done = run(server, models_dir)
+    assert done.code == 0
+    assert sha256(final_path(models_dir)) == sha256(model_path)
+    assert done.last["stage"] == "complete"
+    assert done.last["downloaded"] is True
+    entries, problems = store.read(models_dir)
+    assert (entries, problems) == ([done.last["model"]], [])
+    (entry,) = entries
+    assert (entry["id"], entry["reference"], entry["status"]) == ("smollm2-135m-instruct.q4_1", REF, "Ready")
+    assert entry["size_bytes"] == model_path.stat().st_size
+    assert entry["metadata"]["quantization"] == "Q4_1"
+    assert server.bytes_sent == entry["size_bytes"]
+
+
+@pytest.mark.parametrize("ref", [REF, f"hf:{REPO}", f"hf:{REPO}:Q4_1", "smollm2-135m-instruct.q4_1"])
+def test_what_is_there_causes_no_traffic(server: Hub, models_dir: Path, ref: str) -> None:
+    run(server, models_dir)
+    server.log.clear()
+    done = run(server, models_dir, ref)
+    assert (done.code, done.last["stage"], done.last["downloaded"]) == (0, "complete", False)
+    assert server.log == []
+
+
+def test_progress_is_shown_while_it_happens_and_its_speed_follows_the_line(server: Hub, models_dir: Path) -> None:
+    """A throttled hub moves both the reported speed and the duration."""
+    server.behaviour.bytes_per_s = 40_000_000
+    began = time.monotonic()
+    done = run(server, models_dir)
+    took = time.monotonic() - began
+    shown = done.stages("downloading")
+    counts = [line["bytes_downloaded"] for line in shown]
+    assert len(shown) >= 4
+    assert counts == sorted(set(counts))
+    assert shown[0]["at"] < shown[-1]["at"] - 0.5 * took
+    speeds = [line["speed_mbps"] / 8 for line in shown[1:]]
+    assert 25 < sorted(speeds)[len(speeds) // 2] < 45
+    assert took > 98_362_432 / 40_000_000 * 0.9
+
+
+def test_a_reset_connection_is_resumed_where_it_broke(server: Hub, models_dir: Path, model_path: Path) -> None:
+    server.behaviour = Behaviour(reset_at=0.4, reset_count=1)
+    done = run(server, models_dir)
+    assert done.code == 0
+    assert sha256(final_path(models_dir)) == sha256(model_path)
+    first, second = server.downloads
+    assert first.range is None
+    assert second.range is not None
+    kept = int(second.range.removeprefix("bytes=").removesuffix("-"))
+    assert 0 < kept <= int(0.4 * model_path.stat().st_size)
+    assert server.bytes_sent < 1.05 * model_path.stat().st_size
+    assert "attempt 2/6" in done.stages("retrying")[0]["human"]
+
+
+def test_six_tries_with_doubling_pauses_then_download_failed(server: Hub, models_dir: Path) -> None:
+    server.behaviour = Behaviour(reset_at=0.01, reset_count=-1)
+    done = run(server, models_dir, pause_s=0.05)
+    assert done.code == 1
+    assert (done.last["stage"], done.last["code"]) == ("failed", "DOWNLOAD_FAILED")
+    assert len(server.downloads) == 6
+    pauses = [line["pause_s"] for line in done.stages("retrying")]
+    assert len(pauses) == 5
+    for number, pause in enumerate(pauses):
+        assert 0.5 <= pause / (0.05 * 2**number) <= 1.5
+    gaps = [b.at - a.at for a, b in zip(server.downloads, server.downloads[1:], strict=False)]
+    assert all(gap >= pause for gap, pause in zip(gaps, pauses, strict=True))
+    (entry,) = store.read(models_dir)[0]
+    assert entry["status"] == "Failed"
+
+    server.behaviour = Behaviour()
+    again = run(server, models_dir)
+    assert again.code == 0
+    assert server.downloads[-1].range is not None
+    assert store.read(models_dir)[0][0]["status"] == "Ready"
+
+
+def test_defaults_are_those_of_the_specification() -> None:
+    options = download.Options()
+    assert (options.tries, options.pause_s, options.stall_timeout_s) == (6, 0.1, 60.0)
+
+
+def test_a_stall_is_noticed_and_tried_again(server: Hub, models_dir: Path) -> None:
+    server.behaviour = Behaviour(stall_at=0.2, stall_count=1)
+    done = run(server, models_dir)
+    assert done.code == 0
+    assert "no bytes for 0.5 s; attempt 2/6" in done.stages("retrying")[0]["human"]
+
+
+def test_a_hub_that_only_stalls_ends_in_download_timeout(server: Hub, models_dir: Path) -> None:
+    server.behaviour = Behaviour(stall_at=0.0, stall_count=-1)
+    done = run(server, models_dir, stall_timeout_s=0.1)
+    assert (done.code, done.last["code"]) == (1, "DOWNLOAD_TIMEOUT")
+    assert len(server.downloads) == 6
+
+
+def test_wrong_bytes_of_the_right_size_are_fetched_again(server: Hub, models_dir: Path, model_path: Path) -> None:
+    server.behaviour = Behaviour(corrupt_count=1)
+    done = run(server, models_dir)
+    assert done.code == 0
+    assert sha256(final_path(models_dir)) == sha256(model_path)
+    assert [r.range for r in server.downloads] == [None, None]
+
+
+def test_a_hub_with_only_wrong_bytes_ends_in_checksum_mismatch(server: Hub, models_dir: Path) -> None:
+    server.behaviour = Behaviour(corrupt_count=-1)
+    done = run(server, models_dir, tries=2)
+    assert (done.code, done.last["code"]) == (1, "CHECKSUM_MISMATCH")
+    assert not final_path(models_dir).exists()
+    assert list(models_dir.rglob("*.partial")) == []
+
+
+def test_a_hub_that_ignores_ranges_is_read_from_the_start(server: Hub, models_dir: Path, model_path: Path) -> None:
+    server.behaviour = Behaviour(reset_at=0.3, reset_count=1, ignore_range=True)
+    done = run(server, models_dir)
+    assert done.code == 0
+    assert sha256(final_path(models_dir)) == sha256(model_path)
+
+
+@pytest.mark.parametrize(
+    ("ref", "code", "words"),
+    [
+        ("hf:no/such", "MODEL_NOT_FOUND", "HTTP 404"),
+        (f"hf:{REPO}:Q8_0", "MODEL_NOT_FOUND", FILE),
+        ("not-catalogued", "MODEL_NOT_FOUND", "not-catalogued"),
+        ("hf:../x", "INVALID_MODEL_REF", "not a model reference"),
+    ],
+)
+def test_what_does_not_exist_is_not_tried_again(server: Hub, models_dir: Path, ref: str, code: str, words: str) -> None:
+    done = run(server, models_dir, ref)
+    assert (done.code, done.last["code"]) == (1, code)
+    assert words in done.last["message"]
+    assert done.last["hint"]
+    assert len(server.log) <= 1
+    assert done.stages("retrying") == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_private_model_is_denied_with_the_way_to_give_a_token(server: Hub, models_dir: Path, status: int) -> None:
+    server.behaviour = Behaviour(status=status, error_code="GatedRepo")
+    done = run(server, models_dir)
+    assert (done.code, done.last["code"]) == (1, "MODEL_ACCESS_DENIED")
+    assert "HF_TOKEN" in done.last["hint"]
+    assert len(server.log) == 1
+
+
+def test_the_token_of_the_credential_opens_a_gated_model_and_is_shown_nowhere(
+    server: Hub, models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    token = "hf_secret_0123456789"
+    (tmp_path / "hf-token").write_text(token + "\n")
+    server.behaviour = Behaviour(token=token)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert run(server, models_dir).last["code"] == "MODEL_ACCESS_DENIED"
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    done = run(server, models_dir)
+    assert done.code == 0
+    assert {r.authorization for r in server.log if not r.path.startswith("/cdn/")} == {None, f"Bearer {token}"}
+    left = "".join(p.read_text(errors="replace") for p in models_dir.rglob("*.yaml"))
+    out, err = capfd.readouterr()
+    assert token not in left + out + err + models_dir.with_suffix(".jsonl").read_text()
+
+
+def test_a_model_larger_than_the_disk_is_refused_before_any_byte(server: Hub, models_dir: Path, tmp_path: Path) -> None:
+    huge = tmp_path / "huge.gguf"
+    huge.touch()
+    os.truncate(huge, 1 << 43)
+    repo = tmp_path / "hub" / "big" / "model"
+    repo.mkdir(parents=True)
+    (repo / "huge-Q8_0.gguf").symlink_to(huge)
+    server.digests["huge-Q8_0.gguf"] = "0" * 64
+    done = run(server, models_dir, "hf:big/model")
+    assert (done.code, done.last["code"]) == (1, "INSUFFICIENT_DISK")
+    figures = done.last["details"]
+    assert figures["required_bytes"] == 1 << 43
+    assert figures["to_free_bytes"] >= figures["required_bytes"] - figures["available_bytes"] > 0
+    assert "model delete" in done.last["hint"]
+    assert server.downloads == []
+    assert [p for p in models_dir.rglob("*") if p.is_file()] == []
+
+
+def test_a_disk_that_fills_up_ends_the_download_and_leaves_nothing(
+    server: Hub, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when even the catalog's entry can not be written any more."""
+
+    def full(self: object, *_: object) -> None:
+        monkeypatch.setattr(store, "put", full)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(download.Download, "_receive", full)
+    done = run(server, models_dir)
+    assert (done.code, done.last["code"]) == (1, "INSUFFICIENT_DISK")
+    assert len(server.downloads) == 1
+    assert list(models_dir.rglob("*.gguf*")) == []
+    (entry,) = store.read(models_dir)[0]
+    assert (entry["status"], "interrupted" in entry["problem"]) == ("Failed", True)
+
+
+def test_a_file_that_is_no_gguf_is_not_kept(server: Hub, models_dir: Path, tmp_path: Path) -> None:
+    fake = tmp_path / "fake"
+    fake.write_bytes(b"<html>not found</html>")
+    server.add("org/fake", "fake-Q4_0.gguf", fake)
+    done = run(server, models_dir, "hf:org/fake")
+    assert (done.code, done.last["code"]) == (1, "MODEL_FILE_INVALID")
+    assert list(models_dir.rglob("*.gguf*")) == []
+
+
+def test_a_killed_download_is_shown_as_interrupted_and_goes_on_where_it_was(
+    server: Hub, models_dir: Path, model_path: Path
+) -> None:
+    server.behaviour.bytes_per_s = 30_000_000
+    command = [sys.executable, "-m", "rbee_serve.models.download", *arguments(server, models_dir)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    partial = store.partial_path(final_path(models_dir))
+    try:
+        while not partial.exists() or partial.stat().st_size < 20_000_000:
+            assert process.poll() is None
+            time.sleep(0.01)
+        assert store.read(models_dir)[0][0]["status"] == "Downloading"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    (entry,) = store.read(models_dir)[0]
+    assert (entry["status"], "interrupted" in entry["problem"]) == ("Failed", True)
+    kept = partial.stat().st_size
+    server.behaviour.bytes_per_s = None
+    done = run(server, models_dir)
+    assert done.code == 0
+    assert server.downloads[-1].range == f"bytes={kept}-"
+    assert sha256(final_path(models_dir)) == sha256(model_path)
+
+
+def test_two_downloads_of_one_model_fetch_it_once(server: Hub, models_dir: Path) -> None:
+    server.behaviour.bytes_per_s = 100_000_000
+    results: list[int] = []
+
+    def one(number: int) -> None:
+        progress = models_dir.with_suffix(f".{number}")
+        command = [sys.executable, "-m", "rbee_serve.models.download", *arguments(server, models_dir)]
+        command[command.index("--progress-file") + 1] = str(progress)
+        results.append(subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [0, 0]
+    assert server.bytes_sent == final_path(models_dir).stat().st_size
+    last = [json.loads(models_dir.with_suffix(f".{i}").read_text().splitlines()[-1]) for i in range(2)]
+    assert sorted(line["downloaded"] for line in last) == [False, True]
+
+
+def test_a_local_file_is_registered_only_beneath_the_roots(
+    server: Hub, models_dir: Path, tmp_path: Path, model_path: Path
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    models_dir.mkdir()
+    (elsewhere / "m.gguf").symlink_to(model_path)
+    (models_dir / "m.gguf").symlink_to(model_path)
+    assert run(server, models_dir, f"file://{models_dir}/m.gguf").last["code"] == "INVALID_MODEL_REF"  # a link out of them
+    assert run(server, models_dir, f"file://{elsewhere}/m.gguf").last["code"] == "INVALID_MODEL_REF"
+    assert run(server, models_dir, f"file://{models_dir}/none.gguf").last["code"] == "MODEL_FILE_INVALID"
+    done = run(server, models_dir, f"file://{elsewhere}/m.gguf", root=model_path.parent)
+    assert done.last["stage"] == "complete"
+    assert store.find(store.read(models_dir)[0], store.parse_ref(f"file://{elsewhere}/m.gguf")) == done.last["model"]
+    assert server.log == []
+
+
+def test_a_hub_that_is_not_there_is_reported_after_the_tries(models_dir: Path, server: Hub) -> None:
+    client = hub.Hub("http://127.0.0.1:9", None, stall_timeout_s=1)
+    with pytest.raises(hub.TransientError, match=r"127\.0\.0\.1:9"):
+        client.resolve(store.parse_ref(REF))
+    client.close()

@@ -1,0 +1,158 @@
+"""What scripts rely on: the envelope's keys, exit codes, what is where on stdout and stderr, start-up time's causes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rbee_ctl import cli, render, views
+from rbee_ctl.render import Ui, narration_line
+from rbee_ctl.result import ErrorItem, OperationResult
+from rbee_serve.contract.errors import ExitCode, NodeNotFound, RbeeError
+
+KEYS = {"version", "command", "status", "exit_code", "data", "errors"}
+ERROR_KEYS = {"code", "message", "hint", "details"}
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in os.environ if n.startswith("RBEE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args: str) -> tuple[OperationResult, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    ui = Ui(out, err)
+    result = cli.run(args, ui)
+    ui.finish(result)
+    return result, out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("args", "command", "status", "exit_code", "code"),
+    [
+        (["version", "--json"], "version", "success", 0, None),
+        (["worker", "list", "--json"], "worker list", "error", 1, "CONFIG_INVALID"),
+        (["hive", "status", "--json"], "hive status", "error", 1, "CONFIG_INVALID"),
+        (["worker", "list", "--nonsense", "--json"], "worker list", "error", 2, "USAGE"),
+        (["infer", "--json"], "infer", "error", 2, "USAGE"),
+        (["worker", "start", "--json", "--model", "m"], "worker start", "error", 2, "USAGE"),
+        (["nonsense", "--json"], "", "error", 2, "USAGE"),
+        (["config", "show", "--json"], "config show", "success", 0, None),
+    ],
+)
+def test_every_end_is_one_envelope(args: list[str], command: str, status: str, exit_code: int, code: str | None) -> None:
+    result, out, _ = run(*args)
+    envelope = json.loads(out)
+    assert set(envelope) == KEYS
+    assert envelope["version"] == 1
+    assert (envelope["command"], envelope["status"], envelope["exit_code"]) == (command, status, exit_code)
+    assert result.exit_code == exit_code
+    assert [e["code"] for e in envelope["errors"]] == ([code] if code else [])
+    assert all(set(e) == ERROR_KEYS for e in envelope["errors"])
+
+
+def test_error_of_a_host_names_it() -> None:
+    item = ErrorItem.of(NodeNotFound("gone", hint="look", node="x"), "lab1").as_dict()
+    assert item == {"code": "NODE_NOT_FOUND", "message": "gone", "hint": "look", "host": "lab1", "details": {"node": "x"}}
+
+
+def test_mistake_of_ours_is_reported_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("rbee_ctl.config.load", broken)
+    result, out, err = run("worker", "list")
+    assert (result.exit_code, out) == (1, "")
+    assert "internal error: ZeroDivisionError: oops (test_ctl_contract.py:" in err
+
+
+def test_usage_error_tells_the_next_command() -> None:
+    result, out, err = run("worker", "strat")
+    assert (result.exit_code, out) == (2, "")
+    assert "try: rbee-ctl worker --help" in err
+
+
+@pytest.mark.parametrize("alias", [["workers", "list"], ["worker", "spawn", "--hive", "lab1", "--model", "m"]])
+def test_aliases_are_known(alias: list[str]) -> None:
+    assert run(*alias)[0].errors[0].code == "CONFIG_INVALID"
+
+
+def test_interrupted_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rbee_ctl.config.load", interrupted)
+    result, out, _ = run("worker", "list", "--json")
+    assert (result.exit_code, json.loads(out)["errors"][0]["code"]) == (130, "REQUEST_CANCELED")
+
+
+def test_exit_codes_are_distinct_and_documented() -> None:
+    codes = {e.name: int(e) for e in ExitCode}
+    assert codes == {
+        "OK": 0,
+        "FAILED": 1,
+        "USAGE": 2,
+        "PARTIAL": 3,
+        "UNREACHABLE": 4,
+        "REFUSED": 5,
+        "CONFIG": 78,
+        "INTERRUPTED": 130,
+    }
+
+
+def test_narration_has_the_agreed_form_and_cuts_what_is_too_long() -> None:
+    assert narration_line("hv-router", "route_job", "hello") == "[hv-router ] route_job      : hello"
+    assert narration_line("a" * 30, "b" * 30, "c") == f"[{'a' * 10}] {'b' * 15}: c"
+
+
+def test_plain_table_is_aligned_text() -> None:
+    table = views.Table(("a", "long name"), (("1", "2"), ("333", "")), "title")
+    assert table.plain() == "title\nA    LONG NAME\n1    2\n333\n"
+
+
+def test_quiet_drops_narration_and_keeps_errors() -> None:
+    err = io.StringIO()
+    ui = Ui(io.StringIO(), err)
+    ui.quiet = True
+    ui.narrate("ctl", "x", "y")
+    ui.finish(OperationResult("c", exit_code=1, errors=(ErrorItem.of(RbeeError("broken", hint="mend")),)))
+    assert err.getvalue() == "error: broken [INTERNAL_ERROR]\n  try: mend\n"
+
+
+def test_progress_off_a_terminal_is_at_most_one_line_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(render.time, "monotonic", lambda: now[0])
+    err = io.StringIO()
+    ui = Ui(io.StringIO(), err)
+    for step in range(30):
+        ui.progress("cpu0", "load", f"{step}")
+        now[0] += 0.1
+    assert 3 <= len(err.getvalue().splitlines()) <= 4
+
+
+@pytest.mark.parametrize(
+    ("args", "absent"),
+    [
+        (["--help"], {"httpx", "pydantic", "ansible_runner", "yaml", "rich"}),
+        (["worker", "list"], {"ansible_runner", "yaml", "ansible", "rbee_serve.contract.api", "rbee_serve.contract.settings"}),
+    ],
+)
+def test_heavy_modules_are_imported_only_where_needed(args: list[str], absent: set[str]) -> None:
+    """The cause of slowness, not the seconds: those differ from machine to machine."""
+    code = (
+        "import io, sys\nfrom rbee_ctl import cli\nfrom rbee_ctl.render import Ui\n"
+        f"cli.run({args!r}, Ui(io.StringIO(), io.StringIO()))\n"
+        f"print(sorted({absent!r} & set(sys.modules)), file=sys.stderr)"
+    )
+    env = os.environ | {"RBEE_QUEEN_URL": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert done.stderr.strip().splitlines()[-1] == "[]"
