@@ -51,6 +51,7 @@ def serve(
         data = stack.describe()
         if json:
             s.ui.finish(OperationResult("serve", data=data))
+            s.ui.json = False  # one envelope is enough: what goes wrong later is told on stderr
         else:
             for line in _next_steps(stack, data):
                 s.ui.note(line)

@@ -123,7 +123,9 @@ class Lab:
     def journal(self, node: str, unit: str = "rbee-*", lines: int = 80) -> str:
         """Return what its units said, for failing tests; never raises."""
         try:
-            show = f"systemctl list-units --all --no-legend '{unit}'; journalctl --no-pager -o short-precise -n {lines} -u '{unit}'"
+            show = (
+                f"systemctl list-units --all --no-legend '{unit}'; journalctl --no-pager -o short-precise -n {lines} -u '{unit}'"
+            )
             return self.ssh(node, show, check=False, timeout=15).stdout
         except (subprocess.SubprocessError, OSError) as e:
             return f"no journal from {node}: {e}"

@@ -37,7 +37,9 @@ def traces(lab: Lab) -> dict[str, list[str]]:
     folders = ("/run/netns", "/sys/class/net", "/run/systemd/nspawn/propagate", "/run/systemd/nspawn/unix-export", "/run")
     listings = [f"{folder}/{p.name}" for folder in folders for p in Path(folder).glob("*")]
     cgroups = [str(p) for p in Path("/sys/fs/cgroup").rglob("rbee-lab-*")]
-    show = {name: subprocess.run(["ip", "-4", name], capture_output=True, text=True, check=True).stdout for name in ("route", "rule")}
+    show = {
+        name: subprocess.run(["ip", "-4", name], capture_output=True, text=True, check=True).stdout for name in ("route", "rule")
+    }
     return {
         "mounts": matching(Path("/proc/self/mountinfo").read_text().splitlines()),
         "processes": matching(processes),
@@ -60,7 +62,9 @@ def wait_for(condition: Callable[[], object], limit_s: float, what: str) -> None
 
 def test_lab_boots_machines_with_systemd_and_an_address_of_their_own(lab: Lab) -> None:
     for node in ("lab1", "lab2"):
-        seen = lab.ssh(node, "cat /proc/1/comm /etc/hostname; ip -4 -o address show eth0; systemctl is-system-running --wait").stdout
+        seen = lab.ssh(
+            node, "cat /proc/1/comm /etc/hostname; ip -4 -o address show eth0; systemctl is-system-running --wait"
+        ).stdout
         assert seen.startswith(f"systemd\n{node}\n")
         assert f" {lab.address(node)}/24 " in seen
         assert seen.endswith("running\n")
@@ -154,7 +158,7 @@ def test_killed_half_way_is_repaired(own_lab: Lab, reached: str) -> None:
     own_lab.run("status")
     command = [sys.executable, str(LAB_PY), "up", "--nodes", "2"]
     looks = {
-        "namespaces": lambda: [p for p in Path("/run/netns").glob(f"{prefix(own_lab)}*")],
+        "namespaces": lambda: list(Path("/run/netns").glob(f"{prefix(own_lab)}*")),
         "mounts": lambda: prefix(own_lab) in Path("/proc/self/mountinfo").read_text(),
         "links": lambda: [p for p in Path("/sys/class/net").glob("rv*") if prefix(own_lab)[-6:] in p.name],
         "cgroups": lambda: list(Path("/sys/fs/cgroup/").rglob(f"{prefix(own_lab)}*")),

@@ -19,7 +19,7 @@ from rbee_serve.contract.errors import MissingDependency
 
 pytestmark = pytest.mark.integration
 
-SECRET = "planted-" + "secret-5f3a"  # noqa: S105
+SECRET = "planted-" + "secret-5f3a"
 INVENTORY = """
 all:
   vars: {ansible_connection: local, ansible_python_interpreter: "%s"}

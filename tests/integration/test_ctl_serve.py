@@ -160,7 +160,7 @@ def test_busy_worker_is_tried_again_then_given_up(stack: Stack) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.count("next try in") == 3
     assert "ALL_SLOTS_BUSY" in done.stderr
-    assert 3.5 <= took  # pauses of 1, 2 and 4 s, each at least halved
+    assert took >= 3.5  # pauses of 1, 2 and 4 s, each at least halved
     until(lambda: free_slots(stack) == 1, "slot free again", 5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_what_is_no_gguf_is_refused_with_path_and_reason(tmp_path: Path, data: b
 def test_no_header_hangs_or_crashes_the_reader(tmp_path_factory: pytest.TempPathFactory, tail: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<I", 3) + tail)
-    try:
-        gguf.header(path)
-    except gguf.GgufError as e:
-        assert str(path) in str(e)
+    with suppress(gguf.GgufError):
+        values, parameters = gguf.header(path)
+        assert isinstance(values, dict)
+        assert parameters >= 0

@@ -106,8 +106,21 @@ class Scheduler:
             text.push(self._model.piece(token))
         ids = np.array(prompt + request.generated_ids, np.int32)
         generation = Generation(request, prompt, ids, sampler, text, generated=len(request.generated_ids))
+        if reason := self._ended_elsewhere(generation):
+            sampler.close()
+            started = {"prompt_tokens": len(prompt), "cached_tokens": len(prompt)}
+            return [("started", request.request_id, started), self._finished(generation, reason)]
         self._waiting.append(generation)
         return self._admit()
+
+    def _ended_elsewhere(self, generation: Generation) -> StopReason | None:
+        """Why a continuation has nothing left to generate: the other worker went away between its last token and its end."""
+        request = generation.request
+        if generation.text.stopped:
+            return StopReason.STOP_SEQUENCE
+        if request.generated_ids and request.generated_ids[-1] in self._model.eog:
+            return StopReason.EOS
+        return StopReason.MAX_TOKENS if generation.generated >= request.params.max_tokens else None
 
     def cancel(self, request_id: str) -> list[Event]:
         """End a request between two calls to llama.cpp; unknown ids are ignored (it has just ended)."""

@@ -10,44 +10,43 @@ class TextAssembler:
     """Text of one generation, token by token.
 
     Bytes of an incomplete UTF-8 character are held until it is whole; text that may be the beginning of a stop string
-    is held until that is decided. Invalid bytes become U+FFFD.
+    is held until that is decided. Invalid bytes become U+FFFD. What comes out, put together, does not depend on how
+    the bytes were cut into tokens.
     """
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [s for s in stops if s]
+        self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.stopped = False
 
     def push(self, piece: bytes) -> str:
         """Add a token's bytes; return the text that became certain. Sets ``stopped`` when a stop string is complete."""
-        return self._advance(self._decoder.decode(piece))
-
-    def flush(self) -> str:
-        """Return what is still held: the generation ended without a stop string."""
-        text = self._advance(self._decoder.decode(b"", final=True))
-        if self.stopped:
-            return text
-        held, self._held = self._held, ""
-        return text + held
-
-    def _advance(self, new: str) -> str:
+        new = self._decoder.decode(piece)
         if self.stopped:
             return ""
         if not self._stops:
             return new
         text = self._held + new
-        found = [at for s in self._stops if (at := text.find(s)) >= 0]
+        # The stop string that is complete first counts, so that the result is the same for one long piece and for many.
+        found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
-        keep = self._longest_open_suffix(text)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return text[: min(found)[1]]
+        certain = len(text) - self._open_suffix(text)
+        self._held = text[certain:]
+        return text[:certain]
 
-    def _longest_open_suffix(self, text: str) -> int:
+    def flush(self) -> str:
+        """Return what is still held: the generation ended without a stop string. A character that never became whole
+        is left out."""
+        held, self._held = self._held, ""
+        return held
+
+    def _open_suffix(self, text: str) -> int:
         """Length of the longest suffix of ``text`` that a stop string could still grow from."""
-        for length in range(min(len(text), max(map(len, self._stops)) - 1), 0, -1):
+        for length in range(min(len(text), self._longest - 1), 0, -1):
             if any(s.startswith(text[-length:]) for s in self._stops):
                 return length
         return 0

@@ -68,7 +68,7 @@ class ActionModule(ActionBase):
                 # Down without a last line: give what was written in the meantime one more look, then it is a crash.
                 gone = 0 if alive else gone + 1
                 if gone > 1:
-                    return self._crashed(args, props)
+                    return self._crashed(args)
             else:
                 shown = self._status(args["label"], props, shown)
                 looping = props.get("SubState") == "auto-restart" and int(props.get("NRestarts") or 0) >= 1
@@ -126,11 +126,11 @@ class ActionModule(ActionBase):
         words = f"{error['message']} [{error['code']}]" + (f"; next: {error['hint']}" if error["hint"] else "")
         return {"failed": True, "changed": False, "msg": words, "rbee_error": error}
 
-    def _crashed(self, args, props):
+    def _crashed(self, args):
         return self._failed(
             {
                 "code": "DOWNLOAD_FAILED",
-                "message": f"{args['unit']} ended without saying why ({props.get('Result') or 'unit gone'})",
+                "message": f"{args['unit']} was killed or stopped before it was done",
                 "hint": f"journalctl -u {args['unit']} -n 50",
                 "details": {"unit": args["unit"]},
             }

@@ -121,7 +121,9 @@ def check_network(lab: Lab) -> None:
 
 
 def _refuse_network(ours: object, user: str) -> None:
-    raise LabError("CONFIG_INVALID", f"{ours} is in use by {user}", "choose another: export RBEE_LAB_NET=10.78.0", network=str(ours))
+    raise LabError(
+        "CONFIG_INVALID", f"{ours} is in use by {user}", "choose another: export RBEE_LAB_NET=10.78.0", network=str(ours)
+    )
 
 
 # --- parts of the whole lab --------------------------------------------------------------------------------------------

@@ -47,7 +47,9 @@ def run(*argv: str | Path, check: bool = True, stdin: str | None = None) -> subp
     if check and done.returncode != 0:
         words = (done.stderr.strip() or done.stdout.strip())[-600:]
         raise LabError(
-            "PLAYBOOK_FAILED", f"{' '.join(command[:6])} failed ({done.returncode}): {words}", "run the command again with 'down' first"
+            "PLAYBOOK_FAILED",
+            f"{' '.join(command[:6])} failed ({done.returncode}): {words}",
+            "run the command again with 'down' first",
         )
     return done
 
@@ -123,7 +125,9 @@ class Lab:
         """Return the node of that name; raises LabError when it is no name of a lab machine."""
         match = re.fullmatch(r"lab([1-9][0-9]?)", name)
         if not match or int(match[1]) > MAX_NODES:
-            raise LabError("NODE_NOT_FOUND", f"{name!r} is no lab machine; they are lab1 ... lab{MAX_NODES}", "rbee-ctl lab status")
+            raise LabError(
+                "NODE_NOT_FOUND", f"{name!r} is no lab machine; they are lab1 ... lab{MAX_NODES}", "rbee-ctl lab status"
+            )
         return Node(self, int(match[1]))
 
 

@@ -91,7 +91,7 @@ def belongings(lab: Lab) -> dict[str, list[str]]:
 def known_nodes(lab: Lab) -> list[Node]:
     """Return the machines of which anything exists, running or not, in order."""
     names = set()
-    texts = [*sum(belongings(lab).values(), []), *(p.name for p in (lab.directory / "nodes").glob("*"))]
+    texts = [*(t for kind in belongings(lab).values() for t in kind), *(p.name for p in (lab.directory / "nodes").glob("*"))]
     for pid in processes(lab.prefix):
         with contextlib.suppress(OSError):
             texts.append(Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace"))
@@ -138,7 +138,10 @@ def state(node: Node, timeout_s: float = 0.5) -> str:
 
 
 def boot(node: Node, tree: Path, memory_mib: int | None) -> float:
-    """Make the machine and wait until its sshd greets; returns the seconds it took. Raises LabError, leaving the parts for ``remove``."""
+    """Make the machine and wait until its sshd greets; returns the seconds it took.
+
+    Raises LabError and leaves the parts for ``remove``.
+    """
     began = time.monotonic()
     for part in ("upper", "work", "root"):
         (node.directory / part).mkdir(parents=True, exist_ok=True)
@@ -169,7 +172,7 @@ def _mount(node: Node, tree: Path) -> None:
         raise LabError(
             "PLAYBOOK_FAILED",
             f"overlay mount on {node.root} failed: {done.stderr.strip()}",
-            "RBEE_LAB_DIR must lie on a file system that can carry an overlay (ext4, xfs, tmpfs): export RBEE_LAB_DIR=/var/tmp/lab",
+            "put the lab on a file system that can carry an overlay (ext4, xfs, tmpfs): export RBEE_LAB_DIR=/var/tmp/lab",
             directory=str(d),
         )
 
@@ -276,7 +279,7 @@ def remove(node: Node, limit_s: float = 20.0) -> float:
     roots = [point for source, point in mounts(node.unique) if source == node.unique]
     for point in roots:
         with contextlib.suppress(OSError):  # a killed nspawn leaves its lock on the tree
-            status = os.stat(point)
+            status = Path(point).stat()
             Path(f"/run/systemd/nspawn/locks/inode-{status.st_dev}:{status.st_ino}").unlink(missing_ok=True)
         if run("umount", point, check=False).returncode != 0:
             run("umount", "-l", point, check=False)
@@ -347,10 +350,14 @@ def reboot(node: Node) -> float:
         raise LabError("NODE_NOT_FOUND", f"{node.name} is not running", "rbee-ctl lab up", node=node.name)
     leader = Path(f"/proc/{old}/task/{old}/children").read_text().split()
     if not leader:
-        raise LabError("UNIT_START_FAILED", f"{node.name} has no running system", "rbee-ctl lab down; rbee-ctl lab up", node=node.name)
+        raise LabError(
+            "UNIT_START_FAILED", f"{node.name} has no running system", "rbee-ctl lab down; rbee-ctl lab up", node=node.name
+        )
     os.kill(int(leader[-1]), signal.SIGRTMIN + 5)  # systemd(1): start reboot.target
     while time.monotonic() - began < BOOT_LIMIT_S:
         if supervisor(node) not in (None, old) and sshd_answers(node, 0.1):
             return time.monotonic() - began
         time.sleep(0.02)
-    raise LabError("UNIT_START_FAILED", f"{node.name} did not come back within {BOOT_LIMIT_S:.0f} s", "rbee-ctl lab status", node=node.name)
+    raise LabError(
+        "UNIT_START_FAILED", f"{node.name} did not come back within {BOOT_LIMIT_S:.0f} s", "rbee-ctl lab status", node=node.name
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import platform
 import re
 import shlex
@@ -22,18 +23,50 @@ from typing import Any
 
 from lab_common import FIRST_HOST, MAX_NODES, LabError, progress, run
 
-#: nftables: tests that refuse traffic; libgomp1: llama.cpp; python3-packaging: ansible.builtin.pip; python3-apt: ansible.builtin.apt; libnss-systemd: DynamicUser
-PACKAGES = (
-    "systemd systemd-sysv dbus openssh-server sudo iproute2 nftables procps ca-certificates libnss-systemd libgomp1"
-    " python3 python3-venv python3-apt python3-packaging"
-).split()
+PACKAGES = [
+    "systemd",
+    "systemd-sysv",
+    "dbus",
+    "openssh-server",
+    "sudo",
+    "iproute2",
+    "nftables",  # tests that refuse traffic
+    "procps",
+    "ca-certificates",
+    "libnss-systemd",  # names for DynamicUser
+    "libgomp1",  # llama.cpp
+    "python3",
+    "python3-venv",  # runtimes
+    "python3-apt",  # ansible.builtin.apt
+    "python3-packaging",  # ansible.builtin.pip
+]
 
 #: Units without use in a throw-away machine; masked, the machine is up in a quarter of a second.
-MASKED = (
-    "apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer e2scrub_reap.service"
-    " systemd-pstore.service console-getty.service getty.target systemd-update-utmp.service"
-    " systemd-update-utmp-runlevel.service dev-hugepages.mount sys-fs-fuse-connections.mount motd-news.timer"
-).split()
+MASKED = [
+    "apt-daily.timer",
+    "apt-daily-upgrade.timer",
+    "dpkg-db-backup.timer",
+    "e2scrub_all.timer",
+    "fstrim.timer",
+    "e2scrub_reap.service",
+    "systemd-pstore.service",
+    "console-getty.service",
+    "getty.target",
+    "systemd-update-utmp.service",
+    "systemd-update-utmp-runlevel.service",
+    "dev-hugepages.mount",
+    "sys-fs-fuse-connections.mount",
+    "motd-news.timer",
+]
+
+#: Flags of mmdebstrap that decide what is in the tree.
+FLAGS = [
+    "--variant=minbase",
+    '--aptopt=APT::Install-Recommends "false"',
+    "--dpkgopt=path-exclude=/usr/share/doc/*",
+    "--dpkgopt=path-exclude=/usr/share/man/*",
+    "--dpkgopt=path-exclude=/usr/share/locale/*",
+]
 
 #: nspawn mounts version-1 controllers read-only: MemoryMax=, CPUQuota=, TasksMax= would be ignored without a word.
 INIT = """\
@@ -53,6 +86,7 @@ def recipe(suite: str, architecture: str) -> dict[str, Any]:
     return {
         "suite": suite,
         "architecture": architecture,
+        "flags": FLAGS,
         "packages": PACKAGES,
         "masked": MASKED,
         "files": {
@@ -91,7 +125,7 @@ def release(os_release: Path = Path("/etc/os-release")) -> str:
     if not suite or not names & {"debian", "ubuntu"}:
         raise LabError(
             "MISSING_DEPENDENCY",
-            f"the lab makes its machines from Debian or Ubuntu packages; this controller is {fields.get('PRETTY_NAME', 'unknown')}",
+            f"the lab is made of Debian or Ubuntu packages; this controller is {fields.get('PRETTY_NAME', 'unknown')}",
             "use machines of your own: cp inventory/example.yml inventory/mine.yml",
         )
     return suite
@@ -160,7 +194,9 @@ def _deb822(text: str, wanted: set[str]) -> list[str]:
 def _apt_options() -> list[str]:
     """Return the controller's own proxy and certificate settings for apt; a closed site reaches its mirror only with them."""
     dump = run("apt-config", "dump", check=False).stdout
-    pattern = re.compile(r'^(Acquire::(?:(?:http|https)::(?:Proxy|CaInfo|Verify-Peer|Proxy-Auto-Detect)\b\S*|Check-Valid-Until|Check-Date) ".+";)$')
+    pattern = re.compile(
+        r'^(Acquire::(?:(?:http|https)::(?:Proxy|CaInfo|Verify-Peer|Proxy-Auto-Detect)\b\S*|Check-Valid-Until|Check-Date) ".+";)$'
+    )
     return [f"--aptopt={m[1]}" for line in dump.splitlines() if (m := pattern.match(line))]
 
 
@@ -182,7 +218,7 @@ def ensure(cache: Path) -> Path:
         if tree.is_dir():
             return tree
         for old in store.glob(f".make-{key}-*"):  # of a build that was killed; its owner would hold the lock
-            shutil.rmtree(old, ignore_errors=True)
+            _discard(old)
         scratch = Path(tempfile.mkdtemp(prefix=f".make-{key}-", dir=store))
         try:
             if not tarball.is_file():
@@ -193,13 +229,23 @@ def ensure(cache: Path) -> Path:
             unpacked.chmod(0o755)
             unpacked.rename(tree)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _discard(scratch)
     return tree
+
+
+def _discard(scratch: Path) -> None:
+    """Remove a folder of a build; a mount that a killed one left in it is undone first, never followed."""
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for point in reversed([p for p in points if p.startswith(f"{scratch}/")]):
+        run("umount", "-l", point)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _build(parts: dict[str, Any], scratch: Path, tarball: Path) -> None:
     if not shutil.which("mmdebstrap"):
-        raise LabError("MISSING_DEPENDENCY", "mmdebstrap is not installed: it makes the lab's root file system", "apt-get install mmdebstrap")
+        raise LabError(
+            "MISSING_DEPENDENCY", "mmdebstrap is not installed: it makes the lab's root file system", "apt-get install mmdebstrap"
+        )
     sources = scratch / "sources.list"
     entries = apt_sources(parts["suite"])
     sources.write_text("\n".join(entries) + "\n")
@@ -212,12 +258,8 @@ def _build(parts: dict[str, Any], scratch: Path, tarball: Path) -> None:
     command = [
         "mmdebstrap",
         "--mode=root",
-        "--variant=minbase",
-        '--aptopt=APT::Install-Recommends "false"',
+        *parts["flags"],
         *_apt_options(),
-        "--dpkgopt=path-exclude=/usr/share/doc/*",
-        "--dpkgopt=path-exclude=/usr/share/man/*",
-        "--dpkgopt=path-exclude=/usr/share/locale/*",
         f"--include={','.join(parts['packages'])}",
         f"--customize-hook={customize}",
         parts["suite"],
@@ -226,7 +268,8 @@ def _build(parts: dict[str, Any], scratch: Path, tarball: Path) -> None:
     ]
     began = time.monotonic()
     with log.open("wb") as sink:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT)
+        environment = {**os.environ, "TMPDIR": str(scratch)}
+        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, env=environment)
         shown = began
         try:
             while child.poll() is None:
@@ -247,7 +290,9 @@ def _build(parts: dict[str, Any], scratch: Path, tarball: Path) -> None:
     log.unlink()
     unfinished.chmod(0o600)
     unfinished.replace(tarball)
-    progress(f"root file system ready after {time.monotonic() - began:.0f} s: {tarball.stat().st_size >> 20} MiB in {tarball.parent}")
+    progress(
+        f"root file system ready after {time.monotonic() - began:.0f} s: {tarball.stat().st_size >> 20} MiB in {tarball.parent}"
+    )
 
 
 def _customize(parts: dict[str, Any], scratch: Path) -> str:
