@@ -253,7 +253,11 @@ class Embedded:
         cls: type[RbeeError] = WorkerCrashed if child.name == "worker" else UnitStartFailed
         if code == ExitCode.CONFIG:
             cls = ModelFileInvalid if child.name == "worker" else ConfigInvalid
-        return cls(f"the {child.name} {how}", hint="rbee-ctl serve --verbose", journal=child.tail())
+        return cls(
+            f"the {child.name} {how}",
+            hint="rbee-ctl serve --verbose shows the whole log",
+            journal=child.tail(500 if self._ui.verbose else 15),
+        )
 
     def _queen_answers(self) -> bool:
         with socket.socket() as s:

@@ -88,22 +88,37 @@ class Ui:
         self.err.flush()
 
     def narrator(self, actor: str, action: str) -> events.OnEvent:
-        """Return a listener that narrates a playbook; with ``verbose`` it shows Ansible's own output instead."""
+        """Return a listener that narrates a playbook; with ``verbose`` it shows Ansible's own output instead.
+
+        A task is named once it has done something: one that is skipped on every host is not worth a line. On a terminal
+        the running task stands in the line of progress meanwhile.
+        """
+        waiting: list[str] = []
 
         def on_event(event: events.Event) -> None:
             if isinstance(event, events.Output):
                 if self.verbose:
                     self.note(event.text)
-            elif isinstance(event, events.Progress):
-                if not self.verbose:
-                    self.progress(actor, action, event.text)
+            elif self.verbose:
+                return
             elif isinstance(event, events.TaskStarted):
-                if not self.verbose and event.task:
-                    self.narrate(actor, action, event.task)
-            elif isinstance(event, events.TaskDone) and event.status == "unreachable" and not self.verbose:
-                self.narrate(event.host, action, "not reachable")
+                waiting[:] = [event.task.rpartition(" : ")[2]]  # without the role's name
+                if self._tty_err:
+                    self.progress(actor, action, waiting[0])
+            elif isinstance(event, events.Progress):
+                self._say(waiting, actor, action)
+                self.progress(actor, action, event.text)
+            elif isinstance(event, events.TaskDone) and event.status != "skipped":
+                self._say(waiting, actor, action)
+                if event.status == "unreachable":
+                    self.narrate(event.host, action, "not reachable")
 
         return on_event
+
+    def _say(self, waiting: list[str], actor: str, action: str) -> None:
+        """Narrate what waits to be said, once."""
+        while waiting:
+            self.narrate(actor, action, waiting.pop(0))
 
     # --- at the end -------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ def list_(ctx: typer.Context, node: Node = None, json: Json = False) -> Operatio
                 "id": w.get("model_id"),
                 "reference": w.get("model_ref"),
                 "size_bytes": (w.get("model_info") or {}).get("size_bytes"),
-                "status": w.get("status"),
+                "status": "served",
             }
             for w in queen.workers(node=node)
         }

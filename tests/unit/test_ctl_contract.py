@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rbee_ctl import cli, render, views
+from rbee_ctl import cli, events, render, views
 from rbee_ctl.render import Ui, narration_line
 from rbee_ctl.result import ErrorItem, OperationResult
 from rbee_serve.contract.errors import ExitCode, NodeNotFound, RbeeError
@@ -137,6 +137,22 @@ def test_progress_off_a_terminal_is_at_most_one_line_a_second(monkeypatch: pytes
         ui.progress("cpu0", "load", f"{step}")
         now[0] += 0.1
     assert 3 <= len(err.getvalue().splitlines()) <= 4
+
+
+def test_tasks_are_narrated_without_role_and_only_when_they_did_something() -> None:
+    err = io.StringIO()
+    listen = Ui(io.StringIO(), err).narrator("lab1", "worker_start")
+    listen(events.TaskStarted("rbee_worker : Start | Download it"))
+    listen(events.TaskDone("lab1", "x", "skipped"))
+    listen(events.TaskStarted("rbee_worker : Start | Start the unit"))
+    listen(events.Progress("cpu0: loading"))
+    listen(events.TaskDone("lab1", "x", "ok"))
+    listen(events.TaskDone("lab2", "x", "unreachable"))
+    assert err.getvalue().splitlines() == [
+        "[lab1      ] worker_start   : Start | Start the unit",
+        "[lab1      ] worker_start   : cpu0: loading",
+        "[lab2      ] worker_start   : not reachable",
+    ]
 
 
 @pytest.mark.parametrize(

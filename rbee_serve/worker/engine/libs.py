@@ -22,7 +22,7 @@ from rbee_serve.contract.errors import BackendUnavailable
 _AMX_SCORE = 2048
 #: rbee's backend -> (name that llama.cpp's devices begin with, its library in a build with loadable backends)
 _GPU = {"cuda": ("CUDA", "cuda"), "rocm": ("ROCm", "hip"), "vulkan": ("Vulkan", "vulkan")}
-_GGML_WARN, _GGML_ERROR, _GGML_INFO = 3, 4, 2
+_GGML_INFO, _GGML_ERROR, _GGML_CONT = 2, 4, 5
 
 
 def library_dir() -> Path:
@@ -145,9 +145,7 @@ class LoadLog:
 
     def feed(self, level: int, text: bytes) -> None:
         """Take one piece of log output (``enum ggml_log_level``; 5 continues the line before)."""
-        if level <= _GGML_WARN:
-            self._level = level
-        elif level == _GGML_ERROR:
+        if level != _GGML_CONT:
             self._level = level
         if self._level < _GGML_INFO:
             return

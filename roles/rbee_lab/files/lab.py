@@ -36,6 +36,8 @@ PROGRAMS = {
     "systemd-nspawn": "systemd-container",
     "ip": "iproute2",
     "mount": "mount",
+    "setpriv": "util-linux",
+    "unshare": "util-linux",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
 }

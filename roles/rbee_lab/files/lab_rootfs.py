@@ -256,6 +256,8 @@ def _build(parts: dict[str, Any], scratch: Path, tarball: Path) -> None:
     unfinished = scratch / "rootfs.tar.gz"
     log = tarball.with_suffix(".log")
     command = [
+        # Namespaces of its own, and an end when we end: mmdebstrap mounts, and a killed one would leave mounts and dpkg behind.
+        *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"),
         "mmdebstrap",
         "--mode=root",
         *parts["flags"],

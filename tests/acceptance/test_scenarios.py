@@ -1,0 +1,600 @@
+"""Steps of the features: rbee-ctl, ansible-playbook and HTTP as people use them; ssh only to look."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hub import Hub
+from machines import ROOT, Done, Fleet, Lab
+from pytest_bdd import given, parsers, scenarios, then, when
+from waiting import until
+
+from rbee_ctl.demo_model import MODEL_ID
+
+scenarios("features")
+
+LONG = {"prompt": "Once upon a time", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
+ENGINE = "pgrep -f rbee_serve.worker.engine.child"
+
+
+class World:
+    """What one scenario has seen so far."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.lab = fleet, fleet.lab
+        self.http = httpx.Client(base_url=fleet.queen_url, headers=fleet.headers, timeout=60, trust_env=False)
+        self.fleet_token = (self.lab.directory / "state/secrets/fleet-token").read_text().strip()
+        self.stack = ExitStack()
+        self.done: Done | None = None
+        self.seen: dict[str, Any] = {}
+
+    @property
+    def last(self) -> Done:
+        assert self.done is not None, "no command was run"
+        return self.done
+
+    def ctl(self, *arguments: str, timeout: float = 180) -> None:
+        self.done = self.lab.ctl(*arguments, timeout=timeout)
+
+    def workers(self, **filters: str) -> dict[str, dict[str, Any]]:
+        return {w["id"]: w for w in self.http.get("/v1/workers", params=filters).json()["workers"]}
+
+    def worker_url(self, worker_id: str) -> str:
+        return str(self.workers()[worker_id]["url"])
+
+    def main_pids(self) -> dict[str, str]:
+        show = "systemctl show -p MainPID --value 'rbee-worker@*' rbee-queen; true"
+        return {n: self.lab.ssh(n, show).stdout for n in ("lab1", "lab2")}
+
+    def units(self, node: str) -> str:
+        return self.lab.ssh(node, "systemctl list-units --all --no-legend --plain 'rbee-*' | awk '{print $1}'").stdout
+
+    def slots_free(self) -> bool:
+        live = self.workers().values()
+        return bool(live) and all(w["slots_available"] == w["slots_total"] for w in live if w["status"] in ("idle", "busy"))
+
+    def background(self, body: dict[str, Any]) -> None:
+        """Hold a stream open until the scenario ends."""
+        started = threading.Event()
+
+        def read() -> None:
+            client = httpx.Client(base_url=self.fleet.queen_url, headers=self.fleet.headers, timeout=60, trust_env=False)
+            with client, client.stream("POST", "/v1/inference", json=body) as stream:
+                for line in stream.iter_lines():
+                    if line.startswith("event: token"):
+                        started.set()
+                    if stop.is_set():
+                        return
+
+        stop = threading.Event()
+        thread = threading.Thread(target=read)
+        thread.start()
+        self.stack.callback(thread.join)
+        self.stack.callback(stop.set)
+        assert started.wait(60), "the stream gave no token"
+
+
+@pytest.fixture
+def world(fleet: Fleet) -> Iterator[World]:
+    world = World(fleet)
+    until(lambda: len(world.workers(state="idle")) >= 2, "both workers idle before the scenario")
+    with world.http, world.stack:
+        yield world
+
+
+@pytest.fixture
+def hub(fleet: Fleet, tmp_path: Path) -> Iterator[Hub]:
+    with Hub(tmp_path / "hub", host=fleet.lab.controller) as hub:
+        variables = fleet.lab.directory / "group_vars/all.yml"
+        variables.parent.mkdir(exist_ok=True)
+        variables.write_text(f"---\nrbee_hub_endpoint: {hub.url}\n")
+        yield hub
+        variables.unlink()
+
+
+def tokens_of(lines: list[str]) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in lines if line.startswith('data: {"type":"token"')]
+
+
+# --- given ----------------------------------------------------------------------------------------------------------
+
+
+@given(parsers.parse('a hub that has the model "{repo}" and sends {rate:d} MB a second'))
+def _(hub: Hub, model_path: Path, repo: str, rate: int) -> None:
+    hub.add(repo, model_path.name, model_path)
+    hub.behaviour.bytes_per_s = rate * 1_000_000
+
+
+@given("the process ids of all workers")
+@given("the process ids of queen and workers")
+def _(world: World) -> None:
+    world.seen["pids"] = world.main_pids()
+
+
+@given(parsers.parse('all slots of "{worker_id}" are taken'))
+def _(world: World, worker_id: str) -> None:
+    world.seen["units"] = world.units("lab1")
+    others = [w for w in world.workers(node="lab1").values() if w["id"] != worker_id and w["model_id"] == MODEL_ID]
+    total = world.workers()[worker_id]["slots_total"]
+    for target in [worker_id] * total + [w["id"] for w in others for _ in range(w["slots_total"])]:
+        world.background({**LONG, "worker_id": target})
+    until(lambda: world.workers()[worker_id]["status"] == "busy", "worker busy in the registry")
+
+
+@given(parsers.parse('the record of "{worker_id}" at the queen'))
+def _(world: World, worker_id: str) -> None:
+    world.seen["record"] = world.workers()[worker_id]
+    world.seen["pids"] = world.main_pids()
+
+
+@given("both hives are stopped")
+def _(world: World) -> None:
+    done = world.lab.ctl("hive", "stop")
+    assert done.returncode == 0, done.stderr
+    until(lambda: not world.workers(), "no worker in the registry")
+
+
+@given(parsers.parse('"{node}" has only {mb:d} MB of memory available'))
+def _(world: World, node: str, mb: int) -> None:
+    # Injected into the preflight: what a kernel reports can not be made small for one lab machine.
+    variables = world.lab.directory / f"host_vars/{node}.yml"
+    variables.parent.mkdir(exist_ok=True)
+    variables.write_text(f"---\nrbee_preflight_mem_available_bytes: {mb * 1_000_000}\n")
+    world.stack.callback(variables.unlink)
+
+
+@given(parsers.parse('the runtimes of "{node}" are moved away'))
+def _(world: World, node: str) -> None:
+    world.lab.ssh(node, "mv /opt/rbee/runtimes /opt/rbee/away")
+    world.stack.callback(lambda: world.lab.ssh(node, "mv /opt/rbee/away /opt/rbee/runtimes"))
+
+
+@given(parsers.parse('the worker "{name}" of "{node}" is stopped'))
+def _(world: World, name: str, node: str) -> None:
+    done = world.lab.ctl("worker", "stop", "--node", node, name)
+    assert done.returncode == 0, done.stderr
+    world.stack.callback(lambda: world.lab.ctl("hive", "start", "--node", node))
+
+
+@given(parsers.parse("its slot is taken for {seconds:d} second"))
+def _(world: World, seconds: int) -> None:
+    worker = world.seen["slot_worker"]
+    busy = subprocess.Popen(
+        ["rbee-ctl", "infer", "--worker-id", worker, "--prompt", "Once", "-n", "2000", "--timeout", str(seconds)],
+        env=world.lab.environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=ROOT,
+    )
+    world.stack.callback(busy.wait)
+    until(lambda: world.workers()[worker]["status"] == "busy" or busy.poll() is not None, "slot taken", pause_s=0.02)
+
+
+# --- when -----------------------------------------------------------------------------------------------------------
+
+
+@when(parsers.parse('I ask "{node}" with "{model}" to go on from "{prompt}"'))
+def _(world: World, node: str, model: str, prompt: str) -> None:
+    options = ["--max-tokens", "20", "--temperature", "0.7", "--backend", "cpu"]
+    world.ctl("infer", "--node", node, "--model", model, "--prompt", prompt, *options)
+
+
+@when(parsers.parse('I ask the worker "{worker_id}" to go on from "{prompt}"'))
+def _(world: World, worker_id: str, prompt: str) -> None:
+    world.ctl("infer", "--worker-id", worker_id, "--prompt", prompt, "--max-tokens", "5")
+
+
+@when(parsers.parse('I run "rbee-ctl {arguments}"'))
+def _(world: World, arguments: str) -> None:
+    world.ctl(*arguments.split())
+
+
+@given(parsers.parse('a worker "{name}" with {slots:d} slot on "{node}"'))
+@when(parsers.parse('I start a worker "{name}" with {slots:d} slot on "{node}"'))
+def start_worker(world: World, name: str, slots: int, node: str) -> None:
+    world.seen |= {"since": world.lab.ssh(world_queen(world), "date +%s").stdout.strip(), "slot_worker": f"{node}-{name}"}
+    world.ctl("worker", "start", "--node", node, "--model", MODEL_ID, "--backend", "cpu", "--name", name, "--slots", str(slots))
+    # What a scenario makes by hand it takes away again: the next one finds the fleet as it was.
+    world.stack.callback(lambda: remove_worker(world.lab, node, name))
+    if world.last.returncode == 0:
+        until(lambda: world.workers().get(f"{node}-{name}", {}).get("status") == "idle", f"{node}-{name} idle at the queen")
+
+
+def world_queen(_: World) -> str:
+    return "lab1"
+
+
+def remove_worker(lab: Lab, node: str, name: str) -> None:
+    unit, files = f"rbee-worker@{name}.service", f"/etc/rbee/workers/{name}.toml /etc/rbee/workers/{name}.runtime"
+    lab.ssh(node, f"systemctl disable --now {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null; rm -f {files}")
+
+
+@when("the queen is restarted")
+def _(world: World) -> None:
+    world.lab.ssh("lab1", "systemctl restart rbee-queen")
+
+
+@when(parsers.parse('I get "{path}" from the queen'))
+def _(world: World, path: str) -> None:
+    world.seen["answer"] = world.http.get(path)
+
+
+@when(parsers.parse('I get "{path}" from the worker "{worker_id}"'))
+def _(world: World, path: str, worker_id: str) -> None:
+    headers = {"Authorization": f"Bearer {world.fleet_token}"}
+    world.seen["answer"] = httpx.get(world.worker_url(worker_id) + path, headers=headers, trust_env=False)
+
+
+@when(parsers.parse('I stream {count:d} tokens from "{worker_id}" and watch the registry'))
+def _(world: World, count: int, worker_id: str) -> None:
+    states: list[str] = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        with httpx.Client(base_url=world.fleet.queen_url, headers=world.fleet.headers, trust_env=False) as client:
+            while not stop.is_set():
+                states.append(client.get(f"/v1/workers/{worker_id}").json()["status"])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    lines: list[tuple[float, str]] = []
+    body = {**LONG, "max_tokens": count, "worker_id": worker_id}
+    with world.http.stream("POST", "/v1/inference", json=body) as stream:
+        world.seen["answer"] = stream
+        lines = [(time.monotonic(), line) for line in stream.iter_lines()]
+    until(lambda: states[-1] == "idle", "idle again")
+    stop.set()
+    watcher.join()
+    world.seen |= {"lines": lines, "states": states}
+
+
+@when("I interrupt a long answer of rbee-ctl")
+def _(world: World) -> None:
+    command = ["rbee-ctl", "infer", "--model", MODEL_ID, "--prompt", "Once upon a time", "-n", "2000", "--temperature", "0"]
+    process = subprocess.Popen(
+        command, env=world.lab.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    world.done = subprocess.CompletedProcess(command, process.returncode, first + out, err)
+
+
+@when("a client closes its connection in the middle of a stream")
+def _(world: World) -> None:
+    with world.http.stream("POST", "/v1/inference", json={**LONG, "model": MODEL_ID}) as stream:
+        world.seen["node"] = stream.headers["x-rbee-worker"].split("-")[0]
+        for _ in zip(range(12), stream.iter_lines(), strict=False):
+            pass
+
+
+@when("I delete a running request twice and an unknown one once")
+def _(world: World) -> None:
+    answers, lines = [], []
+    with world.http.stream("POST", "/v1/inference", json={**LONG, "model": MODEL_ID}) as stream:
+        ident = stream.headers["x-request-id"]
+        for number, line in enumerate(stream.iter_lines()):
+            lines.append(line)
+            if number == 10:
+                with httpx.Client(base_url=world.fleet.queen_url, headers=world.fleet.headers, trust_env=False) as other:
+                    answers = [other.delete(f"/v1/inference/{i}") for i in (ident, ident, "never-was")]
+    world.seen |= {"answers": answers, "stream": lines}
+
+
+@when(parsers.re(r"I post an inference to the (?P<part>queen|worker) (?P<key>without a key|with a wrong key)"))
+def _(world: World, part: str, key: str) -> None:
+    base = world.fleet.queen_url if part == "queen" else world.worker_url("lab1-cpu0")
+    headers = {} if key == "without a key" else {"Authorization": "Bearer rbee-nobody-knows-me"}
+    body = {"model": MODEL_ID, "prompt": "x"}
+    world.seen["answer"] = httpx.post(f"{base}/v1/inference", json=body, headers=headers, trust_env=False)
+
+
+@when("I run rbee-ctl with a wrong key")
+def _(world: World, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.touch(0o600)
+    key.write_text("rbee-nobody-knows-me\n")
+    config = tmp_path / "config.toml"
+    config.write_text(f'queen_url = "{world.fleet.queen_url}"\napi_key_file = "{key}"\n')
+    command = ["infer", "--model", MODEL_ID, "--prompt", "x"]
+    world.done = world.lab.ctl(*command, env={"RBEE_CONFIG": str(config)})
+
+
+# --- then: commands -------------------------------------------------------------------------------------------------
+
+
+@then(parsers.parse("the command ends with {code:d}"))
+def _(world: World, code: int) -> None:
+    assert world.last.returncode == code, f"stdout: {world.last.stdout}\nstderr: {world.last.stderr}"
+
+
+@then("standard output is the story and nothing else")
+def _(world: World) -> None:
+    assert world.last.stdout.strip()
+    assert not re.search(r"^\[\w+ *\]|TASK|PLAY|error|tokens/s", world.last.stdout, re.MULTILINE)
+
+
+@then("standard error tells of these steps in order:")
+def _(world: World, datatable: list[list[str]]) -> None:
+    at = 0
+    for (words,) in datatable:
+        found = world.last.stderr.find(words, at)
+        assert found >= 0, f"{words!r} is not told after the steps before it\n{world.last.stderr}"
+        at = found
+
+
+@then(parsers.parse('standard error says "{words}"'))
+def _(world: World, words: str) -> None:
+    assert words in world.last.stderr
+
+
+@then(parsers.parse("standard error counts {count:d} more tries"))
+def _(world: World, count: int) -> None:
+    assert world.last.stderr.count("next try in") == count, world.last.stderr
+
+
+@then(parsers.parse("standard output names {names}"))
+def _(world: World, names: str) -> None:
+    for name in re.findall(r'"([^"]+)"', names):
+        assert name in world.last.stdout
+
+
+@then("no playbook ran")
+def _(world: World) -> None:
+    assert "Preflight" not in world.last.stderr
+    assert "cold_start" not in world.last.stderr
+
+
+@then("what had come is on standard output")
+def _(world: World) -> None:
+    assert len(world.last.stdout) >= 20
+
+
+@then(parsers.parse("the story has at most {count:d} tokens"))
+def _(world: World, count: int) -> None:
+    match = re.search(r"done\s*: (\d+) tokens", world.last.stderr)
+    assert match, world.last.stderr
+    assert 1 <= int(match[1]) <= count
+
+
+# --- then: machines -------------------------------------------------------------------------------------------------
+
+
+@then("the hub has sent the whole file once")
+def _(hub: Hub, model_path: Path) -> None:
+    assert hub.bytes_sent == model_path.stat().st_size
+    assert len(hub.downloads) == 1
+
+
+@then("the download was reported at least twice before it was complete")
+def _(world: World) -> None:
+    shares = [int(s) for s in re.findall(r"downloading .*\((\d+) %\)", world.last.stderr)]
+    growing = [s for s in shares if s < 100]
+    assert len(growing) >= 2, world.last.stderr
+    assert growing == sorted(growing)
+
+
+@then(parsers.parse('"{node}" has the model "{ref}" in its catalog, ready'))
+def _(world: World, node: str, ref: str) -> None:
+    folder = ref.removeprefix("hf:")
+    text = world.lab.ssh(node, f"cat /var/lib/rbee/models/{folder}/metadata.yaml").stdout
+    (entry,) = json.loads(text)["models"]
+    assert entry["status"] == "Ready"
+    assert entry["reference"].startswith(ref)
+    assert entry["sha256"] == "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+@then("the worker that told it is idle again")
+def _(world: World) -> None:
+    worker = world.last.stderr.strip().splitlines()[-1].rsplit(", ", 1)[1]
+    until(lambda: world.workers()[worker]["status"] == "idle", f"{worker} idle")
+    node, name = worker.split("-", 1)
+    world.stack.callback(lambda: remove_worker(world.lab, node, name))
+
+
+@then("the process ids of all workers are unchanged")
+@then("the process ids of queen and workers are unchanged")
+def _(world: World) -> None:
+    if "the queen was restarted" in world.seen:
+        return
+    before, after = world.seen["pids"], world.main_pids()
+    assert {n: p.splitlines()[:1] for n, p in after.items()} == {n: p.splitlines()[:1] for n, p in before.items()}
+
+
+@then(parsers.parse('"{node}" has the same units as before'))
+def _(world: World, node: str) -> None:
+    assert world.units(node) == world.seen["units"]
+
+
+@then(parsers.parse('"{node}" has no unit for "{name}"'))
+def _(world: World, node: str, name: str) -> None:
+    assert f"rbee-worker@{name}.service" not in world.units(node)
+    assert world.lab.ssh(node, f"test -e /etc/rbee/workers/{name}.toml", check=False).returncode == 1
+
+
+@then("both hives run again")
+def _(world: World) -> None:
+    done = world.lab.ctl("hive", "start")
+    assert done.returncode == 0, done.stderr
+    until(lambda: {"lab1-cpu0", "lab2-cpu0"} <= set(world.workers(state="idle")), "both workers idle")
+
+
+@then(parsers.parse('the target of "{node}" is still active'))
+def _(world: World, node: str) -> None:
+    assert world.lab.ssh(node, "systemctl is-active rbee-hive.target").stdout.strip() == "active"
+
+
+@then("the engine that served it is at rest")
+def _(world: World) -> None:
+    ticks = "cat $(pgrep -f rbee_serve.worker.engine.child | sed 's,.*,/proc/&/stat,') | awk '{s += $14 + $15} END {print s}'"
+    lab, node = world.lab, world.seen["node"]
+    before = int(lab.ssh(node, f"{ticks}; sleep 1; {ticks}").stdout.split()[0])
+    after = int(lab.ssh(node, ticks).stdout.split()[0])
+    assert after - before < 50, f"{after - before} ticks of CPU in at least a second"
+
+
+# --- then: registry and HTTP ----------------------------------------------------------------------------------------
+
+
+@then(parsers.parse("the answer is exactly {text}"))
+def _(world: World, text: str) -> None:
+    assert world.seen["answer"].json() == json.loads(text)
+
+
+@then("the answer says ready, idle and that the model is loaded")
+def _(world: World) -> None:
+    assert world.seen["answer"].json() == {"ready": True, "state": "idle", "model_loaded": True}
+
+
+@then("the record is back within one heartbeat, with the same id, url, model, backend and device")
+def _(world: World) -> None:
+    record = world.seen["record"]
+    # One interval of 10 s, jittered, and the time to beat.
+    until(lambda: len(world_workers_or_none(world)) >= 2, "registry full again", limit_s=13)
+    again = world.workers()[record["id"]]
+    for key in ("id", "url", "model_id", "model_ref", "backend", "device", "pid"):
+        assert again[key] == record[key], key
+
+
+def world_workers_or_none(world: World) -> dict[str, Any]:
+    try:
+        return world.workers(state="idle")
+    except httpx.TransportError:
+        return {}
+
+
+@then(parsers.parse('the worker "{worker_id}" is idle'))
+def _(world: World, worker_id: str) -> None:
+    assert world.workers()[worker_id]["status"] == "idle"
+
+
+@then("the workers are still listed")
+def _(world: World) -> None:
+    assert {"lab1-cpu0", "lab2-cpu0"} <= set(world.workers())
+
+
+@then(parsers.parse('the report of "{node}" says the target is active, which version it has, and that "{unit}" is active'))
+def _(world: World, node: str, unit: str) -> None:
+    report = json.loads(world.last.stdout)
+    assert (report["status"], report["exit_code"]) == ("success", 0)
+    text = json.dumps(report["data"])
+    hive = find(report["data"], "target")
+    assert hive["target"] == "active", text
+    assert hive["version"] == "0.1.0"
+    assert {u["unit"]: u["active_state"] for u in hive["units"]}[unit] == "active"
+
+
+def find(value: Any, key: str) -> dict[str, Any]:
+    """Return the first object that has ``key``."""
+    if isinstance(value, dict):
+        if key in value:
+            return value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            if isinstance(item, dict | list) and (hit := find(item, key)):
+                return hit
+    return {}
+
+
+@then(parsers.parse('its settings file on "{node}" belongs to root and nobody else may read it'))
+def _(world: World, node: str) -> None:
+    name = world.seen["slot_worker"].split("-", 1)[1]
+    stat = world.lab.ssh(node, f"stat -c '%U %G %a' /etc/rbee/workers/{name}.toml /etc/rbee/credentials/fleet-token").stdout
+    assert stat.splitlines() == ["root rbee 640", "root root 600"]
+
+
+@then(parsers.parse('the queen heard of "{worker_id}" while it was loading'))
+def _(world: World, worker_id: str) -> None:
+    log = world.lab.ssh("lab1", f"journalctl -u rbee-queen --no-pager -o cat --since @{world.seen['since']}").stdout
+    assert re.search(rf"registered .*worker_id={worker_id} .*state=loading", log), log
+
+
+@then(
+    parsers.parse(
+        'the record of "{worker_id}" has an id, a url that answers, its model, backend "{backend}" and device {device:d}'
+    )
+)
+def _(world: World, worker_id: str, backend: str, device: int) -> None:
+    record = world.workers()[worker_id]
+    assert (record["backend"], record["device"], record["model_id"]) == (backend, device, MODEL_ID)
+    assert record["model_ref"].startswith("hf:")
+    assert record["slots_total"] == 1
+    assert httpx.get(f"{record['url']}/health", trust_env=False).json()["status"] == "alive"
+
+
+@then(parsers.parse('the fleet token is in no argument list and no unit property on "{node}"'))
+def _(world: World, node: str) -> None:
+    for command in ("ps axww -o args", "systemctl show 'rbee-*'", "cat /etc/rbee/workers/*.toml"):
+        assert world.fleet_token not in world.lab.ssh(node, command).stdout, command
+
+
+@then("the status is 200 and the type is an event stream")
+def _(world: World) -> None:
+    answer = world.seen["answer"]
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+
+
+@then("tokens are numbered from 0 without a gap, then comes the end, then [DONE], once")
+def _(world: World) -> None:
+    lines = [line for _, line in world.seen["lines"]]
+    tokens = tokens_of(lines)
+    assert [t["i"] for t in tokens] == list(range(60))
+    data = [line for line in lines if line.startswith("data: ")]
+    assert data[-1] == "data: [DONE]"
+    assert data.count("data: [DONE]") == 1
+    assert json.loads(data[-2][6:])["type"] == "end"
+    assert json.loads(data[-2][6:])["tokens_out"] == 60
+
+
+@then("the first token came long before the last")
+def _(world: World) -> None:
+    times = [at for at, line in world.seen["lines"] if line.startswith('data: {"type":"token"')]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert times[-1] - times[0] > 10 * max(min(gaps), 0.001)
+    assert len({round(t, 3) for t in times}) > 20, "tokens came in a few lumps"
+
+
+@then("the registry showed the worker busy, and then idle")
+def _(world: World) -> None:
+    states = world.seen["states"]
+    assert "busy" in states, states
+    assert states[-1] == "idle"
+
+
+@then("every slot of the fleet is free within 1 second")
+def _(world: World) -> None:
+    until(world.slots_free, "all slots free", limit_s=1.0, pause_s=0.05)
+
+
+@then("each answer is 204")
+def _(world: World) -> None:
+    assert [a.status_code for a in world.seen["answers"]] == [204, 204, 204]
+
+
+@then("the stream ended as cancelled")
+def _(world: World) -> None:
+    data = [line for line in world.seen["stream"] if line.startswith("data: ")]
+    assert data[-1] == "data: [DONE]"
+    assert json.loads(data[-2][6:]).get("stop_reason") == "CANCELLED" or "CANCEL" in data[-2], data[-2]
+
+
+@then(parsers.parse("the status is {status:d} and the code is {code}"))
+def _(world: World, status: int, code: str) -> None:
+    answer = world.seen["answer"]
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    assert answer.headers["www-authenticate"] == "Bearer"
