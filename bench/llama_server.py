@@ -52,7 +52,9 @@ def build(cache: Path, variant: str) -> Path:
             archive.extractall(folder, filter="data")
         source = next(Path(folder).glob("llama_cpp_python-*/vendor/llama.cpp"))
         subprocess.run([cmake, "-S", str(source), "-B", f"{folder}/build", *options], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run([cmake, "--build", f"{folder}/build", "--parallel", "--target", "llama-server"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [cmake, "--build", f"{folder}/build", "--parallel", "--target", "llama-server"], check=True, stdout=subprocess.DEVNULL
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(f"{folder}/build/bin/llama-server", target)
     return target

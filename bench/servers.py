@@ -111,7 +111,10 @@ def rbee_worker(model: Path, slots: int, threads: int, **settings: object) -> It
             "context_tokens": CONTEXT_TOKENS,
             **settings,
         }
-        lines = [f"{k} = {str(v).lower() if isinstance(v, bool) else repr(v) if not isinstance(v, str) else f'{v!r}'}" for k, v in values.items()]
+        lines = [
+            f"{k} = {str(v).lower() if isinstance(v, bool) else repr(v) if not isinstance(v, str) else f'{v!r}'}"
+            for k, v in values.items()
+        ]
         config = Path(folder, "worker.toml")
         config.write_text("\n".join(lines) + "\n")
         command = [sys.executable, "-m", "rbee_serve.worker.main", "--config", str(config)]
@@ -141,6 +144,15 @@ def llama_cpp_server(python: Path, model: Path, threads: int) -> Iterator[Server
         "sys.argv[0] = 'llama_cpp.server'; runpy.run_module('llama_cpp.server', run_name='__main__')\n"
     )
     command = [str(python), "-c", boot, "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--n_threads", str(threads), "--n_ctx", str(CONTEXT_TOKENS), "--interrupt_requests", "false", "--verbose", "false"]
+    command += [
+        "--n_threads",
+        str(threads),
+        "--n_ctx",
+        str(CONTEXT_TOKENS),
+        "--interrupt_requests",
+        "false",
+        "--verbose",
+        "false",
+    ]
     with running("llama_cpp.server", command, port, "/v1/completions", "/v1/models") as server:
         yield server

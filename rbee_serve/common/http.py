@@ -269,7 +269,11 @@ class _EventStream(EventSourceResponse):
 
     def __init__(self, body: AsyncGenerator[bytes, None], ping_interval_s: float, headers: Mapping[str, str]) -> None:
         super().__init__(
-            body, ping=ping_interval_s, sep="\n", ping_message_factory=lambda: ServerSentEvent(comment="ping"), headers=headers
+            body,
+            ping=ping_interval_s,
+            sep="\n",
+            ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
+            headers=headers,
         )
         self._body = body
 

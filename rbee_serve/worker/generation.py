@@ -100,6 +100,9 @@ class Generation:
     async def _next(self) -> EngineEvent:
         if self._ending is not None:
             raise self._failed(self._ending)
+        # A timeout interrupts a wait; an event that is there already would slip past it.
+        if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
+            raise self._failed(self._late())
         self._timer = asyncio.timeout_at(self._deadline)
         try:
             async with self._timer:

@@ -13,10 +13,8 @@ from pathlib import Path
 from rbee_serve.contract.errors import ModelFileInvalid
 
 MAGIC = b"GGUF"
-_SCALARS = {
-    kind: struct.Struct(fmt)
-    for kind, fmt in {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}.items()
-}
+_FORMATS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {kind: struct.Struct(fmt) for kind, fmt in _FORMATS.items()}
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 #: enum ggml_type and llama_ftype, as far as names are shown to people.

@@ -174,7 +174,9 @@ class LoadLog:
         if backend == "cpu":
             elsewhere = [name for name in self.buffers_mib if not name.startswith("CPU")]
             if elsewhere:
-                raise BackendUnavailable(f"asked for the CPU, but llama.cpp has buffers on {', '.join(elsewhere)}", backend=backend)
+                raise BackendUnavailable(
+                    f"asked for the CPU, but llama.cpp has buffers on {', '.join(elsewhere)}", backend=backend
+                )
             return
         on_device = self.weights_mib.get(device, 0.0)
         if on_device < 1 or self.offloaded is None or self.offloaded[0] < self.offloaded[1]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
+import logging
+import os
 import signal
 import socket
 import subprocess
@@ -15,7 +18,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from rbee_serve.contract.api import SamplingParams
-from rbee_serve.contract.errors import AllSlotsBusy, InferenceFailed, LoadingTimeout, RbeeError, WorkerCrashed, from_envelope
+from rbee_serve.contract.errors import (
+    AllSlotsBusy,
+    InferenceFailed,
+    LoadingTimeout,
+    RbeeError,
+    WorkerCrashed,
+    WorkerLoading,
+    from_envelope,
+)
 from rbee_serve.worker.engine.protocol import (
     EngineConfig,
     EngineEvent,
@@ -27,6 +38,8 @@ from rbee_serve.worker.engine.protocol import (
     TokenOut,
 )
 from rbee_serve.worker.engine.wire import Unpacker, pack
+
+_log = logging.getLogger(__name__)
 
 
 class _Stream:
@@ -61,6 +74,8 @@ class ProcessEngine:
         self._info: EngineInfo | None = None
         self._streams: dict[str, _Stream] = {}
         self._answers: dict[int, asyncio.Future[list[int]]] = {}
+        self._numbers = itertools.count(1)
+        self._last_words: deque[str] = deque(maxlen=3)  # of the engine's stderr: an assert says there what it found
         self._heard = time.monotonic()
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -75,15 +90,17 @@ class ProcessEngine:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "rbee_serve.worker.engine.child", str(theirs.fileno())),
+                *(sys.executable, "-m", "rbee_serve.worker.engine.child", str(theirs.fileno()), str(os.getpid())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
             )
         self._heard = time.monotonic()
         reader, self._writer = await asyncio.open_connection(sock=ours)
         self._dead = asyncio.get_running_loop().create_future()
         self._send({"config": dataclasses.asdict(self._config)})
-        self._tasks = [asyncio.create_task(self._read(reader)), asyncio.create_task(self._limit_loading())]
+        listener = asyncio.create_task(self._listen(self._process))
+        self._tasks = [asyncio.create_task(self._read(reader, listener)), asyncio.create_task(self._limit_loading()), listener]
 
     async def close(self) -> None:
         """End the process (idempotent): close the connection, wait 2 s, kill."""
@@ -98,6 +115,7 @@ class ProcessEngine:
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._fail_all(WorkerCrashed("the engine was stopped"))
 
     async def wait_dead(self) -> str:
@@ -141,42 +159,41 @@ class ProcessEngine:
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
         """Submit and yield Started, TokenOut*, Finished; see protocol.Engine."""
-        if self._dead is not None and self._dead.done():
-            raise WorkerCrashed(self._dead.result())
+        self._require_ready()
         total = self._config.slots
         if len(self._streams) >= total + self._queue_max:
             raise AllSlotsBusy(
-                f"all {total} slots are busy",
+                f"all {total} slots are busy" + (f" and {self._queue_max} requests wait" if self._queue_max else ""),
                 slots_total=total,
                 slots_busy=min(total, len(self._streams)),
                 queued=self._queue_max,
             )
         if request.request_id in self._streams:
-            raise InferenceFailed(f"request id {request.request_id} is already running")
+            raise InferenceFailed(f"request id {request.request_id} is already running", request_id=request.request_id)
         stream = self._streams[request.request_id] = _Stream()
-        ended = False
         try:
             body = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
-            body["params"] = request.params.model_dump(include=set(SamplingParams.model_fields))
+            body["params"] = {name: getattr(request.params, name) for name in SamplingParams.model_fields}
             self._send({"submit": body})
-            while not ended:
-                try:
-                    event = await stream.get()
-                except RbeeError:
-                    ended = True
-                    raise
-                ended = isinstance(event, Finished)
+            event: EngineEvent | None = None
+            while not isinstance(event, Finished):
+                event = await stream.get()
                 yield event
         finally:
-            # The slot counts as taken until the engine says that it is free: admission stays exact.
-            if not ended and request.request_id in self._streams:
+            # The slot counts as taken until the engine has said that it is free: admission stays exact.
+            if self._streams.get(request.request_id) is stream:
                 self._send({"cancel": request.request_id})
+
+    def _require_ready(self) -> None:
+        if self._progress.stage == "failed" or self._closing:
+            raise WorkerCrashed(self._progress.error or "the engine was stopped")
+        if self._info is None:
+            raise WorkerLoading("the model is still loading", stage=self._progress.stage)
 
     async def tokenize(self, text: str, *, parse_special: bool, add_bos: bool) -> list[int]:
         """Return token ids."""
-        if self._dead is not None and self._dead.done():
-            raise WorkerCrashed(self._dead.result())
-        number = max(self._answers, default=0) + 1
+        self._require_ready()
+        number = next(self._numbers)
         future = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
             self._send({"tokenize": {"text": text, "parse_special": parse_special, "add_bos": add_bos, "number": number}})
@@ -191,14 +208,31 @@ class ProcessEngine:
         if self._writer is not None and not self._writer.is_closing():
             self._writer.write(pack(message))
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self, reader: asyncio.StreamReader, listener: asyncio.Task[None]) -> None:
         unpacker = Unpacker()
-        with contextlib.suppress(OSError):
-            while data := await reader.read(1 << 18):
-                self._heard = time.monotonic()
-                for message in unpacker.feed(data):
-                    self._dispatch(message)
-        await self._bury()
+        try:
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.read(1 << 18):
+                    self._heard = time.monotonic()
+                    for message in unpacker.feed(data):
+                        self._dispatch(message)
+        except Exception:
+            _log.exception("a message of the engine could not be read; ending it")
+            self._kill()
+        await self._bury(listener)
+
+    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+        """Pass the engine's stderr on to ours and keep its last lines: they tell why it died."""
+        while process.stderr is not None and (line := await process.stderr.readline()):
+            text = line.decode("utf-8", "replace")
+            sys.stderr.write(text)
+            sys.stderr.flush()
+            if text.strip():
+                self._last_words.append(text.strip())
+
+    def _kill(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         for kind, request_id, payload in message.get("events", ()):
@@ -253,14 +287,14 @@ class ProcessEngine:
                 f"model not loaded after {time.monotonic() - began:.0f} s: {now.layers_loaded} of {now.layers_total} layers"
             )
             self._set_progress(self._failure(error.message, error.code))
-            if self._process is not None:
-                self._process.kill()
+            self._kill()
 
-    async def _bury(self) -> None:
+    async def _bury(self, listener: asyncio.Task[None]) -> None:
         """The connection is closed: say why the process ended, to everyone who waits."""
         if self._process is None or self._dead is None or self._closing:
             return
         code = await self._process.wait()
+        await asyncio.wait({listener}, timeout=1)
         if code < 0:
             reason = f"the engine process was killed by {signal.Signals(-code).name}"
         else:
@@ -268,6 +302,8 @@ class ProcessEngine:
         if self._progress.stage == "failed" and self._progress.error:
             reason = self._progress.error
         else:
+            if self._last_words:
+                reason += f"; its last words: {' | '.join(self._last_words)}"
             self._set_progress(self._failure(reason, WorkerCrashed.code))
         self._dead.set_result(reason)
         self._fail_all(WorkerCrashed(reason))

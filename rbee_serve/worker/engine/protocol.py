@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from rbee_serve.contract.api import SamplingParams
+if TYPE_CHECKING:  # the engine process reads this module and must not pay for pydantic at a cold start
+    from rbee_serve.contract.api import SamplingParams
 
 LoadStage = Literal["starting", "loading_to_vram", "ready", "failed"]
 

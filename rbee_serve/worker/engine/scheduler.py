@@ -1,25 +1,21 @@
 """The step loop's brain: slots, admission, prefix reuse, one batched decode per step, prompt blocks in between.
 
-Each step: one token for every running stream in one call, emitted at once; then at most one block of one waiting
-prompt, so that a long prompt never stalls running streams for longer than one block.
-
-What makes continuations exact (measured): a prompt is always evaluated in the same blocks, at multiples of the block
-size and in calls of their own; tokens generated elsewhere are re-evaluated in short blocks; a reused prefix ends at a
-block border of a prompt.
+Each step: one token for every running stream in one call, given out at once; then at most one block of one waiting
+prompt, so that a long prompt never stalls running streams for longer than one block. What makes continuations exact
+is in blocks.py.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rbee_serve.contract.api import StopReason
-from rbee_serve.contract.errors import InferenceFailed, PromptTooLong, RbeeError
-from rbee_serve.worker.engine.protocol import GenerateRequest
+from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, PromptTooLong, RbeeError
 from rbee_serve.worker.engine.sampling import Sampler
 from rbee_serve.worker.engine.text import TextAssembler
 
@@ -27,27 +23,41 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rbee_serve.worker.engine.llama import Model
+    from rbee_serve.worker.engine.protocol import GenerateRequest
 
-#: Tokens generated elsewhere are re-evaluated in blocks of fewer than 64: llama.cpp's attention switches kernels there.
-CONTINUATION_BLOCK = 32
+# Values of contract.api.StopReason; that module is not imported here because pydantic costs a cold start 0.15 s.
+EOS, MAX_TOKENS, STOP_SEQUENCE, CANCELLED, ERROR = "EOS", "MAX_TOKENS", "STOP_SEQUENCE", "CANCELLED", "ERROR"
+#: Copying a cached prefix from another slot pays from this many tokens on.
+_WORTH_COPYING = 32
+#: Every so many blocks the prompt that has waited longest comes first, however long it is.
+_FAIR_TURN = 4
 
 Event = tuple[str, str, Any]  # (kind, request id, payload) as process.py reads them
 
 
+class EngineBroken(RuntimeError):
+    """llama.cpp reported an error after which its state can not be trusted: the process must end."""
+
+
 @dataclass
 class Generation:
-    """One running request."""
+    """One request that runs or waits."""
 
     request: GenerateRequest
-    prompt: list[int]
+    prompt: NDArray[np.int32]
     ids: NDArray[np.int32]  # prompt + what was generated elsewhere: all that must be in the cache first
-    sampler: Sampler
     text: TextAssembler
+    generated: int  # tokens given out, here and elsewhere
+    sampler: Sampler | None = None  # made when the request gets its slot
     done: int = 0  # positions evaluated
-    generated: int = 0
-    next_token: int = 0
+    made: list[int] = field(default_factory=list)  # tokens generated here
     began: float = field(default_factory=time.monotonic)
     decode_began: float = 0.0
+
+    @property
+    def filling(self) -> bool:
+        """Whether part of the prompt (or of the tokens to replay) is still to be evaluated."""
+        return self.done < len(self.ids)
 
 
 @dataclass
@@ -56,7 +66,7 @@ class Slot:
 
     seq: int
     cached: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
-    canonical: int = 0  # leading positions evaluated in whole prompt blocks: what others may reuse
+    canonical: int = 0  # leading positions evaluated as part of a long prompt (blocks.py)
     generation: Generation | None = None
     last_used: float = 0.0
 
@@ -71,12 +81,11 @@ def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 class Scheduler:
     """Owns the model's sequences. Single-threaded: all methods are called from the engine's loop."""
 
-    def __init__(self, model: Model, slots: int, block: int) -> None:
-        self._model, self._block = model, block
+    def __init__(self, model: Model, slots: int) -> None:
+        self._model, self._blocks = model, model.blocks
         self._slots = [Slot(i) for i in range(slots)]
         self._waiting: deque[Generation] = deque()
         self._turn = 0
-        self.steps = 0
 
     @property
     def has_work(self) -> bool:
@@ -86,66 +95,78 @@ class Scheduler:
     def submit(self, request: GenerateRequest) -> list[Event]:
         """Take a request; the answer is ``started`` when it gets a slot at once, or an error."""
         try:
-            prompt = self._model.tokenize(request.text, parse_special=request.parse_special, add_bos=request.add_bos)
-            if not prompt:
-                raise InferenceFailed("the prompt has no tokens")
-            needed, room = len(prompt) + len(request.generated_ids) + 1, self._model.context_tokens
-            if needed > room:
-                raise PromptTooLong(
-                    f"prompt: {len(prompt)} tokens, the context holds {room} and one must be left to generate",
-                    hint="shorten the prompt or give the worker a larger context_tokens",
-                    field="prompt",
-                    prompt_tokens=len(prompt),
-                    context_tokens=room,
-                )
-            sampler = Sampler(self._model, request.params, prompt, request.generated_ids)
+            generation = self._prepare(request)
         except RbeeError as e:
             return [("error", request.request_id, e.envelope()["error"])]
-        text = TextAssembler(request.params.stop)
-        for token in request.generated_ids:
-            text.push(self._model.piece(token))
-        ids = np.array(prompt + request.generated_ids, np.int32)
-        generation = Generation(request, prompt, ids, sampler, text, generated=len(request.generated_ids))
         if reason := self._ended_elsewhere(generation):
-            sampler.close()
-            started = {"prompt_tokens": len(prompt), "cached_tokens": len(prompt)}
-            return [("started", request.request_id, started), self._finished(generation, reason)]
+            n = len(generation.prompt)
+            started: Event = ("started", request.request_id, {"prompt_tokens": n, "cached_tokens": n})
+            return [started, self._finished(generation, reason)]
         self._waiting.append(generation)
         return self._admit()
 
-    def _ended_elsewhere(self, generation: Generation) -> StopReason | None:
+    def _prepare(self, request: GenerateRequest) -> Generation:
+        model = self._model
+        if bad := [i for i in request.generated_ids if not 0 <= i < model.n_vocab]:
+            raise InvalidRequest(
+                f"continue_from.generated_ids: {bad[0]} is no token of this model, which has {model.n_vocab}",
+                field="continue_from.generated_ids",
+            )
+        prompt = model.tokenize(request.text, parse_special=request.parse_special, add_bos=request.add_bos)
+        if not prompt:
+            raise InvalidRequest("prompt: it has no tokens", field="prompt")
+        if len(prompt) + 1 > model.context_tokens:
+            raise PromptTooLong(
+                f"prompt: {len(prompt)} tokens, the context holds {model.context_tokens} and one must be left to generate",
+                hint="shorten the prompt or give the worker a larger context_tokens",
+                field="prompt",
+                prompt_tokens=len(prompt),
+                context_tokens=model.context_tokens,
+            )
+        text = TextAssembler(request.params.stop)
+        for token in request.generated_ids:
+            text.push(model.piece(token))
+        ids = np.array(prompt + request.generated_ids, np.int32)
+        return Generation(request, ids[: len(prompt)], ids, text, generated=len(request.generated_ids))
+
+    def _ended_elsewhere(self, generation: Generation) -> str | None:
         """Why a continuation has nothing left to generate: the other worker went away between its last token and its end."""
-        request = generation.request
+        ids, params = generation.request.generated_ids, generation.request.params
+        if not ids:
+            return None
         if generation.text.stopped:
-            return StopReason.STOP_SEQUENCE
-        if request.generated_ids and request.generated_ids[-1] in self._model.eog:
-            return StopReason.EOS
-        return StopReason.MAX_TOKENS if generation.generated >= request.params.max_tokens else None
+            return STOP_SEQUENCE
+        if self._model.is_eog(ids[-1]) and not params.ignore_eos:
+            return EOS
+        full = len(generation.ids) >= self._model.context_tokens
+        return MAX_TOKENS if full or generation.generated >= params.max_tokens else None
 
     def cancel(self, request_id: str) -> list[Event]:
         """End a request between two calls to llama.cpp; unknown ids are ignored (it has just ended)."""
         for generation in self._waiting:
             if generation.request.request_id == request_id:
                 self._waiting.remove(generation)
-                generation.sampler.close()
-                return [self._finished(generation, StopReason.CANCELLED)]
+                return [self._finished(generation, CANCELLED)]
         for slot in self._slots:
             if slot.generation and slot.generation.request.request_id == request_id:
-                return [self._release(slot, StopReason.CANCELLED), *self._admit()]
+                return [self._release(slot, slot.generation, CANCELLED), *self._admit()]
         return []
 
-    def step(self) -> list[Event]:
-        """Advance every running stream by one token and at most one prompt by one block."""
-        self.steps += 1
+    def step(self, give_out: Callable[[list[Event]], None]) -> None:
+        """Advance every running stream by one token and at most one prompt by one block.
+
+        ``give_out`` is called with the tokens as soon as they are there, before the block begins.
+        """
         events = self._admit()
-        decoding = [s for s in self._slots if s.generation and s.generation.done >= len(s.generation.ids)]
+        running = [(s, s.generation) for s in self._slots if s.generation is not None]
+        decoding = [(s, g) for s, g in running if not g.filling]
         if decoding:
             events += self._decode(decoding)
-        filling = [s for s in self._slots if s.generation and s.generation.done < len(s.generation.ids)]
-        if filling:
-            self._turn += 1
-            events += self._fill(filling[self._turn % len(filling)])
-        return events
+        if events:
+            give_out(events)
+        filling = [(s, g) for s, g in running if g.filling]
+        if filling and (events := self._fill(*self._next_to_fill(filling))):
+            give_out(events)
 
     # --- admission and prefix reuse ---------------------------------------------------------------------------
 
@@ -156,132 +177,127 @@ class Scheduler:
         return events
 
     def _reusable(self, slot: Slot, prompt: NDArray[np.int32]) -> int:
-        """Leading tokens of ``prompt`` that the slot's cache can give: whole blocks, and never the last token."""
-        n = min(common_prefix(slot.cached, prompt), slot.canonical, len(prompt) - 1)
-        return n - n % self._block
+        common = common_prefix(slot.cached, prompt)
+        return self._blocks.reusable(common, len(prompt), evaluated_as_prompt=slot.canonical)
 
     def _place(self, generation: Generation, free: list[Slot]) -> Event:
-        """Give a slot: the free one that shares most; when another slot (free or busy) shares more, copy from it."""
-        prompt = np.array(generation.prompt, np.int32)
-        best = max(free, key=lambda s: (self._reusable(s, prompt), -s.last_used))
-        donor = max(self._slots, key=lambda s: self._reusable(s, prompt))
-        keep = self._reusable(best, prompt)
-        if self._reusable(donor, prompt) > keep:
-            best = min(free, key=lambda s: s.last_used)
-            keep = self._reusable(donor, prompt)
-            if donor is not best:
-                self._model.copy(donor.seq, best.seq)
-        keep = self._model.cut(best.seq, keep)
-        best.generation, best.cached, best.canonical = generation, generation.ids[:keep], keep
-        generation.done = keep
-        generation.began = time.monotonic()
-        return (
-            "started",
-            generation.request.request_id,
-            {"prompt_tokens": len(generation.prompt), "cached_tokens": min(keep, len(generation.prompt))},
-        )
+        """Give a slot and what a cache has of the prompt.
+
+        The free slot that shares most is taken as it is when that costs its cache little; else the least recently used
+        one gets a copy, also from a slot that is busy.
+        """
+        prompt = generation.prompt
+        shares = {s.seq: self._reusable(s, prompt) for s in self._slots}
+        slot = max(free, key=lambda s: (shares[s.seq], -s.last_used))
+        donor = max(self._slots, key=lambda s: shares[s.seq])
+        keep = shares[slot.seq]
+        oldest = min(free, key=lambda s: s.last_used)
+        spoils = len(slot.cached) - keep > keep  # more would be lost than is used
+        if keep and spoils and oldest is not slot:
+            donor = max((slot, donor), key=lambda s: shares[s.seq])
+            slot, keep = oldest, shares[oldest.seq]
+        if shares[donor.seq] - keep >= _WORTH_COPYING:
+            slot, keep = oldest, shares[donor.seq]
+            if donor is not slot:
+                self._model.copy(donor.seq, slot.seq)
+        keep = self._model.cut(slot.seq, keep)
+        slot.generation, slot.cached, slot.canonical = generation, prompt[:keep], self._blocks.canonical(keep, len(prompt))
+        generation.done, generation.began = keep, time.monotonic()
+        request = generation.request
+        generation.sampler = Sampler(self._model, request.params, prompt.tolist(), request.generated_ids)
+        return "started", request.request_id, {"prompt_tokens": len(prompt), "cached_tokens": keep}
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def _fill(self, slot: Slot) -> list[Event]:
-        """Evaluate the next block of a slot's prompt (or of tokens generated elsewhere)."""
-        generation = slot.generation
-        if generation is None:
-            return []
-        start, prompt_end = generation.done, len(generation.prompt)
-        if start < prompt_end:
-            end = min(start - start % self._block + self._block, prompt_end)
-        else:
-            end = min(start + CONTINUATION_BLOCK, len(generation.ids))
-        last = end == len(generation.ids)
-        code = self._model.prefill(generation.ids[start:end], start, slot.seq, logits=last)
+    def _next_to_fill(self, filling: list[tuple[Slot, Generation]]) -> tuple[Slot, Generation]:
+        """Shortest rest first: most get their first token soonest; now and then the longest wait, so that none starves."""
+        self._turn += 1
+        if self._turn % _FAIR_TURN == 0:
+            return min(filling, key=lambda pair: pair[1].began)
+        return min(filling, key=lambda pair: (len(pair[1].ids) - pair[1].done, pair[1].began))
+
+    def _fill(self, slot: Slot, generation: Generation) -> list[Event]:
+        """Evaluate the next block of a prompt (or of tokens generated elsewhere); its last gives the first token."""
+        start, total = generation.done, len(generation.ids)
+        end = self._blocks.end(start, len(generation.prompt), total)
+        code = self._model.prefill(generation.ids[start:end], start, slot.seq, logits=end == total)
         if code != 0:
-            return self._failed([slot], code)
+            return self._failed([(slot, generation)], code)
         generation.done = end
         slot.cached = generation.ids[:end]
-        if end <= prompt_end and end % self._block == 0:
-            slot.canonical = end
-        if not last:
+        slot.canonical = self._blocks.canonical(end, len(generation.prompt))
+        if end < total:
             return []
         generation.decode_began = time.monotonic()
-        return self._emit(slot, -1)
+        return self._give_out(slot, generation, -1)
 
-    def _decode(self, slots: list[Slot]) -> list[Event]:
-        rows = [(s.generation.next_token, s.generation.done, s.seq) for s in slots if s.generation]
-        code = self._model.decode_step(rows)
+    def _decode(self, decoding: list[tuple[Slot, Generation]]) -> list[Event]:
+        code = self._model.decode_step([(g.made[-1], g.done, s.seq) for s, g in decoding])
         if code != 0:
-            return self._failed(slots, code)
+            return self._failed(decoding, code)
         events: list[Event] = []
-        for row, slot in enumerate(slots):
-            if slot.generation is not None:
-                slot.generation.done += 1
-                events += self._emit(slot, row)
+        for row, (slot, generation) in enumerate(decoding):
+            generation.done += 1
+            events += self._give_out(slot, generation, row)
         return events
 
-    def _emit(self, slot: Slot, row: int) -> list[Event]:
+    def _give_out(self, slot: Slot, generation: Generation, row: int) -> list[Event]:
         """Sample from row ``row``, give out the token, and end the stream where it must end."""
-        generation = slot.generation
-        if generation is None:
-            return []
-        request = generation.request
+        if generation.sampler is None:
+            raise EngineBroken("a generation without a sampler holds a slot")
+        request, text, index = generation.request, generation.text, generation.generated
         token = generation.sampler.choose(row)
-        index = generation.generated
-        if token in self._model.eog:
-            held = generation.text.flush()
-            generation.generated += bool(held)
-            tail: list[Event] = [("token", request.request_id, (index, token, held))] if held else []
-            return [*tail, self._release(slot, StopReason.EOS)]
-        text = generation.text.push(self._model.piece(token))
+        if self._model.is_eog(token):
+            tail: list[Event] = []
+            if held := text.flush():
+                generation.generated += 1
+                tail = [("token", request.request_id, (index, token, held))]
+            return [*tail, self._release(slot, generation, EOS)]
         generation.generated += 1
-        generation.next_token = token
-        reason = None
-        if generation.text.stopped:
-            reason = StopReason.STOP_SEQUENCE
-        elif generation.generated >= request.params.max_tokens or generation.done + 1 > self._model.context_tokens:
-            reason = StopReason.MAX_TOKENS
-            text += generation.text.flush()
-            if generation.text.stopped:
-                reason = StopReason.STOP_SEQUENCE
-        events: list[Event] = [("token", request.request_id, (index, token, text))]
-        if reason:
-            events.append(self._release(slot, reason))
-        return events
+        generation.made.append(token)
+        certain, reason = text.push(self._model.piece(token)), None
+        if text.stopped:
+            reason = STOP_SEQUENCE
+        elif generation.generated >= request.params.max_tokens or generation.done >= self._model.context_tokens:
+            reason = MAX_TOKENS
+            certain += text.flush()
+        events: list[Event] = [("token", request.request_id, (index, token, certain))]
+        return [*events, self._release(slot, generation, reason)] if reason else events
 
     # --- endings ------------------------------------------------------------------------------------------------
 
-    def _release(self, slot: Slot, reason: StopReason) -> Event:
-        """Free the slot; its cache stays for whoever shares the prompt."""
-        generation = slot.generation
-        if generation is None:
-            raise RuntimeError(f"slot {slot.seq} is already free")
+    def _release(self, slot: Slot, generation: Generation, reason: str) -> Event:
+        """Free the slot; its cache stays for whoever shares the beginning."""
         slot.generation, slot.last_used = None, time.monotonic()
-        generation.sampler.close()
+        slot.cached = np.concatenate([generation.ids, np.array(generation.made, np.int32)])[: generation.done]
         return self._finished(generation, reason)
 
     @staticmethod
-    def _finished(generation: Generation, reason: StopReason) -> Event:
+    def _finished(generation: Generation, reason: str) -> Event:
+        if generation.sampler is not None:
+            generation.sampler.close()
         now = time.monotonic()
-        began = generation.decode_began or now
+        decode_began = generation.decode_began or now
         return (
             "finished",
             generation.request.request_id,
             {
-                "stop_reason": reason.value,
+                "stop_reason": reason,
                 "tokens_out": generation.generated,
-                "prompt_ms": (began - generation.began) * 1000,
-                "decode_ms": (now - began) * 1000,
+                "prompt_ms": (decode_began - generation.began) * 1000,
+                "decode_ms": (now - decode_began) * 1000,
             },
         )
 
-    def _failed(self, slots: list[Slot], code: int) -> list[Event]:
+    def _failed(self, running: list[tuple[Slot, Generation]], code: int) -> list[Event]:
         """llama_decode refused: end these streams with an error and forget what their sequences held."""
+        if code < -1:
+            raise EngineBroken(f"llama_decode returned {code}")
         error = InferenceFailed(f"llama_decode returned {code}", llama_code=code).envelope()["error"]
         events: list[Event] = []
-        for slot in slots:
-            if slot.generation is not None:
-                request_id = slot.generation.request.request_id
-                self._release(slot, StopReason.ERROR)
-                events.append(("error", request_id, error))
-            slot.canonical = 0
+        for slot, generation in running:
+            self._release(slot, generation, ERROR)
+            slot.cached, slot.canonical = slot.cached[:0], 0
             self._model.cut(slot.seq, 0)
+            events.append(("error", generation.request.request_id, error))
         return events

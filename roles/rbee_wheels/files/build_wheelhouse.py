@@ -30,6 +30,8 @@ import build_llama_wheel as llama
 SOURCES = ("rbee_serve", "rbee_ctl")
 FILES = ("pyproject.toml", "README.md", "LICENSE", "requirements/constraints.txt")
 RUNTIMES = ("queen", "worker")
+#: Archives kept in the cache, 40 MB each.
+KEEP = 8
 
 
 def input_key(source: Path) -> str:
@@ -74,9 +76,8 @@ def requirements(wheels: Path, resolved: Path) -> str:
 
 def build(source: Path, cache: Path, archive: Path, python: str) -> None:
     """Build ``archive`` and put it into place in one step."""
-    done = subprocess.run(
-        [python, str(Path(llama.__file__)), "--cache", str(cache), "--python", python], stdout=subprocess.PIPE, text=True, check=False
-    )
+    command = [python, str(Path(llama.__file__)), "--cache", str(cache), "--python", python]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(done.returncode)
     llama_wheel = Path(done.stdout.splitlines()[-1])
@@ -90,13 +91,23 @@ def build(source: Path, cache: Path, archive: Path, python: str) -> None:
             links = ("--find-links", str(built), "--find-links", str(llama_wheel.parent), "--find-links", str(wheels))
             limits = ("--constraint", str(source / "requirements/constraints.txt"))
             # The platform's own wheels: the nodes are of the same kind (the role checks it), and nothing is compiled there.
-            pip(python, "download", "--quiet", "--only-binary", ":all:", *links, *limits, "--dest", str(resolved), f"{rbee}[{runtime}]")
+            ready_made = ("--only-binary", ":all:", *links, *limits)
+            pip(python, "download", "--quiet", *ready_made, "--dest", str(resolved), f"{rbee}[{runtime}]")
             (wheels / f"requirements-{runtime}.txt").write_text(requirements(wheels, resolved), encoding="utf-8")
         part = Path(scratch, "wheelhouse.tar")
         with tarfile.open(part, "w") as tar:
             for path in sorted(wheels.iterdir()):
                 tar.add(path, arcname=path.name, filter=_anonymous)
         part.replace(archive)
+    _forget_old(archive)
+
+
+def _forget_old(newest: Path) -> None:
+    """Keep the last few archives: each change of the sources makes one."""
+    archives = sorted(newest.parent.glob("*.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in archives[KEEP:]:
+        old.unlink(missing_ok=True)
+        old.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:

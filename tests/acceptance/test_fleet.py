@@ -1,0 +1,421 @@
+"""A deployed fleet on booted machines: what site.yml promises, what systemd does, what the queen makes of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from machines import ROOT, Fleet, Lab
+from waiting import until
+
+from rbee_ctl.demo_model import MODEL_ID
+
+RECAP = re.compile(r"^(\w+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
+MAIN_PID = "systemctl show -p MainPID --value rbee-worker@cpu0"
+
+
+@pytest.fixture
+def queen(fleet: Fleet) -> Iterator[httpx.Client]:
+    """A client of the queen, once both workers are idle."""
+    with httpx.Client(base_url=fleet.queen_url, headers=fleet.headers, timeout=60, trust_env=False) as client:
+        until(lambda: {"lab1-cpu0", "lab2-cpu0"} <= idle(client), "both workers idle before the test")
+        yield client
+
+
+def idle(queen: httpx.Client) -> set[str]:
+    """Ids of the workers that take requests; empty while the queen is away."""
+    try:
+        return {w["id"] for w in queen.get("/v1/workers", params={"state": "idle"}).json()["workers"]}
+    except httpx.TransportError:
+        return set()
+
+
+def recap(text: str) -> dict[str, dict[str, int]]:
+    """Return the play recap: host -> changed, unreachable, failed."""
+    return {m[1]: {"changed": int(m[3]), "unreachable": int(m[4]), "failed": int(m[5])} for m in RECAP.finditer(text)}
+
+
+def main_pids(lab: Lab) -> dict[str, str]:
+    """Main process of cpu0 on both machines."""
+    return {n: lab.ssh(n, MAIN_PID).stdout.strip() for n in ("lab1", "lab2")}
+
+
+# --- site.yml -------------------------------------------------------------------------------------------------------
+
+
+def test_second_run_of_the_site_changes_nothing(fleet: Fleet) -> None:
+    done = fleet.lab.playbook("site")
+
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert {host: r["changed"] for host, r in recap(done.stdout).items()} == {"lab1": 0, "lab2": 0}
+
+
+def test_check_mode_on_a_virgin_machine_passes_and_touches_nothing(fleet: Fleet, tmp_path: Path) -> None:
+    lab = fleet.lab
+    lab.machines(3)
+    inventory = lab.inventory_of(tmp_path / "inventory.yml", ["lab3"])
+    text = inventory.read_text().replace(str(lab.directory / "state"), str(tmp_path / "state"))
+    inventory.write_text(text)
+    # Ansible's own folder for its temporary files is all that may appear.
+    state = (
+        "find /etc /opt /usr /var/lib /root -xdev -not -path '/root/.ansible*' -type f -exec sha256sum {} + "
+        "| sort | sha256sum; getent passwd | sha256sum; systemctl list-unit-files --no-legend | sha256sum"
+    )
+    before = lab.ssh("lab3", state).stdout
+
+    done = lab.playbook("site", "--check", "--diff", inventory=inventory)
+
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert recap(done.stdout)["lab3"]["changed"] > 5
+    assert lab.ssh("lab3", state).stdout == before
+    assert not (tmp_path / "state").exists()
+
+
+def test_one_machine_away_stops_nobody_else_and_is_told(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.lab.partition("lab2")
+    try:
+        done = fleet.lab.playbook("site")
+        status = fleet.lab.ctl("hive", "status")
+    finally:
+        fleet.lab.heal("lab2")
+
+    assert done.returncode != 0
+    assert recap(done.stdout)["lab1"] == {"changed": 0, "unreachable": 0, "failed": 0}
+    assert recap(done.stdout)["lab2"]["unreachable"] == 1
+    assert status.returncode in (3, 4), status.stderr
+    assert re.search(r"lab2.*(unreachable|not be reached|timed out|no answer)", status.stdout + status.stderr, re.IGNORECASE)
+
+
+def test_status_of_an_unreachable_machine_is_one_clear_line_and_exit_code_4(fleet: Fleet) -> None:
+    fleet.lab.partition("lab2")
+    try:
+        done = fleet.lab.ctl("hive", "status", "--node", "lab2", "--json")
+    finally:
+        fleet.lab.heal("lab2")
+
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["exit_code"]) == (4, 4)
+    (error,) = report["errors"]
+    assert error["host"] == "lab2"
+    assert error["code"] in ("SSH_TIMEOUT", "NODE_UNREACHABLE", "CONNECTION_TIMEOUT")
+
+
+def test_a_misspelt_variable_is_refused_by_name(fleet: Fleet, tmp_path: Path) -> None:
+    inventory = fleet.lab.inventory_of(tmp_path / "inventory.yml", ["lab1", "lab2"], rbee_worker_instnces=[])
+
+    done = fleet.lab.playbook("site", inventory=inventory)
+
+    assert done.returncode != 0
+    assert "unknown variable rbee_worker_instnces on lab1" in done.stdout
+    assert {r["changed"] for r in recap(done.stdout).values()} == {0}
+
+
+def test_a_misspelt_key_of_a_worker_is_refused_by_name(fleet: Fleet, tmp_path: Path) -> None:
+    inventory = fleet.lab.inventory_of(tmp_path / "inventory.yml", ["lab1", "lab2"])
+    inventory.write_text(inventory.read_text().replace("model: smollm2", "modle: smollm2", 1))
+
+    done = fleet.lab.playbook("site", inventory=inventory)
+
+    assert done.returncode != 0
+    assert "modle" in done.stdout
+
+
+def test_site_needs_no_rbee_ctl(fleet: Fleet, tmp_path: Path) -> None:
+    """Ansible's interpreter finds a package rbee_ctl that refuses to be imported: nothing the site runs imports it."""
+    trap = tmp_path / "rbee_ctl"
+    trap.mkdir()
+    (trap / "__init__.py").write_text("raise ImportError('site.yml must not need rbee_ctl')\n")
+    argv = ["ansible-playbook", "-i", str(fleet.lab.inventory), str(ROOT / "site.yml")]
+
+    done = fleet.lab.command(argv, timeout=600, env={"PYTHONPATH": str(tmp_path)})
+
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# --- units ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_worker_is_a_true_unit_with_llama_cpp_in_it(fleet: Fleet, queen: httpx.Client) -> None:
+    show = "systemctl show rbee-worker@cpu0 -p Type -p PartOf -p WatchdogUSec -p User -p ControlGroup -p NotifyAccess"
+
+    properties = dict(line.split("=", 1) for line in fleet.lab.ssh("lab1", show).stdout.splitlines())
+
+    assert properties["Type"] == "notify"
+    assert "rbee-hive.target" in properties["PartOf"]
+    assert properties["WatchdogUSec"] == "30s"
+    assert properties["User"] == "rbee"
+    maps = "for p in $(systemctl show -p MainPID --value rbee-worker@cpu0 | xargs -I{} pgrep -P {}); do cat /proc/$p/maps; done"
+    assert "libllama" in fleet.lab.ssh("lab1", maps).stdout
+
+
+def test_stopping_the_hive_ends_its_workers_and_starting_it_brings_the_same_back(fleet: Fleet, queen: httpx.Client) -> None:
+    lab = fleet.lab
+    enabled = lab.ssh("lab2", "ls /etc/systemd/system/rbee-hive.target.wants").stdout
+    address = f"http://{lab.address('lab2')}:8001/health"
+    began = time.monotonic()
+
+    lab.ssh("lab2", "systemctl stop rbee-hive.target")
+
+    assert time.monotonic() - began < 35  # the drain's 30 s and a little: a promise, not a speed
+    assert lab.ssh("lab2", "pgrep -u rbee -c", check=False).stdout.strip() == "0"
+    assert lab.ssh("lab2", "systemctl is-active rbee-worker@cpu0", check=False).stdout.strip() == "inactive"
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(address, trust_env=False)
+    until(lambda: "lab2-cpu0" not in idle(queen), "gone from the registry")
+    assert "lab1-cpu0" in idle(queen)
+
+    lab.ssh("lab2", "systemctl start rbee-hive.target")
+
+    until(lambda: "lab2-cpu0" in idle(queen), "back in the registry")
+    assert lab.ssh("lab2", "ls /etc/systemd/system/rbee-hive.target.wants").stdout == enabled
+    assert httpx.get(address, trust_env=False).status_code == 200
+
+
+def test_a_killed_worker_is_restarted_once_and_routed_to_again(fleet: Fleet, queen: httpx.Client) -> None:
+    lab = fleet.lab
+    before = int(lab.ssh("lab2", "systemctl show -p NRestarts --value rbee-worker@cpu0").stdout)
+    old = lab.ssh("lab2", MAIN_PID).stdout.strip()
+
+    lab.ssh("lab2", f"kill -9 {old}")
+
+    until(lambda: lab.ssh("lab2", MAIN_PID).stdout.strip() not in ("0", old), "restarted by systemd")
+    until(lambda: "lab2-cpu0" in idle(queen), "in the registry again")
+    assert int(lab.ssh("lab2", "systemctl show -p NRestarts --value rbee-worker@cpu0").stdout) == before + 1
+    answer = queen.post("/v1/inference", json={"prompt": "x", "max_tokens": 2, "worker_id": "lab2-cpu0", "stream": False})
+    assert answer.json()["worker_id"] == "lab2-cpu0"
+
+
+def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(fleet: Fleet, queen: httpx.Client) -> None:
+    body = {"model": MODEL_ID, "prompt": "Once upon a time", "max_tokens": 60, "temperature": 0.8, "seed": 7}
+    reference = queen.post("/v1/inference", json={**body, "stream": False}).json()
+    tokens: list[dict[str, Any]] = []
+    victim = None
+
+    with queen.stream("POST", "/v1/inference", json=body) as stream:
+        for line in stream.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if event["type"] == "token":
+                tokens.append(event)
+            if len(tokens) == 5 and victim is None:
+                victim = stream.headers["x-rbee-worker"].split("-")[0]
+                fleet.lab.ssh(victim, f"kill -9 $({MAIN_PID})")
+            assert event["type"] != "error", event
+
+    assert [t["i"] for t in tokens] == list(range(60))
+    assert [t["id"] for t in tokens] == reference["token_ids"]
+    assert "".join(t["t"] for t in tokens) == reference["text"]
+
+
+def test_a_restarted_queen_costs_no_worker(fleet: Fleet, queen: httpx.Client) -> None:
+    before = main_pids(fleet.lab)
+
+    fleet.lab.ssh("lab1", "systemctl restart rbee-queen")
+
+    # One heartbeat interval of 10 s, jittered by a tenth, and the time to beat.
+    until(lambda: {"lab1-cpu0", "lab2-cpu0"} <= idle(queen), "registry full again", limit_s=13)
+    assert main_pids(fleet.lab) == before
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        ("rm -f /var/lib/rbee/models/test/bad.gguf", "No such file"),
+        ("head -c 4096 /dev/zero > /var/lib/rbee/models/test/bad.gguf", "GGUF"),
+    ],
+)
+def test_a_bad_model_file_fails_the_unit_with_path_and_reason_and_no_restarts(fleet: Fleet, make: str, reason: str) -> None:
+    lab, unit, path = fleet.lab, "rbee-worker@cpu0-x.service", "/var/lib/rbee/models/test/bad.gguf"
+    settings = "/etc/rbee/workers/cpu0-x.toml"
+    lab.ssh(
+        "lab2", f"mkdir -p /var/lib/rbee/models/test && chown rbee /var/lib/rbee/models/test; {make}; chown -f rbee {path}; true"
+    )
+    sed = f"sed -e 's,^name.*,name = \"cpu0-x\",' -e 's,^port.*,port = 8055,' -e 's,^model_path.*,model_path = \"{path}\",'"
+    lab.ssh("lab2", f"{sed} -e '/sha256/d' -e '/^url/d' /etc/rbee/workers/cpu0.toml > {settings} && chgrp rbee {settings}")
+    lab.ssh(
+        "lab2",
+        f"ln -sfn $(readlink /etc/rbee/workers/cpu0.runtime) /etc/rbee/workers/cpu0-x.runtime; systemctl start {unit}",
+        check=False,
+    )
+    try:
+        until(lambda: lab.ssh("lab2", f"systemctl is-failed {unit}", check=False).stdout.strip() == "failed", "unit failed")
+        status = lab.ssh("lab2", f"systemctl status --no-pager {unit}", check=False).stdout
+        assert path in status
+        assert reason in status
+        assert lab.ssh("lab2", f"systemctl show -p NRestarts -p ExecMainStatus {unit}").stdout.split() == [
+            "NRestarts=0",
+            "ExecMainStatus=78",
+        ]
+    finally:
+        lab.ssh(
+            "lab2", f"systemctl reset-failed {unit}; rm -rf {settings} /etc/rbee/workers/cpu0-x.runtime /var/lib/rbee/models/test"
+        )
+
+
+# --- tokens ---------------------------------------------------------------------------------------------------------
+
+#: Reference: the plain high-level class of llama-cpp-python, in a process of its own, same file, same CPU variant.
+DIRECT = """
+import json, sys, llama_cpp, llama_cpp.llama_cpp as bindings
+from rbee_serve.worker.engine.llama import load_cpu_variant
+load_cpu_variant(bindings)
+model = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_batch=128, n_ubatch=128, n_threads=1, flash_attn=True, verbose=False)
+for prompt, count in json.loads(sys.argv[2]):
+    answer = model(prompt, max_tokens=count, temperature=0)
+    model.reset()
+    print(json.dumps(answer["choices"][0]["text"]))
+"""
+CASES = [
+    ["Once upon a time", 60],
+    ["The capital of France is", 12],
+    ["def fibonacci(n):", 80],
+    ["Bienen 🐝 und 蜂蜜", 33],
+    ["A", 1],
+]
+
+
+def test_greedy_text_equals_llama_cpp_itself(fleet: Fleet, queen: httpx.Client, model_path: Path) -> None:
+    argv = [sys.executable, "-c", DIRECT, str(model_path), json.dumps(CASES)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    direct = [json.loads(line) for line in done.stdout.splitlines()]
+
+    body = {"model": MODEL_ID, "temperature": 0, "stream": False}
+    ours = [queen.post("/v1/inference", json={**body, "prompt": p, "max_tokens": n}).json()["text"] for p, n in CASES]
+
+    assert ours == direct
+
+
+def test_tokens_come_as_they_are_made(queen: httpx.Client) -> None:
+    body = {"model": MODEL_ID, "prompt": "Once upon a time", "max_tokens": 80, "temperature": 0, "ignore_eos": True}
+    times = []
+
+    with queen.stream("POST", "/v1/inference", json=body) as stream:
+        for line in stream.iter_lines():
+            if line.startswith('data: {"type":"token"'):
+                times.append(time.monotonic())
+
+    assert len(times) == 80
+    assert times[0] < times[-1] - 0.1
+    assert sum(b > a for a, b in itertools.pairwise(times)) > 60
+
+
+def test_ten_requests_at_once_use_both_workers(fleet: Fleet, queen: httpx.Client) -> None:
+    answers: list[httpx.Response] = []
+    body = {"model": MODEL_ID, "prompt": "Hello", "max_tokens": 16, "temperature": 0, "stream": False}
+
+    def ask() -> None:
+        with httpx.Client(base_url=fleet.queen_url, headers=fleet.headers, timeout=60, trust_env=False) as client:
+            for _ in range(40):
+                answer = client.post("/v1/inference", json=body)
+                if answer.status_code != 503:
+                    break
+                time.sleep(float(answer.headers["retry-after"]))
+            answers.append(answer)
+
+    threads = [threading.Thread(target=ask) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [a.status_code for a in answers] == [200] * 10
+    assert {a.headers["x-rbee-worker"] for a in answers} == {"lab1-cpu0", "lab2-cpu0"}
+    assert len({a.json()["text"] for a in answers}) == 1
+
+
+def test_the_official_openai_client_works_unchanged(fleet: Fleet, queen: httpx.Client) -> None:
+    env = fleet.lab.ctl("env")
+    values = dict(re.findall(r"export (\w+)=(\S+)", env.stdout))
+    client = openai.OpenAI(base_url=values["OPENAI_BASE_URL"], api_key=values["OPENAI_API_KEY"], max_retries=0)
+    messages: Any = [{"role": "user", "content": "Say hello."}]
+
+    with client:
+        assert MODEL_ID in {m.id for m in client.models.list()}
+        chat = client.chat.completions.create(model=MODEL_ID, messages=messages, max_tokens=16, temperature=0)
+        chunks = list(
+            client.chat.completions.create(model=MODEL_ID, messages=messages, max_tokens=16, temperature=0, stream=True)
+        )
+        text = client.completions.create(model=MODEL_ID, prompt="Once upon", max_tokens=8, temperature=0)
+        with pytest.raises(openai.NotFoundError, match=MODEL_ID):
+            client.completions.create(model="nobody-has-it", prompt="x")
+        with pytest.raises(openai.AuthenticationError):
+            client.with_options(api_key="wrong").models.list()
+
+    assert chat.choices[0].message.content
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == chat.choices[0].message.content
+    assert chat.usage is not None
+    assert chat.usage.completion_tokens <= 16
+    assert text.choices[0].text
+
+
+# --- bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"{not json", 400, "invalid JSON"),
+        (b"[1]", 400, "object"),
+        (json.dumps({"prompt": "x", "temperature": "hot"}).encode(), 400, "temperature"),
+        (json.dumps({"prompt": "x", "temperature": 3}).encode(), 400, "temperature"),
+        (json.dumps({"prompt": "x", "max_tokens": 0}).encode(), 400, "max_tokens"),
+        (json.dumps({"prompt": "x", "max_tokens": 99999}).encode(), 400, "2048"),
+        (json.dumps({"prompt": "x", "stop": ["a"] * 5}).encode(), 400, "stop"),
+        (json.dumps({"prompt": "x", "tempreature": 1}).encode(), 400, "tempreature"),
+        (json.dumps({}).encode(), 400, "prompt"),
+        (json.dumps({"prompt": "x", "model": "nobody-has-it"}).encode(), 404, MODEL_ID),
+        (json.dumps({"prompt": "bee " * 6000}).encode(), 400, "4096"),
+    ],
+)
+def test_bad_input_is_refused_by_name(queen: httpx.Client, body: bytes, status: int, words: str) -> None:
+    answer = queen.post("/v1/inference", content=body, headers={"Content-Type": "application/json"})
+
+    error = answer.json()["error"]
+    assert answer.status_code == status, error
+    assert words in error["message"] + json.dumps(error["details"])
+    assert error["correlation_id"] == answer.headers["x-correlation-id"]
+
+
+def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(queen: httpx.Client) -> None:
+    answer = queen.post("/v1/inference", json={"model": MODEL_ID, "prompt": "bee " * 6000, "max_tokens": 1})
+
+    details = answer.json()["error"]["details"]
+    assert details["prompt_tokens"] > details["context_tokens"] == 4096
+
+
+# --- secrets --------------------------------------------------------------------------------------------------------
+
+
+def test_secrets_are_nowhere_but_in_their_files(fleet: Fleet) -> None:
+    lab = fleet.lab
+    token = (lab.directory / "state/secrets/fleet-token").read_text().strip()
+    places = ("ps axwwe -o args", "systemctl show 'rbee-*'", "journalctl --no-pager", "cat /etc/systemd/system/rbee*", "env")
+    places += ("find /etc/rbee -type f -not -path '*/credentials/*' -exec cat {} +", "cat /tmp/* 2>/dev/null; true")
+
+    for node in ("lab1", "lab2"):
+        for place in places:
+            seen = lab.ssh(node, place).stdout
+            assert token not in seen, f"fleet token in {place!r} on {node}"
+            assert fleet.api_key not in seen, f"client key in {place!r} on {node}"
+        modes = lab.ssh(node, "stat -c '%a %U' /etc/rbee/credentials /etc/rbee/credentials/*").stdout
+        assert set(modes.splitlines()) == {"700 root", "600 root"}
+    for path in (lab.inventory, lab.directory / "config.toml"):
+        assert token not in path.read_text()
+        assert fleet.api_key not in path.read_text()
+    assert oct((lab.directory / "state/secrets").stat().st_mode & 0o777) == "0o700"
+    run = lab.playbook("site", "-vvv", "--diff")
+    assert token not in run.stdout
+    assert fleet.api_key not in run.stdout

@@ -1,0 +1,147 @@
+"""One real worker process with the real model, as its unit would start it: notify socket, settings file, secret file."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import httpx
+from fleet import events_of, free_port, wait_until
+
+TOKEN = "worker-test-token-9f3a"
+
+
+@dataclass
+class WorkerProcess:
+    """``start``, talk, ``stop``. Everything it says to systemd is in ``notices``, everything it logs in ``log``."""
+
+    directory: Path
+    model_path: Path
+    settings: dict[str, Any] = field(default_factory=dict)
+    environ: dict[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    pass_fds: tuple[int, ...] = ()
+    prefix: list[str] = field(default_factory=list)
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        secret = self.directory / "fleet-token"
+        secret.touch(0o600)
+        secret.write_text(TOKEN + "\n", encoding="utf-8")
+        values = {
+            "name": "cpu0",
+            "hive": "lab1",
+            "port": self.port,
+            "model_id": "smollm2-135m",
+            "model_path": str(self.model_path),
+            "fleet_token_file": str(secret),
+            "slots": 2,
+            "context_tokens": 1024,
+            "threads": 1,
+        } | self.settings
+        self.config = self.directory / "cpu0.toml"
+        lines = [f"{k} = {json.dumps(v)}\n" for k, v in values.items() if v is not None]
+        self.config.write_text("".join(lines), encoding="utf-8")
+        self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._manager.bind(str(self.directory / "notify"))
+        self._manager.setblocking(False)
+        self._said: list[str] = []
+
+    @property
+    def command(self) -> list[str]:
+        return [*self.prefix, sys.executable, "-m", "rbee_serve.worker.main", "--config", str(self.config)]
+
+    @property
+    def env(self) -> dict[str, str]:
+        return os.environ | {"NOTIFY_SOCKET": str(self.directory / "notify")} | self.environ
+
+    def start(self) -> WorkerProcess:
+        with (self.directory / "log").open("wb") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log, env=self.env, pass_fds=self.pass_fds)
+        return self
+
+    def run(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Run it to its end, which must come by itself."""
+        return subprocess.run(
+            [*self.command, *args], capture_output=True, text=True, env=self.env, timeout=60, check=False, pass_fds=self.pass_fds
+        )
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "log").read_text(encoding="utf-8")
+
+    @property
+    def notices(self) -> list[str]:
+        """Return all lines that systemd would have got so far."""
+        while True:
+            try:
+                self._said += self._manager.recv(65536).decode().split("\n")
+            except BlockingIOError:
+                return self._said
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, token: str | None = TOKEN) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
+
+    def wait_ready(self) -> WorkerProcess:
+        def ready() -> bool:
+            assert self.process.poll() is None, self.log
+            return "READY=1" in self.notices
+
+        wait_until(ready, "worker ready")
+        return self
+
+    def record(self) -> dict[str, Any]:
+        with self.client() as client:
+            answer: dict[str, Any] = client.get("/info").json()["worker"]
+            return answer
+
+    def wait_idle(self, limit_s: float) -> None:
+        wait_until(lambda: self.record()["slots_available"] == self.record()["slots_total"], "slots free", limit_s=limit_s)
+
+    def infer(self, prompt: str = "Once upon a time", **params: Any) -> dict[str, Any]:
+        """Return the whole answer."""
+        with self.client() as client:
+            body = {"prompt": prompt, "temperature": 0, "stream": False} | params
+            response = client.post("/v1/inference", json=body)
+            assert response.status_code == 200, response.text
+            answer: dict[str, Any] = response.json()
+            return answer
+
+    def stream(self, prompt: str = "Once upon a time", **params: Any) -> list[dict[str, Any]]:
+        """Return the events of a stream, [DONE] checked."""
+        with self.client() as client:
+            body = {"prompt": prompt, "temperature": 0} | params
+            with client.stream("POST", "/v1/inference", json=body) as response:
+                assert response.status_code == 200, response.read()
+                return list(events_of(response))
+
+    @property
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text(encoding="ascii").split()
+        assert len(children) == 1, children
+        return int(children[0])
+
+    def stop(self) -> int:
+        self.process.terminate()
+        return self.process.wait(40)
+
+    def __enter__(self) -> WorkerProcess:
+        return self.start()
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self._manager.close()
