@@ -5,9 +5,15 @@ Own code because the packages for it either have no wheel or bring a C library f
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 from collections.abc import MutableMapping
+
+logger = logging.getLogger(__name__)
+
+#: What is said once must arrive; what is repeated (progress, watchdog) may be dropped.
+_MUST_ARRIVE_S = 5.0
 
 
 class Notifier:
@@ -27,27 +33,30 @@ class Notifier:
         """Whether a service manager listens."""
         return bool(self._address)
 
-    def _send(self, *lines: str) -> None:
+    def _send(self, *lines: str, wait_s: float = 0.0) -> None:
+        """Send one datagram; ``wait_s``: how long to wait for room in the manager's queue (10 datagrams on many kernels)."""
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
-            s.setblocking(False)
+            s.settimeout(wait_s)
             try:
                 s.sendto("\n".join(lines).encode(), self._address)
-            except OSError:
-                return  # the manager restarts or its queue is full: the next message says the same
+            except OSError as e:
+                if wait_s:
+                    logger.warning("the service manager did not take a message", extra={"notice": lines[0], "reason": str(e)})
+                # Else nothing is lost: the manager restarts or its queue is full, and the next message says the same.
 
     def ready(self, status: str) -> None:
         """Start-up is over."""
-        self._send("READY=1", f"STATUS={_line(status)}")
+        self._send("READY=1", f"STATUS={_line(status)}", wait_s=_MUST_ARRIVE_S)
 
     def status(self, text: str) -> None:
         """One line for `systemctl status`."""
-        self._send(f"STATUS={_line(text)}")
+        self._send(f"STATUS={_line(text)}", wait_s=_MUST_ARRIVE_S)
 
     def stopping(self, status: str) -> None:
         """Shutdown has begun."""
-        self._send("STOPPING=1", f"STATUS={_line(status)}")
+        self._send("STOPPING=1", f"STATUS={_line(status)}", wait_s=_MUST_ARRIVE_S)
 
     def extend_timeout(self, seconds: float, status: str) -> None:
         """Ask for ``seconds`` more for start-up, from now."""
@@ -68,4 +77,7 @@ def listen_sockets(environ: MutableMapping[str, str] = os.environ) -> list[socke
     environ.pop("LISTEN_FDNAMES", None)
     if pid != str(os.getpid()):
         return []
-    return [socket.socket(fileno=3 + i) for i in range(int(count))]
+    sockets = [socket.socket(fileno=3 + i) for i in range(int(count))]
+    for s in sockets:
+        s.set_inheritable(False)  # a child that held it would hold the port when this process is gone
+    return sockets

@@ -137,7 +137,7 @@ class WorkerApi:
         wanted = parse(TokenizeRequest, await read_json(request))
         self._worker.admit()
         ids = await self._worker.engine.tokenize(wanted.text, parse_special=wanted.parse_special, add_bos=wanted.add_bos)
-        return JsonResponse({"tokens": ids, "count": len(ids)})
+        return JsonResponse({"token_ids": ids, "count": len(ids)})
 
     async def drain(self, _: Request) -> Response:
         """Take nothing new; exit 0 when the last running request has ended."""

@@ -54,9 +54,8 @@ class World:
     def worker_url(self, worker_id: str) -> str:
         return str(self.workers()[worker_id]["url"])
 
-    def main_pids(self) -> dict[str, str]:
-        show = "systemctl show -p MainPID --value 'rbee-worker@*' rbee-queen; true"
-        return {n: self.lab.ssh(n, show).stdout for n in ("lab1", "lab2")}
+    def main_pids(self, unit: str = "rbee-worker@cpu0") -> dict[str, str]:
+        return {n: self.lab.ssh(n, f"systemctl show -p MainPID --value {unit}").stdout.strip() for n in ("lab1", "lab2")}
 
     def units(self, node: str) -> str:
         return self.lab.ssh(node, "systemctl list-units --all --no-legend --plain 'rbee-*' | awk '{print $1}'").stdout
@@ -89,8 +88,8 @@ class World:
 @pytest.fixture
 def world(fleet: Fleet) -> Iterator[World]:
     world = World(fleet)
-    until(lambda: len(world.workers(state="idle")) >= 2, "both workers idle before the scenario")
     with world.http, world.stack:
+        until(lambda: len(world.workers(state="idle")) >= 2, "both workers idle before the scenario")
         yield world
 
 
@@ -118,9 +117,13 @@ def _(hub: Hub, model_path: Path, repo: str, rate: int) -> None:
 
 
 @given("the process ids of all workers")
-@given("the process ids of queen and workers")
 def _(world: World) -> None:
     world.seen["pids"] = world.main_pids()
+
+
+@given("the process ids of queen and workers")
+def _(world: World) -> None:
+    world.seen |= {"pids": world.main_pids(), "queen pid": world.main_pids("rbee-queen")}
 
 
 @given(parsers.parse('all slots of "{worker_id}" are taken'))
@@ -141,6 +144,7 @@ def _(world: World, worker_id: str) -> None:
 
 @given("both hives are stopped")
 def _(world: World) -> None:
+    world.stack.callback(hives_run_again, world)
     done = world.lab.ctl("hive", "stop")
     assert done.returncode == 0, done.stderr
     until(lambda: not world.workers(), "no worker in the registry")
@@ -406,12 +410,14 @@ def _(world: World) -> None:
 
 
 @then("the process ids of all workers are unchanged")
+def _(world: World) -> None:
+    assert world.main_pids() == world.seen["pids"]
+
+
 @then("the process ids of queen and workers are unchanged")
 def _(world: World) -> None:
-    if "the queen was restarted" in world.seen:
-        return
-    before, after = world.seen["pids"], world.main_pids()
-    assert {n: p.splitlines()[:1] for n, p in after.items()} == {n: p.splitlines()[:1] for n, p in before.items()}
+    assert world.main_pids() == world.seen["pids"]
+    assert world.main_pids("rbee-queen") == world.seen["queen pid"]
 
 
 @then(parsers.parse('"{node}" has the same units as before'))
@@ -425,8 +431,7 @@ def _(world: World, node: str, name: str) -> None:
     assert world.lab.ssh(node, f"test -e /etc/rbee/workers/{name}.toml", check=False).returncode == 1
 
 
-@then("both hives run again")
-def _(world: World) -> None:
+def hives_run_again(world: World) -> None:
     done = world.lab.ctl("hive", "start")
     assert done.returncode == 0, done.stderr
     until(lambda: {"lab1-cpu0", "lab2-cpu0"} <= set(world.workers(state="idle")), "both workers idle")

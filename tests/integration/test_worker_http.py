@@ -39,7 +39,7 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "te
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[WorkerProcess]:
-    with WorkerProcess(tmp_path_factory.mktemp("worker"), model_path) as process:
+    with WorkerProcess(tmp_path_factory.mktemp("worker"), model_path, {"prompt_block_tokens": 32}) as process:
         yield process.wait_ready()
         assert process.stop() == 0, process.log
         assert TOKEN not in process.log
@@ -241,7 +241,7 @@ def open_stream(worker: WorkerProcess, body: dict[str, Any]) -> socket.socket:
     """Send the request over a bare socket and return it once tokens come."""
     raw = json.dumps(body).encode()
     head = f"POST /v1/inference HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(raw)}\r\n\r\n"
-    connection = socket.create_connection(("127.0.0.1", worker.port))
+    connection = socket.create_connection(("127.0.0.1", worker.port), timeout=20)
     connection.sendall(head.encode() + raw)
     seen = b""
     while b"event: started" not in seen:
@@ -260,7 +260,7 @@ def test_client_that_closes_its_socket_frees_the_slot_within_a_second(worker: Wo
 
 
 def test_client_that_leaves_during_prompt_evaluation_frees_the_slot_too(worker: WorkerProcess, client: httpx.Client) -> None:
-    text = " ".join(f"w{random.random()}" for _ in range(70))  # noqa: S311 - not in any prefix cache
+    text = " ".join(f"w{random.random()}" for _ in range(25))  # noqa: S311 - not in any prefix cache
     connection = open_stream(worker, {"prompt": text, "max_tokens": 5})
     connection.close()
     worker.wait_idle(1)
@@ -320,8 +320,8 @@ def test_deadline_is_kept(worker: WorkerProcess, client: httpx.Client) -> None:
 
 
 def test_slow_reader_loses_nothing(worker: WorkerProcess, client: httpx.Client) -> None:
-    expected = ids_of(worker.stream(**(LONG | {"max_tokens": 300})))
-    with client.stream("POST", "/v1/inference", json=LONG | {"max_tokens": 300}) as response:
+    expected = ids_of(worker.stream(**(LONG | {"max_tokens": 120})))
+    with client.stream("POST", "/v1/inference", json=LONG | {"max_tokens": 120}) as response:
         wait_until(lambda: worker.record()["slots_available"] == 2, "the engine is done long before its reader")
         assert ids_of(list(events_of(response))) == expected
 

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -51,8 +52,11 @@ class WorkerProcess:
         self.config.write_text("".join(lines), encoding="utf-8")
         self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._manager.bind(str(self.directory / "notify"))
-        self._manager.setblocking(False)
         self._said: list[str] = []
+        # A thread, as the manager's own loop would: the queue of the socket holds few datagrams.
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        self._poller: httpx.Client | None = None
 
     @property
     def command(self) -> list[str]:
@@ -69,9 +73,10 @@ class WorkerProcess:
 
     def run(self, *args: str) -> subprocess.CompletedProcess[str]:
         """Run it to its end, which must come by itself."""
-        return subprocess.run(
-            [*self.command, *args], capture_output=True, text=True, env=self.env, timeout=60, check=False, pass_fds=self.pass_fds
-        )
+        try:
+            return subprocess.run([*self.command, *args], capture_output=True, text=True, env=self.env, timeout=60, check=False)
+        finally:
+            self._hang_up()
 
     @property
     def log(self) -> str:
@@ -80,11 +85,17 @@ class WorkerProcess:
     @property
     def notices(self) -> list[str]:
         """Return all lines that systemd would have got so far."""
-        while True:
-            try:
-                self._said += self._manager.recv(65536).decode().split("\n")
-            except BlockingIOError:
-                return self._said
+        return list(self._said)
+
+    def _listen(self) -> None:
+        while (data := self._manager.recv(65536)) != b"HANG-UP":
+            self._said += data.decode().split("\n")
+
+    def _hang_up(self) -> None:
+        """Return when everything that was sent is in ``notices``."""
+        with self._manager, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
+            end.sendto(b"HANG-UP", str(self.directory / "notify"))
+            self._listener.join(10)
 
     @property
     def url(self) -> str:
@@ -103,12 +114,17 @@ class WorkerProcess:
         return self
 
     def record(self) -> dict[str, Any]:
-        with self.client() as client:
-            answer: dict[str, Any] = client.get("/info").json()["worker"]
-            return answer
+        if self._poller is None:  # making a client costs more than 20 ms, which a test that polls should not take
+            self._poller = self.client()
+        answer: dict[str, Any] = self._poller.get("/info").json()["worker"]
+        return answer
 
     def wait_idle(self, limit_s: float) -> None:
-        wait_until(lambda: self.record()["slots_available"] == self.record()["slots_total"], "slots free", limit_s=limit_s)
+        def idle() -> bool:
+            record = self.record()
+            return bool(record["slots_available"] == record["slots_total"])
+
+        wait_until(idle, "slots free", limit_s=limit_s)
 
     def infer(self, prompt: str = "Once upon a time", **params: Any) -> dict[str, Any]:
         """Return the whole answer."""
@@ -134,6 +150,9 @@ class WorkerProcess:
         return int(children[0])
 
     def stop(self) -> int:
+        if self._poller is not None:
+            self._poller.close()
+            self._poller = None
         self.process.terminate()
         return self.process.wait(40)
 
@@ -144,4 +163,6 @@ class WorkerProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        self._manager.close()
+        if self._poller is not None:
+            self._poller.close()
+        self._hang_up()

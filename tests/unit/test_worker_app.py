@@ -476,7 +476,7 @@ def test_info_metrics_and_tokenize() -> None:
             assert expected in lines
         assert any(line.startswith("worker_uptime_seconds ") for line in lines)
         tokens = (await front.ask("POST", "/v1/tokenize", {"text": "a b c"}).finish()).json()
-        assert tokens == {"tokens": [0, 1, 2], "count": 3}
+        assert tokens == {"token_ids": [0, 1, 2], "count": 3}
         assert (await front.ask("POST", "/v1/tokenize", {"text": 5}).finish()).error()["details"]["field"] == "text"
 
     with_front(check)

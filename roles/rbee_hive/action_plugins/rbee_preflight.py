@@ -15,6 +15,7 @@ class ActionModule(ActionBase):
         """Return the module's result."""
         super().run(tmp, task_vars)
         result = self._execute_module(task_vars=task_vars)
-        for line in result.get("narration", []):
-            display.display(f"rbee: {line}")
+        # In one call: of several in a row ansible-runner reports the first alone.
+        if lines := result.get("narration", []):
+            display.display("\n".join(f"rbee: {line}" for line in lines))
         return result

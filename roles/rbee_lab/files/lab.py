@@ -30,7 +30,7 @@ from typing import Any
 
 import lab_node
 import lab_rootfs
-from lab_common import MAX_NODES, Lab, LabError, Node, hand_over, progress, run
+from lab_common import MAX_NODES, Lab, LabError, Node, hand_over, links, progress, run
 
 PROGRAMS = {
     "systemd-nspawn": "systemd-container",
@@ -88,10 +88,19 @@ def host_can_isolate() -> bool:
     return False
 
 
+def has_bridge(lab: Lab) -> bool:
+    """Whether an interface of the bridge's name exists."""
+    return lab.bridge in links()
+
+
+def kind(lab: Lab) -> str:
+    """Return the kind of that interface; empty when it does not exist."""
+    return str(links().get(lab.bridge, {}).get("linkinfo", {}).get("info_kind", ""))
+
+
 def owner(lab: Lab) -> Path | None:
     """Return the state directory of the lab that has the bridge (its alias says so), None when there is no bridge."""
-    alias = Path("/sys/class/net", lab.bridge, "ifalias")
-    text = alias.read_text().strip() if alias.exists() else ""
+    text = links().get(lab.bridge, {}).get("ifalias", "")
     return Path(text.removeprefix("rbee-lab ")) if text.startswith("rbee-lab ") else None
 
 
@@ -158,9 +167,9 @@ def make_keys(lab: Lab) -> None:
 
 def make_bridge(lab: Lab) -> None:
     """Make the bridge with the controller's own address; idempotent."""
-    if not Path("/sys/class/net", lab.bridge).exists():
+    if not has_bridge(lab):
         run("ip", "link", "add", lab.bridge, "type", "bridge")
-    elif not Path("/sys/class/net", lab.bridge, "bridge").is_dir():
+    elif kind(lab) != "bridge":
         raise LabError("CONFIG_INVALID", f"{lab.bridge} exists and is no bridge", "export RBEE_LAB_BRIDGE=rbee1")
     run("ip", "link", "set", lab.bridge, "alias", f"rbee-lab {lab.directory}")
     run("ip", "address", "replace", f"{lab.net}.1/24", "dev", lab.bridge)
@@ -184,7 +193,7 @@ def check_forwarding(lab: Lab, nodes: list[Node]) -> None:
 
 def remove_bridge(lab: Lab) -> None:
     """Remove the bridge and the directories under /run that only it and the machines needed."""
-    if Path("/sys/class/net", lab.bridge, "bridge").is_dir() and (owner(lab) is not None or lab.bridge.startswith("rb")):
+    if kind(lab) == "bridge" and (owner(lab) is not None or lab.bridge.startswith("rb")):
         run("ip", "link", "del", lab.bridge)
     for control in lab.run_directory.glob("*"):
         if control.is_socket():  # a ControlPersist master of ssh would live on for a minute
@@ -221,7 +230,7 @@ def up(lab: Lab, count: int, memory_mib: int | None, recreate: bool) -> dict[str
         make_keys(lab)
         wanted = [lab.node(f"lab{n}") for n in range(1, count + 1)]
         existing = set(lab_node.known_nodes(lab))
-        fresh_bridge = not Path("/sys/class/net", lab.bridge).exists()
+        fresh_bridge = not has_bridge(lab)
         make_bridge(lab)
 
         def ensure(node: Node) -> str:
@@ -250,7 +259,7 @@ def down(lab: Lab, names: list[str]) -> dict[str, Any]:
     nodes = [lab.node(n) for n in names] if names else present
     with locked(lab):
         in_parallel(lab_node.remove, nodes)
-        bridge = Path("/sys/class/net", lab.bridge).exists()
+        bridge = has_bridge(lab)
         if not names or not lab_node.known_nodes(lab):
             remove_bridge(lab)
             remove_files(lab)

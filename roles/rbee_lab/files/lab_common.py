@@ -7,6 +7,7 @@ system alone: interfaces ``rv<id>-<n>``, namespaces, cgroups and mount sources `
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
 import re
 import subprocess
@@ -52,6 +53,14 @@ def run(*argv: str | Path, check: bool = True, stdin: str | None = None) -> subp
             "run the command again with 'down' first",
         )
     return done
+
+
+def links() -> dict[str, dict[str, Any]]:
+    """Return this machine's interfaces by name, as ``ip -json -details link`` describes them.
+
+    Not from /sys/class/net: in a container that may show another namespace's.
+    """
+    return {link["ifname"]: link for link in json.loads(run("ip", "-json", "-details", "link").stdout or "[]")}
 
 
 def hand_over(path: Path) -> None:

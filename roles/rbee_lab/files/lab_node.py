@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab_common import Lab, LabError, Node, run
+from lab_common import Lab, LabError, Node, links, run
 from lab_rootfs import hosts_file
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -83,7 +83,7 @@ def belongings(lab: Lab) -> dict[str, list[str]]:
         "processes": [str(pid) for pid in processes(lab.prefix)],
         "mounts": [f"{source} on {point}" for source, point in mounts(lab.prefix)],
         "namespaces": sorted(p.name for p in Path("/run/netns").glob(f"{lab.prefix}*")),
-        "links": sorted(p.name for p in Path("/sys/class/net").glob(f"{lab.link_prefix}*")),
+        "links": sorted(name for name in links() if name.startswith(lab.link_prefix)),
         "cgroups": [str(p) for p in cgroups(lab.prefix)],
     }
 
@@ -274,8 +274,7 @@ def remove(node: Node, limit_s: float = 20.0) -> float:
     if host_runs_systemd():
         run("systemctl", "stop", f"{node.unique}.service", check=False)
         run("systemctl", "reset-failed", f"{node.unique}.service", check=False)
-    if Path("/sys/class/net", node.link).exists():
-        run("ip", "link", "del", node.link, check=False)
+    run("ip", "link", "del", node.link, check=False)  # there or not: belongings() below has the last word
     roots = [point for source, point in mounts(node.unique) if source == node.unique]
     for point in roots:
         with contextlib.suppress(OSError):  # a killed nspawn leaves its lock on the tree

@@ -3,7 +3,7 @@ Feature: From one command to a story
 
   @S11 @S87
   Scenario: A model that no machine has yet is fetched, loaded and asked
-    Given a hub that has the model "lab/story" and sends 40 MB a second
+    Given a hub that has the model "lab/story" and sends 15 MB a second
     When I ask "lab2" with "hf:lab/story:SmolLM2-135M-Instruct.Q4_1.gguf" to go on from "Once upon a time"
     Then the command ends with 0
     And standard output is the story and nothing else

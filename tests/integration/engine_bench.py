@@ -1,0 +1,124 @@
+"""A real engine process on the demonstration model, for the tests beside this file."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rbee_serve.contract.api import SamplingParams
+from rbee_serve.worker.engine.process import ProcessEngine
+from rbee_serve.worker.engine.protocol import EngineConfig, Finished, GenerateRequest, LoadProgress, Started, TokenOut
+
+
+def config(model: Path, **changes: Any) -> EngineConfig:
+    """One thread: the number does not change any bit, and tests keep their speed on a busy machine."""
+    base = EngineConfig(
+        str(model), None, "cpu", 0, slots=4, context_tokens=1024, threads=1, prompt_block_tokens=128, kv_type="f16"
+    )
+    return replace(base, **changes)
+
+
+async def loaded(engine: ProcessEngine) -> LoadProgress:
+    """Return the state in which loading ended."""
+    progress = engine.progress
+    while progress.stage not in ("ready", "failed"):
+        progress = await engine.wait_progress(progress)
+    return progress
+
+
+@asynccontextmanager
+async def running(model: Path, queue_max: int = 0, **changes: Any) -> AsyncIterator[ProcessEngine]:
+    """A loaded engine, ended afterwards."""
+    engine = ProcessEngine(config(model, **changes), queue_max)
+    await engine.start()
+    try:
+        progress = await loaded(engine)
+        assert progress.stage == "ready", progress
+        yield engine
+    finally:
+        await engine.close()
+
+
+@dataclass
+class Answer:
+    """What one generation gave."""
+
+    started: Started | None = None
+    tokens: list[TokenOut] = field(default_factory=list)
+    finished: Finished | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(t.text for t in self.tokens)
+
+    @property
+    def ids(self) -> list[int]:
+        return [t.token_id for t in self.tokens]
+
+    @property
+    def reason(self) -> str | None:
+        return self.finished.stop_reason if self.finished else None
+
+
+_numbers = iter(range(1, 1 << 30))
+
+
+def request(prompt: str, generated: Sequence[int] = (), **params: Any) -> GenerateRequest:
+    """A request with a fresh id; greedy unless said otherwise."""
+    values = {"max_tokens": 32, "temperature": 0, "seed": 1, **params}
+    return GenerateRequest(f"r{next(_numbers)}", prompt, True, True, SamplingParams(**values), list(generated))
+
+
+async def ask(engine: ProcessEngine, prompt: str, generated: Sequence[int] = (), **params: Any) -> Answer:
+    """Run one generation to its end."""
+    answer = Answer()
+    async for event in engine.generate(request(prompt, generated, **params)):
+        if isinstance(event, Started):
+            answer.started = event
+        elif isinstance(event, TokenOut):
+            answer.tokens.append(event)
+        else:
+            answer.finished = event
+    return answer
+
+
+async def until(condition: Callable[[], bool], limit_s: float = 10) -> None:
+    """Wait for a condition that no event announces."""
+    async with asyncio.timeout(limit_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
+async def until_free(engine: ProcessEngine, limit_s: float) -> None:
+    """Wait for the engine to say that all slots are free."""
+    await until(lambda: engine.slots_busy == 0, limit_s)
+
+
+def directly(model: Path, cases: Sequence[dict[str, Any]]) -> list[str]:
+    """Texts that llama-cpp-python's high-level class gives, in a process of its own with the same CPU kernels.
+
+    A case is the arguments of ``create_completion``; flash attention is on, as in the engine.
+    """
+    program = """
+        import json, sys
+        import llama_cpp
+        from rbee_serve.worker.engine import libs
+        libs.load_cpu_variant(llama_cpp.llama_cpp)
+        texts = []
+        for case in json.load(sys.stdin):
+            llm = llama_cpp.Llama(sys.argv[1], n_ctx=1024, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
+            texts.append(llm.create_completion(**case)["choices"][0]["text"])
+        json.dump(texts, sys.stdout)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(model)]
+    done = subprocess.run(command, input=json.dumps(list(cases)), capture_output=True, text=True, check=True, timeout=240)
+    texts: list[str] = json.loads(done.stdout)
+    return texts
