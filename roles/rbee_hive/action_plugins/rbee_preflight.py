@@ -15,7 +15,7 @@ class ActionModule(ActionBase):
         """Return the module's result."""
         super().run(tmp, task_vars)
         result = self._execute_module(task_vars=task_vars)
-        # In one call: of several in a row ansible-runner reports the first alone.
+        # On one line: of several in a row ansible-runner reports the first alone.
         if lines := result.get("narration", []):
-            display.display("\n".join(f"rbee: {line}" for line in lines))
+            display.display("rbee: " + "; ".join(lines))
         return result
