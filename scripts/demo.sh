@@ -14,10 +14,12 @@ step "booting two machines (rbee-ctl lab up --nodes 2)"
 rbee-ctl lab up --nodes 2
 
 step "deploying the fleet over SSH (ansible-playbook -i .lab/inventory.yml site.yml)"
-ansible-playbook -i .lab/inventory.yml site.yml
+# Only what changes is shown: the first run says what it does, the second one nothing.
+ANSIBLE_DISPLAY_OK_HOSTS=false ansible-playbook -i .lab/inventory.yml site.yml
 
 step "asking the queen (rbee-ctl infer --model smollm2-135m-instruct --prompt 'Once upon a time')"
 rbee-ctl infer --model smollm2-135m-instruct --prompt "Once upon a time" --max-tokens 120 --temperature 0.7
+echo
 
 step "try next"
 cat >&2 <<'NEXT'

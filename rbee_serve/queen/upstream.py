@@ -94,6 +94,7 @@ class Attempt:
         self._response: httpx.Response | None = None
         self._waiting: asyncio.Timeout | None = None
         self._cancelled = False
+        self._complete = False
 
     async def open(self, body: bytes, headers: dict[str, str]) -> None:
         """Send the request and wait for the answer's headers: the worker has a slot for it then.
@@ -168,6 +169,7 @@ class Attempt:
                 async with self._limit(stall_s):
                     piece = await anext(pieces)
             except StopAsyncIteration:
+                self._complete = True
                 return
             except TimeoutError as e:
                 raise self._out_of_time("sent nothing", stall_s) from e
@@ -190,7 +192,15 @@ class Attempt:
         """Close the connection; the worker frees the slot (SPEC CAP-76). Idempotent."""
         response, self._response = self._response, None
         if response is not None:
-            await response.aclose()
+            # In a task of its own: a second cancellation (the client leaves while its DELETE is being carried out) would
+            # end httpcore's clean-up half-way, with everything marked closed but the socket.
+            await asyncio.shield(asyncio.ensure_future(self._close(response)))
+
+    async def _close(self, response: httpx.Response) -> None:
+        await response.aclose()
+        stream = response.extensions.get("network_stream")
+        if stream is not None and not self._complete:  # a socket that goes back to the pool must stay open
+            await stream.aclose()
 
     def _limit(self, seconds: float) -> asyncio.Timeout:
         if self._cancelled:

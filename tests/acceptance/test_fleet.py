@@ -269,7 +269,7 @@ def test_a_bad_model_file_fails_the_unit_with_path_and_reason_and_no_restarts(fl
 #: Reference: the plain high-level class of llama-cpp-python, in a process of its own, same file, same CPU variant.
 DIRECT = """
 import json, sys, llama_cpp, llama_cpp.llama_cpp as bindings
-from rbee_serve.worker.engine.llama import load_cpu_variant
+from rbee_serve.worker.engine.libs import load_cpu_variant
 load_cpu_variant(bindings)
 model = llama_cpp.Llama(sys.argv[1], n_ctx=512, n_batch=128, n_ubatch=128, n_threads=1, flash_attn=True, verbose=False)
 for prompt, count in json.loads(sys.argv[2]):

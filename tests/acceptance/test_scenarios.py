@@ -60,6 +60,16 @@ class World:
     def units(self, node: str) -> str:
         return self.lab.ssh(node, "systemctl list-units --all --no-legend --plain 'rbee-*' | awk '{print $1}'").stdout
 
+    def part(self, part: str) -> tuple[str, dict[str, str]]:
+        """Return base URL and authorization of the queen, or of the worker on lab1."""
+        if part == "queen":
+            return self.fleet.queen_url, self.fleet.headers
+        return self.worker_url("lab1-cpu0"), {"Authorization": f"Bearer {self.fleet_token}"}
+
+    def seen_busy(self) -> None:
+        """Wait until the registry counts a taken slot: without it \"all slots are free\" would say nothing."""
+        until(lambda: not self.slots_free(), "a slot taken in the registry", limit_s=5)
+
     def slots_free(self) -> bool:
         live = self.workers().values()
         return bool(live) and all(w["slots_available"] == w["slots_total"] for w in live if w["status"] in ("idle", "busy"))
@@ -191,8 +201,10 @@ def _(world: World, seconds: int) -> None:
 
 @when(parsers.parse('I ask "{node}" with "{model}" to go on from "{prompt}"'))
 def _(world: World, node: str, model: str, prompt: str) -> None:
-    options = ["--max-tokens", "20", "--temperature", "0.7", "--backend", "cpu"]
+    options = ["--max-tokens", "20", "--temperature", "0.7", "--seed", "11", "--backend", "cpu"]
+    began = time.time()
     world.ctl("infer", "--node", node, "--model", model, "--prompt", prompt, *options)
+    world.seen |= {"prompt": prompt, "began": began, "ended": time.time()}
 
 
 @when(parsers.parse('I ask the worker "{worker_id}" to go on from "{prompt}"'))
@@ -272,28 +284,39 @@ def _(world: World) -> None:
     )
     assert process.stdout is not None
     first = process.stdout.read(20)
+    world.seen_busy()
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     world.done = subprocess.CompletedProcess(command, process.returncode, first + out, err)
 
 
-@when("a client closes its connection in the middle of a stream")
-def _(world: World) -> None:
-    with world.http.stream("POST", "/v1/inference", json={**LONG, "model": MODEL_ID}) as stream:
-        world.seen["node"] = stream.headers["x-rbee-worker"].split("-")[0]
+@when(parsers.parse("a client of the {part} closes its connection in the middle of a stream"))
+def _(world: World, part: str) -> None:
+    base, headers = world.part(part)
+    with (
+        httpx.Client(base_url=base, headers=headers, timeout=60, trust_env=False) as client,
+        client.stream("POST", "/v1/inference", json={**LONG, "model": MODEL_ID}) as stream,
+    ):
+        world.seen["node"] = stream.headers["x-rbee-worker"].split("-")[0] if part == "queen" else "lab1"
         for _ in zip(range(12), stream.iter_lines(), strict=False):
             pass
+        world.seen_busy()
 
 
-@when("I delete a running request twice and an unknown one once")
-def _(world: World) -> None:
+@when(parsers.parse("I delete a running request of the {part} twice and an unknown one once"))
+def _(world: World, part: str) -> None:
     answers, lines = [], []
-    with world.http.stream("POST", "/v1/inference", json={**LONG, "model": MODEL_ID}) as stream:
+    base, headers = world.part(part)
+    with (
+        httpx.Client(base_url=base, headers=headers, timeout=60, trust_env=False) as client,
+        client.stream("POST", "/v1/inference", json={**LONG, "model": MODEL_ID}) as stream,
+    ):
         ident = stream.headers["x-request-id"]
         for number, line in enumerate(stream.iter_lines()):
             lines.append(line)
             if number == 10:
-                with httpx.Client(base_url=world.fleet.queen_url, headers=world.fleet.headers, trust_env=False) as other:
+                world.seen_busy()
+                with httpx.Client(base_url=base, headers=headers, trust_env=False) as other:
                     answers = [other.delete(f"/v1/inference/{i}") for i in (ident, ident, "never-was")]
     world.seen |= {"answers": answers, "stream": lines}
 
@@ -306,13 +329,15 @@ def _(world: World, part: str, key: str) -> None:
     world.seen["answer"] = httpx.post(f"{base}/v1/inference", json=body, headers=headers, trust_env=False)
 
 
-@when("I run rbee-ctl with a wrong key")
-def _(world: World, tmp_path: Path) -> None:
-    key = tmp_path / "key"
-    key.touch(0o600)
-    key.write_text("rbee-nobody-knows-me\n")
+@when(parsers.re(r"I run rbee-ctl (?P<key>without a key|with a wrong key)"))
+def _(world: World, tmp_path: Path, key: str) -> None:
     config = tmp_path / "config.toml"
-    config.write_text(f'queen_url = "{world.fleet.queen_url}"\napi_key_file = "{key}"\n')
+    config.write_text(f'queen_url = "{world.fleet.queen_url}"\nstate_dir = "{tmp_path}"\n')
+    if key == "with a wrong key":
+        file = tmp_path / "key"
+        file.touch(0o600)
+        file.write_text("rbee-nobody-knows-me\n")
+        config.write_text(f'{config.read_text()}api_key_file = "{file}"\n')
     command = ["infer", "--model", MODEL_ID, "--prompt", "x"]
     world.done = world.lab.ctl(*command, env={"RBEE_CONFIG": str(config)})
 
@@ -327,8 +352,29 @@ def _(world: World, code: int) -> None:
 
 @then("standard output is the story and nothing else")
 def _(world: World) -> None:
-    assert world.last.stdout.strip()
-    assert not re.search(r"^\[\w+ *\]|TASK|PLAY|error|tokens/s", world.last.stdout, re.MULTILINE)
+    """Same worker, same seed: the queen gives the very same bytes when it is asked without rbee-ctl."""
+    body = {"prompt": world.seen["prompt"], "max_tokens": 20, "temperature": 0.7, "seed": 11, "stream": False}
+    again = world.http.post("/v1/inference", json={**body, "worker_id": worker_of(world)}).json()
+    assert again["tokens_out"] > 0
+    assert world.last.stdout == again["text"]
+
+
+def worker_of(world: World) -> str:
+    """Return the worker that the last line of standard error names."""
+    return world.last.stderr.strip().splitlines()[-1].rsplit(", ", 1)[1]
+
+
+@then(parsers.parse("it took less than {seconds:d} seconds"))
+def _(world: World, seconds: int) -> None:
+    assert world.seen["ended"] - world.seen["began"] < seconds, world.last.stderr
+
+
+@then(parsers.parse('it took less than {seconds:d} seconds from the whole model on the disk of "{node}"'))
+def _(world: World, seconds: int, node: str) -> None:
+    # The machine shares this one's clock: it runs on the same kernel.
+    written = float(world.lab.ssh(node, "stat -c %Y /var/lib/rbee/models/lab/story/*.gguf").stdout)
+    assert world.seen["began"] - 1 < written < world.seen["ended"]
+    assert world.seen["ended"] - written < seconds, world.last.stderr
 
 
 @then("standard error tells of these steps in order:")
@@ -358,8 +404,15 @@ def _(world: World, names: str) -> None:
 
 @then("no playbook ran")
 def _(world: World) -> None:
-    assert "Preflight" not in world.last.stderr
-    assert "cold_start" not in world.last.stderr
+    """A playbook narrates its tasks under its own name: nothing but the queen and rbee-ctl itself has spoken."""
+    actions = set(re.findall(r"^\[.{10}\] (\w+) *:", world.last.stderr, re.MULTILINE))
+    assert actions
+    assert actions <= {"busy", "done"}, world.last.stderr
+
+
+@then("a playbook ran")
+def _(world: World) -> None:
+    assert re.search(r"^\[.{10}\] worker_start *:", world.last.stderr, re.MULTILINE), world.last.stderr
 
 
 @then("what had come is on standard output")
@@ -375,6 +428,11 @@ def _(world: World, count: int) -> None:
 
 
 # --- then: machines -------------------------------------------------------------------------------------------------
+
+
+@then("the hub was not asked for anything")
+def _(hub: Hub) -> None:
+    assert hub.log == []
 
 
 @then("the hub has sent the whole file once")
@@ -403,7 +461,7 @@ def _(world: World, node: str, ref: str) -> None:
 
 @then("the worker that told it is idle again")
 def _(world: World) -> None:
-    worker = world.last.stderr.strip().splitlines()[-1].rsplit(", ", 1)[1]
+    worker = worker_of(world)
     until(lambda: world.workers()[worker]["status"] == "idle", f"{worker} idle")
     node, name = worker.split("-", 1)
     world.stack.callback(lambda: remove_worker(world.lab, node, name))
@@ -595,7 +653,9 @@ def _(world: World) -> None:
 def _(world: World) -> None:
     data = [line for line in world.seen["stream"] if line.startswith("data: ")]
     assert data[-1] == "data: [DONE]"
-    assert json.loads(data[-2][6:]).get("stop_reason") == "CANCELLED" or "CANCEL" in data[-2], data[-2]
+    end = json.loads(data[-2][6:])
+    assert (end["type"], end["stop_reason"]) == ("end", "CANCELLED")
+    assert 0 < end["tokens_out"] < LONG["max_tokens"]
 
 
 @then(parsers.parse("the status is {status:d} and the code is {code}"))
