@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any, TextIO
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from rbee_ctl.views import Table
 
 ACTOR_WIDTH, ACTION_WIDTH = 10, 15
-#: Seconds between two lines of progress where stderr is no terminal; narration does not wait.
+#: Seconds between two lines of progress that differ in their figures alone, where stderr is no terminal.
 PROGRESS_PAUSE_S = 1.0
+_FIGURES = re.compile(r"[\d.]+")
 _DIM, _RED, _RESET = "\x1b[2m", "\x1b[31m", "\x1b[0m"
 
 
@@ -39,6 +41,7 @@ class Ui:
         self._last_progress = ""
         self._progress_shown = False  # stderr stands in a line of progress
         self._progress_at = 0.0
+        self._progress_kind = ""  # its text without the figures
 
     # --- while a command runs ---------------------------------------------------------------------------------------
 
@@ -63,7 +66,8 @@ class Ui:
             self.note(f"{_DIM}{line}{_RESET}" if self._colour else line)
 
     def progress(self, actor: str, action: str, text: str) -> None:
-        """Say how far something is: on a terminal in one line that is rewritten, else at most once a second."""
+        """Say how far something is: on a terminal in one line that is rewritten, else what is new but for its figures
+        at once and the rest at most once a second."""
         if self.quiet or text == self._last_progress:
             return
         self._last_progress = text
@@ -72,9 +76,11 @@ class Ui:
             self.err.write(f"\r\x1b[K{_DIM if self._colour else ''}{line}{_RESET if self._colour else ''}")
             self.err.flush()
             self._progress_shown = True
-        elif (now := time.monotonic()) - self._progress_at >= PROGRESS_PAUSE_S:
-            self._progress_at = now
-            self.note(line)
+        else:
+            now, kind = time.monotonic(), _FIGURES.sub("", text)
+            if kind != self._progress_kind or now - self._progress_at >= PROGRESS_PAUSE_S:
+                self._progress_at, self._progress_kind = now, kind
+                self.note(line)
 
     def note(self, text: str) -> None:
         """Write a line to stderr."""

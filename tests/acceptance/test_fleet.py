@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import re
@@ -93,7 +94,7 @@ def test_one_machine_away_stops_nobody_else_and_is_told(fleet: Fleet, tmp_path: 
     assert done.returncode != 0
     assert recap(done.stdout)["lab1"] == {"changed": 0, "unreachable": 0, "failed": 0}
     assert recap(done.stdout)["lab2"]["unreachable"] == 1
-    assert status.returncode in (3, 4), status.stderr
+    assert status.returncode == 4, status.stderr
     assert re.search(r"lab2.*(unreachable|not be reached|timed out|no answer)", status.stdout + status.stderr, re.IGNORECASE)
 
 
@@ -174,6 +175,10 @@ def test_stopping_the_hive_ends_its_workers_and_starting_it_brings_the_same_back
         httpx.get(address, trust_env=False)
     until(lambda: "lab2-cpu0" not in idle(queen), "gone from the registry")
     assert "lab1-cpu0" in idle(queen)
+    # Nothing is left that could revive it: no waiting restart, no job, no socket, no timer.
+    assert lab.ssh("lab2", "systemctl show -p SubState --value rbee-worker@cpu0").stdout.strip() == "dead"
+    for waiting in ("list-jobs", "list-sockets 'rbee*'", "list-timers 'rbee*'"):
+        assert "rbee" not in lab.ssh("lab2", f"systemctl --no-legend {waiting}").stdout, waiting
 
     lab.ssh("lab2", "systemctl start rbee-hive.target")
 
@@ -193,7 +198,8 @@ def test_a_killed_worker_is_restarted_once_and_routed_to_again(fleet: Fleet, que
     until(lambda: "lab2-cpu0" in idle(queen), "in the registry again")
     assert int(lab.ssh("lab2", "systemctl show -p NRestarts --value rbee-worker@cpu0").stdout) == before + 1
     answer = queen.post("/v1/inference", json={"prompt": "x", "max_tokens": 2, "worker_id": "lab2-cpu0", "stream": False})
-    assert answer.json()["worker_id"] == "lab2-cpu0"
+    assert answer.status_code == 200, answer.text
+    assert (answer.status_code, answer.headers["x-rbee-worker"]) == (200, "lab2-cpu0")
 
 
 def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(fleet: Fleet, queen: httpx.Client) -> None:
@@ -243,7 +249,7 @@ def test_a_bad_model_file_fails_the_unit_with_path_and_reason_and_no_restarts(fl
         "lab2", f"mkdir -p /var/lib/rbee/models/test && chown rbee /var/lib/rbee/models/test; {make}; chown -f rbee {path}; true"
     )
     sed = f"sed -e 's,^name.*,name = \"cpu0-x\",' -e 's,^port.*,port = 8055,' -e 's,^model_path.*,model_path = \"{path}\",'"
-    lab.ssh("lab2", f"{sed} -e '/sha256/d' -e '/^url/d' /etc/rbee/workers/cpu0.toml > {settings} && chgrp rbee {settings}")
+    lab.ssh("lab2", f"{sed} -e '/sha256/d' -e 's,:8001,:8055,' /etc/rbee/workers/cpu0.toml > {settings} && chgrp rbee {settings}")
     lab.ssh(
         "lab2",
         f"ln -sfn $(readlink /etc/rbee/workers/cpu0.runtime) /etc/rbee/workers/cpu0-x.runtime; systemctl start {unit}",
@@ -381,6 +387,7 @@ def test_the_official_openai_client_works_unchanged(fleet: Fleet, queen: httpx.C
     ],
 )
 def test_bad_input_is_refused_by_name(queen: httpx.Client, body: bytes, status: int, words: str) -> None:
+    """Native route; the one model of the fleet need not be named."""
     answer = queen.post("/v1/inference", content=body, headers={"Content-Type": "application/json"})
 
     error = answer.json()["error"]
@@ -402,8 +409,10 @@ def test_a_prompt_beyond_the_context_is_refused_with_both_numbers(queen: httpx.C
 def test_secrets_are_nowhere_but_in_their_files(fleet: Fleet) -> None:
     lab = fleet.lab
     token = (lab.directory / "state/secrets/fleet-token").read_text().strip()
-    places = ("ps axwwe -o args", "systemctl show 'rbee-*'", "journalctl --no-pager", "cat /etc/systemd/system/rbee*", "env")
-    places += ("find /etc/rbee -type f -not -path '*/credentials/*' -exec cat {} +", "cat /tmp/* 2>/dev/null; true")
+    places = ("ps axwwe -o args", "systemctl show 'rbee-*'", "journalctl --no-pager", "env")
+    places += ("find /etc/rbee /etc/systemd/system/rbee* -type f -not -path '*/credentials/*' -exec cat {} +",)
+    places += ("find /tmp /var/tmp /root /run/rbee* /dev/shm -type f -exec cat {} + 2>/dev/null | tr -cd '[:print:]'",)
+    patterns = token.encode(), fleet.api_key.encode()
 
     for node in ("lab1", "lab2"):
         for place in places:
@@ -412,10 +421,27 @@ def test_secrets_are_nowhere_but_in_their_files(fleet: Fleet) -> None:
             assert fleet.api_key not in seen, f"client key in {place!r} on {node}"
         modes = lab.ssh(node, "stat -c '%a %U' /etc/rbee/credentials /etc/rbee/credentials/*").stdout
         assert set(modes.splitlines()) == {"700 root", "600 root"}
-    for path in (lab.inventory, lab.directory / "config.toml"):
-        assert token not in path.read_text()
-        assert fleet.api_key not in path.read_text()
-    assert oct((lab.directory / "state/secrets").stat().st_mode & 0o777) == "0o700"
-    run = lab.playbook("site", "-vvv", "--diff")
-    assert token not in run.stdout
-    assert fleet.api_key not in run.stdout
+    secrets = lab.directory / "state/secrets"
+    folders = (lab.directory, Path("~/.ansible").expanduser())
+    nodes = lab.directory / "nodes"  # the machines' own file systems, looked at above
+    for path in (p for f in folders for p in f.rglob("*") if secrets not in p.parents and nodes not in p.parents):
+        # A file of Ansible's may vanish while we look.
+        with contextlib.suppress(FileNotFoundError):
+            assert not path.is_file() or not any(p in path.read_bytes() for p in patterns), f"secret in {path}"
+    assert oct(secrets.stat().st_mode & 0o777) == "0o700"
+
+
+def test_secrets_are_in_no_output_of_the_run_that_brings_them(fleet: Fleet) -> None:
+    """A machine that lacks the token gets it again, as loud as Ansible can be."""
+    lab = fleet.lab
+    token = (lab.directory / "state/secrets/fleet-token").read_text().strip()
+    lab.ssh("lab2", "mv /etc/rbee/credentials /etc/rbee/away")
+    try:
+        run = lab.playbook("site", "--check", "--diff", "-vvv", "--limit", "lab2")
+    finally:
+        lab.ssh("lab2", "rm -rf /etc/rbee/credentials && mv /etc/rbee/away /etc/rbee/credentials")
+
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert recap(run.stdout)["lab2"]["changed"] > 0
+    assert token not in run.stdout + run.stderr
+    assert fleet.api_key not in run.stdout + run.stderr

@@ -21,8 +21,13 @@ Feature: No key, no tokens
       | worker |
 
   @S70 @S71
-  Scenario: rbee-ctl with a wrong key says which file it took it from
-    When I run rbee-ctl with a wrong key
+  Scenario Outline: rbee-ctl is refused like anybody else and says where its key is set
+    When I run rbee-ctl <key>
     Then the command ends with 1
-    And standard error says "INVALID_API_KEY"
+    And standard error says "<code>"
     And standard error says "api_key_file"
+
+    Examples:
+      | key              | code            |
+      | without a key    | MISSING_API_KEY |
+      | with a wrong key | INVALID_API_KEY |

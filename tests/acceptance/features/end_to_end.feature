@@ -7,10 +7,12 @@ Feature: From one command to a story
     When I ask "lab2" with "hf:lab/story:SmolLM2-135M-Instruct.Q4_1.gguf" to go on from "Once upon a time"
     Then the command ends with 0
     And standard output is the story and nothing else
+    And a playbook ran
+    And it took less than 30 seconds from the whole model on the disk of "lab2"
     And standard error tells of these steps in order:
       | no worker serves |
-      | RAM              |
       | downloading      |
+      | RAM              |
       | layers           |
       | is idle          |
       | done             |
@@ -22,9 +24,12 @@ Feature: From one command to a story
 
   @S12 @S87
   Scenario: A worker that is there is simply asked
-    Given the process ids of all workers
+    Given a hub that has the model "lab/story" and sends 15 MB a second
+    And the process ids of all workers
     When I ask "lab1" with "smollm2-135m-instruct" to go on from "The bees"
     Then the command ends with 0
+    And it took less than 5 seconds
     And standard output is the story and nothing else
     And no playbook ran
+    And the hub was not asked for anything
     And the process ids of all workers are unchanged
