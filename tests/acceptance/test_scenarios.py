@@ -204,7 +204,7 @@ def _(world: World, seconds: int) -> None:
 def _(world: World, node: str, model: str, prompt: str) -> None:
     options = ["--max-tokens", "20", "--temperature", "0.7", "--seed", "11", "--backend", "cpu"]
     if model.startswith("hf:"):
-        world.stack.callback(remove_others, world.lab, node)
+        world.stack.callback(world.lab.ssh, node, "rm -rf /var/lib/rbee/models/lab")
     began = time.time()
     world.ctl("infer", "--node", node, "--model", model, "--prompt", prompt, *options)
     world.seen |= {"prompt": prompt, "began": began, "ended": time.time()}
@@ -244,14 +244,6 @@ def remove_made_by_hand(lab: Lab) -> None:
                 f"systemctl disable --now {unit}; systemctl reset-failed {unit}; rm -f {path} {path[:-5]}.runtime",
                 check=False,
             )
-
-
-def remove_others(lab: Lab, node: str) -> None:
-    """Remove every worker that the inventory does not know, whatever name a cold start gave it."""
-    for file in lab.ssh(node, "cd /etc/rbee/workers && ls *.toml").stdout.split():
-        if file != "cpu0.toml":
-            remove_worker(lab, node, file.removesuffix(".toml"))
-    lab.ssh(node, "rm -rf /var/lib/rbee/models/lab")
 
 
 @when("the queen is restarted")
