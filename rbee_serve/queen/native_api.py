@@ -209,7 +209,8 @@ class NativeApi:
         """Return the record of SPEC 3.6 plus what the queen knows of it."""
         return worker.record.model_dump(mode="json") | {
             "status": worker.state.value,
-            "available": self._queen.registry.routable(worker, now) and worker.busy < worker.record.slots_total,
+            "slots_available": worker.slots_free,
+            "available": self._queen.registry.routable(worker, now) and worker.slots_free > 0,
             "in_flight": worker.in_flight,
             "last_heartbeat_age_s": round(now - worker.seen_at, 1),
         }

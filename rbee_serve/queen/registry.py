@@ -50,9 +50,21 @@ class Worker:
         return self.in_flight + self.foreign
 
     @property
+    def slots_free(self) -> int:
+        """Slots that nobody has now; the record's own figure is as old as the last beat."""
+        return max(0, self.record.slots_total - self.busy)
+
+    @property
     def state(self) -> WorkerState:
-        """State to show: what it says, or ``failed`` when it broke and has not been heard of since."""
-        return WorkerState.FAILED if self.failed else self.record.status
+        """State to show: what it says, or ``failed`` when it broke and has not been heard of since.
+
+        Between two beats idle and busy follow the slots that this queen itself takes and gives back.
+        """
+        if self.failed:
+            return WorkerState.FAILED
+        if self.record.status in ROUTABLE_STATES:
+            return WorkerState.IDLE if self.slots_free else WorkerState.BUSY
+        return self.record.status
 
 
 @dataclass(slots=True)

@@ -168,6 +168,19 @@ def test_own_requests_are_not_counted_twice() -> None:
     assert worker.busy == 1
 
 
+def test_between_beats_idle_and_busy_follow_our_own_requests() -> None:
+    registry = Registry()
+    registry.beat(beat(slots_total=2, slots_available=2), 0.0)
+    worker = registry.get("lab1-cpu0", 0.0)
+    seen = [(worker.state, worker.slots_free)]
+
+    for change in (registry.acquire, registry.acquire, registry.release):
+        change(worker)
+        seen.append((worker.state, worker.slots_free))
+
+    assert seen == [("idle", 2), ("idle", 1), ("busy", 0), ("idle", 1)]
+
+
 @pytest.mark.parametrize("state", [s for s in WorkerState if s not in ("idle", "busy", "stopped")])
 def test_states_that_take_no_requests_are_listed_and_not_routed(state: WorkerState) -> None:
     registry = Registry()
