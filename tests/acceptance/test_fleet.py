@@ -66,7 +66,7 @@ def test_second_run_of_the_site_changes_nothing_and_needs_no_rbee_ctl(fleet: Fle
     trap = tmp_path / "rbee_ctl"
     trap.mkdir()
     (trap / "__init__.py").write_text("raise ImportError('site.yml must not need rbee_ctl')\n")
-    assert fleet.lab.command([sys.executable, "-c", "import rbee_ctl"], env={"PYTHONPATH": str(tmp_path)}).returncode == 1
+    assert fleet.lab.command([sys.executable, "-P", "-c", "import rbee_ctl"], env={"PYTHONPATH": str(tmp_path)}).returncode == 1
 
     argv = ["ansible-playbook", "-i", str(fleet.lab.inventory), str(ROOT / "site.yml")]
     done = fleet.lab.command(argv, timeout=600, env={"PYTHONPATH": str(tmp_path)})
@@ -86,13 +86,16 @@ def test_check_mode_on_a_virgin_machine_passes_and_touches_nothing(fleet: Fleet,
         "find /etc /opt /usr /var/lib /root -xdev -not -path '/root/.ansible*' -type f -exec sha256sum {} + "
         "| sort | sha256sum; getent passwd | sha256sum; systemctl list-unit-files --no-legend | sha256sum"
     )
-    before = lab.ssh("lab3", state).stdout
-
-    done = lab.playbook("site", "--check", "--diff", inventory=inventory)
+    try:
+        before = lab.ssh("lab3", state).stdout
+        done = lab.playbook("site", "--check", "--diff", inventory=inventory)
+        after = lab.ssh("lab3", state).stdout
+    finally:
+        lab.run("down", "lab3")
 
     assert done.returncode == 0, done.stdout[-3000:]
     assert recap(done.stdout)["lab3"]["changed"] > 5
-    assert lab.ssh("lab3", state).stdout == before
+    assert after == before
     assert not (tmp_path / "state").exists()
 
 
