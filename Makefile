@@ -1,6 +1,6 @@
-# The five words: setup, demo, test, lint, bench. `make help` lists all.
+# The words of the development loop: setup, demo, test, lint. `make help` lists all.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit lint format molecule docs bench clean
+.PHONY: help setup demo test test-unit lint format molecule docs clean
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 

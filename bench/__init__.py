@@ -1,5 +1,5 @@
-"""What the published figures come from: whole processes, interleaved runs in one session, ratios.
+"""Parts of the published figures: whole processes, interleaved runs in one session, ratios.
 
-Run by ``make bench``; never part of the tests. Peers are llama.cpp's own server, built from the very source that the
-llama-cpp-python wheel vendors, and ``python -m llama_cpp.server``.
+Peers are llama.cpp's own server, built from the very source that the llama-cpp-python wheel vendors, and
+``python -m llama_cpp.server``. Never part of the tests.
 """

@@ -111,7 +111,7 @@ async def read_json(request: Request) -> dict[str, Any]:
     return value
 
 
-async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+async def while_connected(request: Request, work: Coroutine[Any, Any, _T] | asyncio.Future[_T]) -> _T:
     """Return the result of ``work``; when the client leaves first, cancel it, wait for its end and raise RequestCanceled.
 
     The body must have been read: from here on the only message that can come from the client is its leaving.

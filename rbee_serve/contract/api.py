@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -69,6 +69,11 @@ def _as_list(value: Any) -> Any:
 
 StopStrings = Annotated[list[Annotated[str, Field(min_length=1, max_length=100)]], Field(max_length=4), BeforeValidator(_as_list)]
 
+LogitBias = Annotated[
+    dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=1024),
+]
+
 
 class SamplingParams(Message):
     """How the next token is chosen; defaults are SPEC 3.8's. ``temperature`` 0 is greedy."""
@@ -85,6 +90,16 @@ class SamplingParams(Message):
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="none: drawn at random and reported in `started`")
     stop: StopStrings = Field(default_factory=list)
     ignore_eos: bool = False
+    logit_bias: LogitBias = Field(default_factory=dict, description="token id -> added to its logit; -100 bans, 100 forces")
+    logprobs: int | None = Field(None, ge=0, le=20, description="report the log probability of each token and of so many others")
+    grammar: str | None = Field(None, min_length=1, max_length=65_536, description="GBNF that the text must follow")
+    json_schema: dict[str, Any] | None = Field(None, description="JSON schema that the text must follow; {} is any JSON value")
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> Self:
+        if self.grammar is not None and self.json_schema is not None:
+            raise ValueError("at most one of grammar and json_schema is possible")
+        return self
 
 
 class ChatMessage(TolerantMessage):
@@ -123,16 +138,26 @@ class InferenceRequest(SamplingParams):
     continue_from: Continuation | None = None
     timeout_s: float | None = Field(None, gt=0, le=86_400)
 
+    # With ``messages``: the model's own template renders them.
+    tools: list[dict[str, Any]] | None = Field(None, max_length=128, description="OpenAI's function tools")
+    tool_choice: str | dict[str, Any] | None = None
+
     # Routing, read by the queen alone; a worker ignores them.
     model: str | None = Field(None, max_length=200)
     node: str | None = Field(None, max_length=64)
+    backend: str | None = Field(None, max_length=16)
     device: int | None = Field(None, ge=0, le=63)
     worker_id: str | None = Field(None, pattern=r"^[A-Za-z0-9.-]{1,128}$")
+    labels: dict[str, str] = Field(default_factory=dict, max_length=16, description="labels that the worker must have")
+    priority: int = Field(0, ge=-10, le=10, description="greater goes first in the queue")
+    failover: Literal["auto", "off"] = Field("auto", description="off: a stream broken after its first token ends (SPEC X-14)")
 
     @model_validator(mode="after")
     def _one_input(self) -> InferenceRequest:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("exactly one of prompt and messages is required")
+        if self.tools and self.messages is None:
+            raise ValueError("tools are rendered by the chat template and need messages")
         return self
 
 
@@ -194,6 +219,7 @@ class WorkerRecord(TolerantMessage):
     started_at: float = Field(description="seconds since the epoch, worker's clock")
     context_tokens: int | None = None
     vram_bytes: int | None = None
+    labels: dict[str, str] = Field(default_factory=dict, description="free labels from the inventory, for placement")
     continuation_class: str | None = Field(None, description="equal classes continue each other's streams exactly (SPEC X-14)")
     model_info: dict[str, Any] = Field(default_factory=dict)
 

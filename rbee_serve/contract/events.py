@@ -16,6 +16,7 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
 Event = dict[str, Any]
+Logprobs = dict[str, Any]
 
 
 def started(request_id: str, model: str, *, seed: int, prompt_tokens: int, cached_tokens: int, worker_id: str) -> Event:
@@ -31,10 +32,20 @@ def started(request_id: str, model: str, *, seed: int, prompt_tokens: int, cache
     }
 
 
-def token(text: str, index: int, token_id: int) -> Event:
+def token(text: str, index: int, token_id: int, logprobs: Logprobs | None = None) -> Event:
     """One generated token. ``i`` counts from 0 without gaps; ``t`` may be empty while a character or a possible stop
-    string is incomplete; the concatenation of all ``t`` is the text."""
-    return {"type": "token", "t": text, "i": index, "id": token_id}
+    string is incomplete; the concatenation of all ``t`` is the text. ``lp``, where it was asked for:
+    ``{"piece": str, "logprob": float, "bytes": [int], "top": [{"id", "piece", "logprob", "bytes"}]}``, natural logarithms
+    of the probabilities before sampling; ``piece`` is this one token's text, with U+FFFD for bytes of a split character."""
+    event: Event = {"type": "token", "t": text, "i": index, "id": token_id}
+    if logprobs is not None:
+        event["lp"] = logprobs
+    return event
+
+
+def queued(position: int, waited_ms: float) -> Event:
+    """The request waits at the queen; ``position`` counts from 1 among those of its model."""
+    return {"type": "queued", "position": position, "waited_ms": round(waited_ms)}
 
 
 def end(tokens_out: int, stop_reason: str, *, prompt_ms: float, decode_ms: float, prompt_tokens: int) -> Event:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from starlette.routing import Route
 
 from rbee_serve import __version__
 from rbee_serve.common.credentials import same
-from rbee_serve.common.http import JsonResponse, bearer_token, correlation_id, read_json, sse
+from rbee_serve.common.http import JsonResponse, bearer_token, correlation_id, read_json, sse, while_connected
 from rbee_serve.contract.api import (
     API_VERSION,
     REQUEST_ID_HEADER,
@@ -32,7 +31,7 @@ from rbee_serve.contract.events import DONE
 from rbee_serve.queen.metrics import CONTENT_TYPE
 from rbee_serve.queen.registry import BeatOutcome, Worker
 from rbee_serve.queen.relay import Stream
-from rbee_serve.queen.state import Closing, Queen, collect, while_connected
+from rbee_serve.queen.state import Closing, Queen, collect
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ class NativeApi:
             return Closing(body, stream)
         began = time.perf_counter()
         try:
-            text = await while_connected(request, asyncio.ensure_future(collect(stream)))
+            text = await while_connected(request, collect(stream))
         finally:
             await stream.aclose()
         return JsonResponse(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -12,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rbee_serve.common.http import JsonResponse, correlation_id, error_headers, read_json, sse
+from rbee_serve.common.http import JsonResponse, correlation_id, error_headers, read_json, sse, while_connected
 from rbee_serve.contract.api import ChatCompletionRequest, CompletionRequest, parse
 from rbee_serve.contract.errors import ModelNotFound, RbeeError
 from rbee_serve.contract.events import DONE
@@ -21,7 +20,7 @@ from rbee_serve.queen.openai_shapes import ChatShape, CompletionShape, Shape, er
 from rbee_serve.queen.placement import known_models, serves
 from rbee_serve.queen.registry import Worker
 from rbee_serve.queen.relay import Stream
-from rbee_serve.queen.state import Closing, Queen, collect, while_connected
+from rbee_serve.queen.state import Closing, Queen, collect
 
 #: Largest max_tokens that workers accept by default (SPEC 3.8).
 _MAX_TOKENS_LIMIT = 2048
@@ -96,7 +95,7 @@ class OpenAIApi:
             body = sse(_chunks(stream, shape), ping_interval_s=queen.settings.ping_interval_s, headers=headers)
             return Closing(body, stream)
         try:
-            text = await while_connected(http, asyncio.ensure_future(collect(stream)))
+            text = await while_connected(http, collect(stream))
         finally:
             await stream.aclose()
         return JsonResponse(shape.whole(text, stream.outcome, stream.prompt_tokens, stream.tokens_out), headers=headers)

@@ -50,7 +50,9 @@ logger = logging.getLogger(__name__)
 #: Codes of an ``error`` event with which a worker gives a running stream back: another worker can go on with it.
 _HANDED_BACK = frozenset({WorkerCrashed.code, WorkerDraining.code})
 #: Routing and transport fields that a worker has no use for.
-_QUEENS_OWN = frozenset({"model", "node", "device", "worker_id", "stream", "continue_from", "timeout_s"})
+_QUEENS_OWN = frozenset(
+    {"model", "node", "backend", "device", "worker_id", "labels", "priority", "failover", "stream", "continue_from", "timeout_s"}
+)
 
 Api = Literal["native", "openai"]
 

@@ -7,19 +7,17 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rbee_serve.common.http import while_connected
 from rbee_serve.contract.api import DEADLINE_HEADER, InferenceRequest
-from rbee_serve.contract.errors import InvalidRequest, NoWorkerAvailable, RequestCanceled, WorkerDraining
+from rbee_serve.contract.errors import InvalidRequest, NoWorkerAvailable, WorkerDraining
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Api, Relay, Stream
-
-_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -71,24 +69,6 @@ def _deadline(http: Request) -> float | None:
         return float(value)
     except ValueError as e:
         raise InvalidRequest(f"{DEADLINE_HEADER}: seconds since the epoch expected", field=DEADLINE_HEADER) from e
-
-
-async def while_connected(http: Request, work: asyncio.Future[_T]) -> _T:
-    """Return the result of ``work``; when the client leaves first, cancel it, wait for its end and raise RequestCanceled.
-
-    The body must have been read: from here on the only message that can come from the client is its leaving.
-    """
-    leaving = asyncio.ensure_future(http.receive())
-    try:
-        await asyncio.wait((work, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            return await work
-        raise RequestCanceled("the client closed the connection")
-    finally:
-        leaving.cancel()
-        if not work.done():
-            work.cancel()
-            await asyncio.wait((work,))
 
 
 async def collect(stream: Stream) -> str:

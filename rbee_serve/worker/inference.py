@@ -92,6 +92,9 @@ class InferenceApi:
                 got=wanted.max_tokens,
                 limit=limit,
             )
+        for name in ("logit_bias", "logprobs", "grammar", "json_schema", "tools"):
+            if getattr(wanted, name):
+                raise InvalidRequest(f"{name}: not supported by this worker", field=name)
 
     def _deadline(self, request: Request, wanted: InferenceRequest) -> float | None:
         """Return the earlier of header and ``timeout_s``: neither can lengthen the other (SPEC E-31)."""
