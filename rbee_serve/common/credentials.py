@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
-import json
 import os
-import re
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rbee_serve.contract.errors import ConfigInvalid
+from pydantic import ValidationError
 
-_SHA256_RE = re.compile(r"[0-9a-f]{64}")
+from rbee_serve.contract.errors import ConfigInvalid
+from rbee_serve.contract.keys import ClientKey, ClientKeyFile
 
 
 def fingerprint(secret: str) -> str:
@@ -65,38 +63,26 @@ def load_secret(path: Path | None, name: str, environ: Mapping[str, str] = os.en
     return text
 
 
-@dataclass(frozen=True)
-class ClientKey:
-    """One client's key as stored: never the key itself."""
-
-    id: str
-    name: str
-    sha256: str
-
-
 class ClientKeys:
-    """Client keys by the SHA-256 of the key. Format: docs/architecture.md, "Secrets"."""
+    """Client keys by the SHA-256 of the key (contract.keys). ``reload`` replaces them while requests run."""
 
-    def __init__(self, keys: list[ClientKey]) -> None:
-        self._keys = keys
+    def __init__(self, keys: Sequence[ClientKey], path: Path | None = None) -> None:
+        self._keys, self._path = tuple(keys), path
 
     @classmethod
     def load(cls, path: Path, environ: Mapping[str, str] = os.environ) -> ClientKeys:
         """Read the file; raises ConfigInvalid naming it and what is wrong."""
-        try:
-            body = json.loads(_read_private(path, environ))
-            if body["version"] != 1:
-                raise ConfigInvalid(f"{path}: version {body['version']!r}, expected 1", path=str(path))
-            keys = [ClientKey(str(k["id"]), str(k["name"]), str(k["sha256"])) for k in body["keys"]]
-        except (ValueError, KeyError, TypeError) as e:
-            raise ConfigInvalid(
-                f'{path} is no list of client keys ({type(e).__name__}: {e}), expected {{"version": 1, "keys": [...]}}',
-                path=str(path),
-            ) from e
-        for key in keys:
-            if not _SHA256_RE.fullmatch(key.sha256):
-                raise ConfigInvalid(f"{path}: sha256 of key {key.id!r} is not 64 hex digits", path=str(path))
-        return cls(keys)
+        return cls(_read_keys(path, environ), path)
+
+    def reload(self, path: Path | None = None, environ: Mapping[str, str] = os.environ) -> int:
+        """Read the file (or ``path`` in its place) again and return the number of keys.
+
+        Raises ConfigInvalid, and the keys stay as they were.
+        """
+        source = path or self._path
+        if source is not None:
+            self._keys = tuple(_read_keys(source, environ))
+        return len(self._keys)
 
     def find(self, token: str) -> ClientKey | None:
         """Return whose key ``token`` is. All stored digests are compared, so the time tells nothing."""
@@ -109,6 +95,19 @@ class ClientKeys:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def _read_keys(path: Path, environ: Mapping[str, str]) -> list[ClientKey]:
+    try:
+        keys = ClientKeyFile.model_validate_json(_read_private(path, environ)).keys
+    except ValidationError as e:
+        problems = "; ".join(f"{'.'.join(map(str, p['loc'])) or 'file'}: {p['msg']}" for p in e.errors()[:3])
+        raise ConfigInvalid(
+            f'{path} is no list of client keys ({problems}), expected {{"version": 1, "keys": [...]}}',
+            hint="ansible-playbook -i INVENTORY site.yml writes it anew",
+            path=str(path),
+        ) from e
+    return keys
 
 
 def same(token: str, secret: str) -> bool:

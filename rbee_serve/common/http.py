@@ -48,8 +48,9 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
-#: (token, path) -> whether the token opens the path. The comparison inside must take constant time.
-Authenticator = Callable[[str, str], bool]
+#: (token, path) -> who the caller is (then ``request.state.caller``), something false for a token that does not open the
+#: path; raises RbeeError for one that no longer does. The comparison inside must take constant time.
+Authenticator = Callable[[str, str], object | None]
 
 _CORRELATION_KEY = CORRELATION_HEADER.lower().encode()
 #: RFC 6750's b64token after exactly one space (SPEC E-18: other spellings of the scheme are refused).
@@ -77,7 +78,7 @@ def error_headers(error: RbeeError) -> dict[str, str]:
     headers = {}
     if error.status == HTTPStatus.UNAUTHORIZED:
         headers["WWW-Authenticate"] = "Bearer"
-    if error.status == HTTPStatus.SERVICE_UNAVAILABLE and error.retryable:
+    if error.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS) and error.retryable:
         headers["Retry-After"] = str(error.details.get("retry_after_s", 1))
     return headers
 
@@ -175,8 +176,10 @@ class _Gate:
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         if scope["path"] not in self._public and self._authenticate is not None:
             token = bearer_token(headers.get(b"authorization"))
-            if not self._authenticate(token, scope["path"]):
+            caller = self._authenticate(token, scope["path"])
+            if not caller:
                 raise InvalidApiKey("the API key is not known here", hint="see api_key_file in `rbee-ctl config show`")
+            scope.setdefault("state", {})["caller"] = caller
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._limit:
             raise BodyTooLarge(f"body of {int(length)} bytes, at most {self._limit} are accepted", limit_bytes=self._limit)

@@ -5,7 +5,7 @@
     │   ├── InvalidRequest, InvalidModelRef, InvalidBackend, DeviceOutOfRange, PromptTooLong
     │   ├── MissingApiKey, InvalidApiKey, ModelAccessDenied
     │   ├── NodeNotFound, ModelNotFound, WorkerNotFound, WorkerBinaryNotFound, RouteNotFound, MethodNotAllowed
-    │   ├── NodeExists, WorkerAlreadyRegistered, BodyTooLarge
+    │   ├── NodeExists, WorkerAlreadyRegistered, BodyTooLarge, HeadersTooLarge, RateLimited
     │   └── RequestTimeout, RequestCanceled
     ├── CapacityError              nothing free or too small 503, 507
     │   ├── AllSlotsBusy, WorkerDraining, WorkerLoading, NoWorkerAvailable, BackendUnavailable
@@ -196,6 +196,21 @@ class BodyTooLarge(RequestError):
 
     code = "BODY_TOO_LARGE"
     status = 413
+
+
+class HeadersTooLarge(RequestError):
+    """Request line and headers are over the limit."""
+
+    code = "HEADERS_TOO_LARGE"
+    status = 431
+
+
+class RateLimited(RequestError):
+    """The key has used up its requests for now; ``details`` has ``limit`` and ``retry_after_s``."""
+
+    code = "RATE_LIMITED"
+    status = 429
+    retryable = True
 
 
 class RequestCanceled(RequestError):

@@ -10,6 +10,8 @@ from starlette.applications import Starlette
 
 from rbee_serve.common.credentials import ClientKeys
 from rbee_serve.common.http import create_base_app
+from rbee_serve.contract.errors import InvalidApiKey
+from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen import native_api, openai_api
 from rbee_serve.queen.metrics import Metrics
@@ -36,7 +38,7 @@ def create_app(
     metrics = Metrics()
     client = make_client(limits)
     relay = Relay(registry, client, fleet_token, limits, metrics, settings.request_timeout_s, clock)
-    queen = Queen(settings, registry, metrics, relay, clock, fleet_token)
+    queen = Queen(settings, registry, metrics, relay, clock, fleet_token, client_keys)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -45,9 +47,16 @@ def create_app(
         finally:
             await client.aclose()
 
-    def authenticate(token: str, path: str) -> bool:
+    def authenticate(token: str, path: str) -> ClientKey | bool:
         """Workers hold the fleet token and clients a key; neither opens the other's door (heartbeats look themselves)."""
-        return path == native_api.HEARTBEAT_PATH or (client_keys is not None and client_keys.find(token) is not None)
+        if path == native_api.HEARTBEAT_PATH:
+            return True
+        key = client_keys.find(token) if client_keys is not None else None
+        if key is not None and key.expires_at is not None and key.expires_at <= time.time():
+            raise InvalidApiKey(
+                f"key {key.name!r} has expired", hint="ask for a new one: rbee-ctl key create NAME", expired_at=key.expires_at
+            )
+        return key or False
 
     app = create_base_app(
         [*native_api.routes(queen), *openai_api.routes(queen)],

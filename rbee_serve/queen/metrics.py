@@ -28,6 +28,7 @@ class Metrics:
             return Histogram(f"queen_{name}", text, buckets=_MS, registry=self.collector)
 
         self.requests = counter("requests", "inference requests ended, by API and outcome", "api", "outcome")
+        self.key_requests = counter("key_requests", "inference requests accepted, by name of the client key", "key")
         self.errors = counter("errors", "errors answered or sent in streams, by code", "code")
         self.dispatches = counter("dispatches", "requests sent to workers, by result", "result")
         self.failovers = counter("failovers", "requests moved to another worker", "kind")

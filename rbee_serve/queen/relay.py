@@ -111,6 +111,7 @@ class Stream:
         self.outcome = "disconnected"
         self.error: RbeeError | None = None  # why the stream ended, if it failed
         self.worker: Worker | None = None
+        self.on_close: list[Callable[[], None]] = []  # called once, when the stream is closed
 
         self._relay = relay
         self._api = api
@@ -366,6 +367,8 @@ class Stream:
         if self._closed:
             return
         self._closed = True
+        for release in self.on_close:
+            release()
         self._relay.streams.pop(self.id, None)
         if not self._relay.streams:
             self._relay.quiet.set()

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rbee_serve.common.credentials import ClientKeys
 from rbee_serve.common.http import while_connected
 from rbee_serve.contract.api import DEADLINE_HEADER, InferenceRequest
 from rbee_serve.contract.errors import InvalidRequest, NoWorkerAvailable, WorkerDraining
+from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
+from rbee_serve.queen.key_limits import KeyLimits
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Api, Relay, Stream
@@ -30,8 +33,13 @@ class Queen:
     relay: Relay
     clock: Callable[[], float]
     fleet_token: str | None = None
+    client_keys: ClientKeys | None = None
     started_at: float = field(default_factory=time.time)
     draining: bool = False
+    limits: KeyLimits = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.limits = KeyLimits(self.clock)
 
     async def open_stream(self, http: Request, request: InferenceRequest, api: Api, correlation_id: str | None) -> Stream:
         """Open the stream at a worker while watching the client: one that leaves meanwhile costs no worker anything.
@@ -40,16 +48,26 @@ class Queen:
         """
         if self.draining:
             raise NoWorkerAvailable("the queen is shutting down", hint="try again in some seconds", retry_after_s=5)
+        key = caller(http)
+        lease = self.limits.admit(key, request.model) if key is not None else None
         opening = asyncio.ensure_future(
             self.relay.open(request, api=api, correlation_id=correlation_id, deadline=_deadline(http))
         )
         try:
-            return await while_connected(http, opening)
+            stream = await while_connected(http, opening)
+            if key is not None and lease is not None:
+                stream.on_close.append(lease.release)
+                if request.model is None:
+                    self.limits.check_model(key, stream.model)
         except BaseException:
             # The stream may have been opened in the very moment in which the client left.
             if opening.done() and not opening.cancelled() and opening.exception() is None:
                 await opening.result().aclose()
+            if lease is not None:
+                lease.release()
             raise
+        self.metrics.key_requests.labels(key=key.name if key is not None else "").inc()
+        return stream
 
     async def drain(self) -> None:
         """Take nothing new, let running streams end within ``drain_timeout_s`` and tell the rest why they end (SPEC E-09)."""
@@ -59,6 +77,12 @@ class Queen:
                 await asyncio.wait_for(self.relay.quiet.wait(), self.settings.drain_timeout_s)
         for stream in list(self.relay.streams.values()):
             stream.abort(WorkerDraining("the queen was stopped before the answer was complete", tokens_out=stream.tokens_out))
+
+
+def caller(http: Request) -> ClientKey | None:
+    """Return the key with which the request came; None where the queen asks for none."""
+    found = getattr(http.state, "caller", None)
+    return found if isinstance(found, ClientKey) else None
 
 
 def _deadline(http: Request) -> float | None:

@@ -15,7 +15,8 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 from test_queen_registry import beat
 
-from rbee_serve.common.credentials import ClientKey, ClientKeys
+from rbee_serve.common.credentials import ClientKeys
+from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen.app import create_app
 
@@ -33,7 +34,7 @@ class App:
     app: Starlette = field(init=False)
 
     def __post_init__(self) -> None:
-        keys = ClientKeys([ClientKey("k1", "test", hashlib.sha256(KEY.encode()).hexdigest())])
+        keys = ClientKeys([ClientKey(id="k1", name="test", sha256=hashlib.sha256(KEY.encode()).hexdigest())])
         self.app = create_app(QueenSettings(), client_keys=keys, fleet_token=FLEET, clock=lambda: self.now)
 
     def ask(self, method: str, path: str, *, headers: dict[str, str] = CLIENT, **more: Any) -> httpx.Response:
@@ -368,3 +369,51 @@ def test_bad_heartbeat_is_400_and_registers_nothing(field: str) -> None:
 
     assert (response.status_code, error_of(response)["details"]["field"]) == (400, f"worker.{field}")
     assert app.ask("GET", "/v1/workers").json() == {"workers": []}
+
+
+def limited(**limits: Any) -> App:
+    """A queen whose one key has these limits."""
+    app = App()
+    key = ClientKey.model_validate({"id": "k1", "name": "test", "sha256": hashlib.sha256(KEY.encode()).hexdigest()} | limits)
+    app.app = create_app(QueenSettings(), client_keys=ClientKeys([key]), fleet_token=FLEET, clock=lambda: app.now)
+    return app
+
+
+def test_an_expired_key_opens_nothing_and_says_so() -> None:
+    answer = limited(expires_at=1.0).ask("GET", "/v1/workers")
+
+    assert answer.status_code == 401
+    assert answer.json()["error"]["code"] == "INVALID_API_KEY"
+    assert "expired" in answer.json()["error"]["message"]
+
+
+def test_a_key_for_other_models_is_refused_before_any_worker_is_asked() -> None:
+    app = limited(models=["other"])
+    app.beat()
+
+    answer = app.ask("POST", "/v1/inference", json={"prompt": "x", "model": "m"})
+    unnamed = app.ask("POST", "/v1/chat/completions", json={"model": "m", "messages": [{"role": "user", "content": "x"}]})
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "MODEL_ACCESS_DENIED")
+    assert (unnamed.status_code, unnamed.json()["error"]["type"]) == (403, "permission_error")
+
+
+def test_requests_over_the_rate_get_429_and_when_to_come_back() -> None:
+    app = limited(requests_per_minute=1)
+
+    first = app.ask("POST", "/v1/inference", json={"prompt": "x"})
+    second = app.ask("POST", "/v1/inference", json={"prompt": "x"})
+    app.now += 60
+    third = app.ask("POST", "/v1/inference", json={"prompt": "x"})
+
+    assert [a.status_code for a in (first, second, third)] == [503, 429, 503]
+    assert second.json()["error"]["code"] == "RATE_LIMITED"
+    assert second.headers["retry-after"] == "60"
+
+
+def test_a_request_that_fails_gives_its_place_back() -> None:
+    app = limited(concurrent_requests=1)
+
+    answers = [app.ask("POST", "/v1/inference", json={"prompt": "x"}).status_code for _ in range(3)]
+
+    assert answers == [503, 503, 503]
