@@ -1,7 +1,8 @@
-"""Facts from the header of a GGUF file, without loading it. Standard library only (also used on the nodes, like store.py).
+"""Facts from the header of a GGUF file (versions 2 and 3), without loading it. Standard library only: nodes use it too,
+like store.py, and the engine process before it has loaded anything.
 
 The ``gguf`` package's reader builds a Python object for each of the vocabulary's strings, which takes seconds; this one
-walks over them.
+walks over them in some ten milliseconds.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,99 +24,146 @@ FILE_TYPES = {
     29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16", 36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4_MOE",
 }  # fmt: skip
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_SCALARS = {
+    kind: struct.Struct(form)
+    for kind, form in {
+        0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
+    }.items()
+}  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_U32, _U64 = _SCALARS[4], _SCALARS[10]
+#: Arrays within arrays that a header may have; llama.cpp's own files have none.
+_DEPTH_MAX = 8
+#: GGML_MAX_DIMS.
+_DIMENSIONS_MAX = 4
 
 
 class GgufError(ValueError):
     """The file is no GGUF, is cut off, or of a version that nobody knows."""
 
 
+@dataclass(frozen=True)
+class Header:
+    """What stands before the weights.
+
+    ``values``: all key-value pairs, arrays as ``{"length": n}``. ``parameters``: elements of all tensors.
+    ``tensor_types``: the types (``enum ggml_type``) that its tensors have.
+    """
+
+    values: dict[str, Any]
+    parameters: int
+    tensor_types: frozenset[int]
+
+    @property
+    def architecture(self) -> str:
+        """``general.architecture``, or ``unknown``."""
+        return str(self.values.get("general.architecture", "unknown"))
+
+    @property
+    def block_count(self) -> int:
+        """Layers of the model; 0 when the file does not say."""
+        layers = self.values.get(f"{self.architecture}.block_count", 0)
+        return layers if isinstance(layers, int) else 0
+
+    @property
+    def quantization(self) -> str:
+        """Name of ``general.file_type``: ``Q4_0``, ``Q4_K_M``, ..., or ``unknown``."""
+        return _file_type(self.values) or "unknown"
+
+
+def _file_type(values: dict[str, Any]) -> str | None:
+    number = values.get("general.file_type")
+    return FILE_TYPES.get(number) if isinstance(number, int) else None
+
+
 class _Cursor:
     """Position in the mapped file; every read is bounds-checked, so lengths in a broken header cannot hurt."""
 
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
+    def __init__(self, data: mmap.mmap, at: int) -> None:
+        self.data, self.at = data, at
 
-    def scalar(self, form: str) -> Any:
-        size = struct.calcsize(form)
-        self.need(size)
-        (value,) = struct.unpack_from(form, self.data, self.at)
-        self.at += size
-        return value
+    def scalar(self, form: struct.Struct) -> Any:
+        at = self.at
+        self.skip(form.size)
+        return form.unpack_from(self.data, at)[0]
 
-    def need(self, size: int) -> None:
-        if size < 0 or self.at + size > len(self.data):
+    def skip(self, size: int) -> None:
+        if self.at + size > len(self.data):
             raise GgufError(f"cut off: {size} bytes wanted at {self.at}, the file has {len(self.data)}")
+        self.at += size
 
     def string(self) -> str:
-        size = self.scalar("<Q")
-        self.need(size)
-        text = self.data[self.at : self.at + size].decode("utf-8", "replace")
-        self.at += size
-        return text
+        size = self.scalar(_U64)
+        self.skip(size)
+        return self.data[self.at - size : self.at].decode("utf-8", "replace")
 
-    def skip_string(self) -> None:
-        size = self.scalar("<Q")
-        self.need(size)
-        self.at += size
-
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         """Read a value; of an array only its length: ``{"length": n}``."""
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
-        if kind != _ARRAY:
+        if kind != _ARRAY or depth > _DEPTH_MAX:
             raise GgufError(f"unknown value type {kind} at {self.at}")
-        inner, length = self.scalar("<I"), self.scalar("<Q")
+        inner, length = self.scalar(_U32), self.scalar(_U64)
         if inner in _SCALARS:
-            size = struct.calcsize(_SCALARS[inner]) * length
-            self.need(size)
-            self.at += size
+            self.skip(_SCALARS[inner].size * length)
+        elif inner == _STRING:
+            self._skip_strings(length)
         else:
             for _ in range(length):
-                self.skip_string() if inner == _STRING else self.value(inner)
+                self.value(inner, depth + 1)
         return {"length": length}
 
+    def _skip_strings(self, count: int) -> None:
+        data, at, last, unpack = self.data, self.at, len(self.data) - 8, _U64.unpack_from
+        for _ in range(count):  # 10^5 of them: worth a loop without calls of ours
+            if at > last:
+                break
+            at += 8 + unpack(data, at)[0]
+        else:
+            self.skip(at - self.at)
+            return
+        raise GgufError(f"cut off: a string wanted at {at}, the file has {len(data)}")
 
-def header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
-    """Return all key-value pairs (arrays as ``{"length": n}``) and the number of parameters of all tensors.
 
-    Raises GgufError; OSError when the file cannot be opened.
+def read(path: str | os.PathLike[str]) -> Header:
+    """Return the header of the file.
+
+    Raises GgufError, naming path and reason; OSError when the file cannot be opened.
     """
     with Path(path).open("rb") as f:
-        if f.read(4) != MAGIC:
-            f.seek(0)
-            raise GgufError(f"{path}: not a GGUF file (begins with {f.read(4)!r}, expected {MAGIC!r})")
+        magic = f.read(4)
+        if magic != MAGIC:
+            raise GgufError(f"{path}: not a GGUF file (begins with {magic!r}, expected {MAGIC!r})")
         with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            cursor = _Cursor(data)
-            cursor.at = 4
             try:
-                return _walk(cursor)
+                return _walk(_Cursor(data, len(MAGIC)))
             except GgufError as e:
                 raise GgufError(f"{path}: {e}") from None
 
 
-def _walk(cursor: _Cursor) -> tuple[dict[str, Any], int]:
-    version = cursor.scalar("<I")
+def _walk(cursor: _Cursor) -> Header:
+    version = cursor.scalar(_U32)
     if version not in (2, 3):
         raise GgufError(f"GGUF version {version}, known are 2 and 3")
-    tensors, pairs = cursor.scalar("<Q"), cursor.scalar("<Q")
+    tensors, pairs = cursor.scalar(_U64), cursor.scalar(_U64)
     values = {}
     for _ in range(pairs):
         key = cursor.string()
-        values[key] = cursor.value(cursor.scalar("<I"))
-    parameters = 0
+        values[key] = cursor.value(cursor.scalar(_U32))
+    parameters, types = 0, set()
     for _ in range(tensors):
-        cursor.skip_string()
-        count = 1
-        for _ in range(cursor.scalar("<I")):
-            count *= cursor.scalar("<Q")
-        cursor.scalar("<I")  # type
-        cursor.scalar("<Q")  # offset
+        cursor.string()
+        count, dimensions = 1, cursor.scalar(_U32)
+        if dimensions > _DIMENSIONS_MAX:
+            raise GgufError(f"a tensor of {dimensions} dimensions, at most {_DIMENSIONS_MAX} are possible")
+        for _ in range(dimensions):
+            count *= cursor.scalar(_U64)
+        types.add(cursor.scalar(_U32))
+        cursor.skip(8)  # offset
         parameters += count
-    return values, parameters
+    return Header(values, parameters, frozenset(types))
 
 
 def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -123,14 +172,15 @@ def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
     ``{"architecture", "name", "parameters", "quantization", "layers", "context_trained", "vocab_size", "eos_id",
     "bos_id", "has_chat_template"}``; a value that the header lacks is None. Raises GgufError, OSError.
     """
-    values, parameters = header(path)
+    header = read(path)
+    values = header.values
     arch = values.get("general.architecture")
     tokens = values.get("tokenizer.ggml.tokens")
     return {
         "architecture": arch,
         "name": values.get("general.name"),
-        "parameters": parameters,
-        "quantization": FILE_TYPES.get(values.get("general.file_type", -1)),
+        "parameters": header.parameters,
+        "quantization": _file_type(values),
         "layers": values.get(f"{arch}.block_count"),
         "context_trained": values.get(f"{arch}.context_length"),
         "vocab_size": tokens["length"] if isinstance(tokens, dict) else values.get(f"{arch}.vocab_size"),

@@ -15,7 +15,7 @@ from rbee_serve.common.serving import Server, run
 from rbee_serve.contract.errors import ConfigInvalid, ExitCode, RbeeError
 from rbee_serve.contract.settings import WorkerSettings
 from rbee_serve.worker.app import create_app
-from rbee_serve.worker.engine.gguf_header import read_header
+from rbee_serve.worker.engine.model_file import read_header
 from rbee_serve.worker.engine.process import ProcessEngine
 from rbee_serve.worker.engine.protocol import EngineConfig
 from rbee_serve.worker.lifecycle import Lifecycle

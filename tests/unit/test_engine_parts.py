@@ -15,7 +15,7 @@ from rbee_serve.contract.api import StopReason
 from rbee_serve.contract.errors import BackendUnavailable, ModelFileInvalid
 from rbee_serve.worker.engine import libs, scheduler
 from rbee_serve.worker.engine.blocks import KERNEL_ROWS, Blocks
-from rbee_serve.worker.engine.gguf_header import read_gguf
+from rbee_serve.worker.engine.model_file import read_header
 from rbee_serve.worker.engine.wire import Unpacker, pack
 
 sizes = st.integers(32, 600)
@@ -85,10 +85,10 @@ def gguf(version: int = 3) -> bytes:
 
 def test_gguf_header_is_read(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gguf())
-    header = read_gguf(tmp_path / "m.gguf")
+    header = read_header(tmp_path / "m.gguf")
     assert (header.architecture, header.block_count, header.quantization) == ("llama", 30, "Q4_0")
     assert header.tensor_types == {2}
-    assert "tokenizer.tokens" not in header.values
+    assert header.values["tokenizer.tokens"] == {"length": 2}
 
 
 def test_gguf_header_cut_anywhere_is_refused(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_gguf_header_cut_anywhere_is_refused(tmp_path: Path) -> None:
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
         with pytest.raises(ModelFileInvalid, match=r"m\.gguf"):
-            read_gguf(path)
+            read_header(path)
 
 
 @given(st.binary(max_size=200), st.integers(4, 60))
@@ -105,13 +105,13 @@ def test_gguf_header_of_garbage_is_refused_or_read(tmp_path_factory: pytest.Temp
     path = tmp_path_factory.mktemp("gguf") / "m.gguf"
     path.write_bytes(gguf()[:at] + junk)
     with contextlib.suppress(ModelFileInvalid):
-        read_gguf(path)
+        read_header(path)
 
 
 def test_gguf_header_refuses_another_version(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gguf(version=1))
-    with pytest.raises(ModelFileInvalid, match="version 1, supported are 2 and 3"):
-        read_gguf(tmp_path / "m.gguf")
+    with pytest.raises(ModelFileInvalid, match="version 1, known are 2 and 3"):
+        read_header(tmp_path / "m.gguf")
 
 
 LOG = """load_tensors: offloaded {n}/31 layers to GPU

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rbee_serve.contract.errors import InferenceFailed, RbeeError
 from rbee_serve.worker.engine import llama
-from rbee_serve.worker.engine.gguf_header import read_gguf
+from rbee_serve.worker.engine.model_file import read_header
 from rbee_serve.worker.engine.protocol import EngineConfig, GenerateRequest
 from rbee_serve.worker.engine.scheduler import Event, Scheduler
 from rbee_serve.worker.engine.wire import Unpacker, pack
@@ -77,7 +77,7 @@ class EngineLoop:
 
     def load(self, config: EngineConfig) -> tuple[llama.Model, Scheduler]:
         """Load and prove that a token can be generated; progress goes to the front as it happens."""
-        header = read_gguf(Path(config.model_path))
+        header = read_header(Path(config.model_path))
         layers, seen = header.block_count, -1
 
         def progress(value: float) -> None:

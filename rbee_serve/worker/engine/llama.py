@@ -21,11 +21,12 @@ import numpy as np
 from rbee_serve.contract.errors import BackendUnavailable, InsufficientRam, InsufficientVram, ModelFileInvalid
 from rbee_serve.worker.engine import libs
 from rbee_serve.worker.engine.blocks import Blocks
-from rbee_serve.worker.engine.gguf_header import GgufHeader
+from rbee_serve.worker.engine.model_file import fingerprint
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from rbee_serve.models import gguf
     from rbee_serve.worker.engine.protocol import EngineConfig
 
 _KV_TYPES = {"f16": 1, "q8_0": 8}  # enum ggml_type
@@ -53,24 +54,13 @@ def bindings() -> Any:
     return ll
 
 
-def fingerprint(path: Path) -> str:
-    """Digest of size and both ends of the file: cheap for any size, differs between models and quantisations."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as f:
-        digest.update(f.read(1 << 20))
-        f.seek(max(0, size - (1 << 20)))
-        digest.update(f.read())
-    return digest.hexdigest()
-
-
 class Model:
     """A loaded model with one context of ``slots`` sequences. Not thread-safe: the engine's loop owns it.
 
     ``ll``: the bindings; ``ctx``, ``vocab``: llama.cpp's handles; ``context_tokens``: room of each sequence.
     """
 
-    def __init__(self, config: EngineConfig, header: GgufHeader, on_progress: Callable[[float], None]) -> None:
+    def __init__(self, config: EngineConfig, header: gguf.Header, on_progress: Callable[[float], None]) -> None:
         """Load; ``on_progress`` gets 0..1.
 
         Raises BackendUnavailable (device not there, weights not on it), ModelFileInvalid (llama.cpp refused the file),
