@@ -15,6 +15,7 @@ Nodes = Annotated[
     str | None, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory; default: all of them")
 ]
 Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="cpu, cuda, rocm or vulkan")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
 Device = Annotated[int | None, typer.Option("--device", min=0, max=63, help="index of the device within the backend")]
 
 

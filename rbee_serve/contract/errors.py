@@ -5,16 +5,16 @@
     │   ├── InvalidRequest, InvalidModelRef, InvalidBackend, DeviceOutOfRange, PromptTooLong
     │   ├── MissingApiKey, InvalidApiKey, ModelAccessDenied
     │   ├── NodeNotFound, ModelNotFound, WorkerNotFound, WorkerBinaryNotFound, RouteNotFound, MethodNotAllowed
-    │   ├── NodeExists, WorkerAlreadyRegistered, BodyTooLarge, HeadersTooLarge, RateLimited
+    │   ├── NodeExists, WorkerAlreadyRegistered, JobNotFound, BodyTooLarge, HeadersTooLarge, RateLimited
     │   └── RequestTimeout, RequestCanceled
     ├── CapacityError              nothing free or too small 503, 507
     │   ├── AllSlotsBusy, WorkerDraining, WorkerLoading, NoWorkerAvailable, BackendUnavailable
     │   └── InsufficientRam, InsufficientVram, InsufficientDisk
     ├── UpstreamError              a worker or a node failed 502, 504
     │   ├── WorkerCrashed, MalformedResponse, ConnectionTimeout, VersionMismatch, InferenceFailed
-    │   └── NodeUnreachable, SshTimeout, SshAuthFailed, SshCommandFailed
+    │   └── NodeUnreachable, SshTimeout, SshAuthFailed, SshKeyNotFound, SshCommandFailed
     └── OperationError             a fleet operation failed  500
-        ├── PlaybookFailed, UnitStartFailed, LoadingTimeout, ConfigInvalid, MissingDependency
+        ├── PlaybookFailed, UnitStartFailed, LoadingTimeout, ConfigInvalid, InventoryReadOnly, MissingDependency
         └── DownloadFailed, DownloadTimeout, ChecksumMismatch, ModelFileInvalid
 
 An error carries what failed, with the figures in ``details``, and in ``hint`` the next command to type.
@@ -191,6 +191,13 @@ class WorkerAlreadyRegistered(RequestError):
     status = 409
 
 
+class JobNotFound(RequestError):
+    """No such job, or it ended so long ago that the queen has forgotten it."""
+
+    code = "JOB_NOT_FOUND"
+    status = 404
+
+
 class BodyTooLarge(RequestError):
     """The body is over the limit that ``details`` names."""
 
@@ -348,6 +355,14 @@ class SshAuthFailed(NodeUnreachable):
     retryable = False
 
 
+class SshKeyNotFound(NodeUnreachable):
+    """The private key's file is not there; no connection was tried."""
+
+    code = "SSH_KEY_NOT_FOUND"
+    exit_code = ExitCode.FAILED
+    retryable = False
+
+
 class SshCommandFailed(NodeUnreachable):
     """SSH works, the command or sudo does not."""
 
@@ -387,6 +402,12 @@ class ConfigInvalid(OperationError):
 
     code = "CONFIG_INVALID"
     exit_code = ExitCode.CONFIG
+
+
+class InventoryReadOnly(OperationError):
+    """The inventory is one that only its owner can change; the message has what to write by hand."""
+
+    code = "INVENTORY_READ_ONLY"
 
 
 class MissingDependency(OperationError):
