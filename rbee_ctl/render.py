@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from rbee_ctl import events
 from rbee_ctl.result import ErrorItem, OperationResult
+from rbee_serve.contract.errors import ConfirmationRequired
 
 if TYPE_CHECKING:
     from rbee_ctl.views import Table
@@ -125,6 +126,20 @@ class Ui:
         """Narrate what waits to be said, once."""
         while waiting:
             self.narrate(actor, action, waiting.pop(0))
+
+    def confirm(self, question: str, *, yes: bool) -> None:
+        """Ask on the terminal before something is destroyed; returns when the answer is yes (``yes``: it was given as --yes).
+
+        Raises ConfirmationRequired where there is nobody to ask or the answer is no.
+        """
+        if yes:
+            return
+        if not (sys.stdin.isatty() and self._tty_err):
+            raise ConfirmationRequired(f"{question} Nobody can be asked here.", hint="say so beforehand: --yes")
+        self.err.write(f"{question} [y/N] ")
+        self.err.flush()
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise ConfirmationRequired("not confirmed; nothing was changed")
 
     # --- at the end -------------------------------------------------------------------------------------------------
 

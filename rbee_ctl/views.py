@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -179,6 +180,37 @@ def exports(data: Data) -> View:
 def settings(data: Data) -> View:
     """Settings with their sources."""
     return [_table(("setting", "value", "source"), ((k, s["value"], s["source"]) for k, s in data["settings"].items()))]
+
+
+def key_created(data: Data) -> View:
+    """The new key alone: it can be read from a pipe."""
+    yield data["key"]["secret"]
+
+
+def keys(data: Data) -> View:
+    """Client keys with their limits."""
+    if not data["keys"]:
+        return ["no client keys"]
+
+    def day(moment: float | None) -> str | None:
+        if moment is None:
+            return None
+        text = time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
+        return f"{text} (expired)" if moment <= time.time() else text
+
+    rows = (
+        (
+            k["name"],
+            k["id"],
+            k["created_at"],
+            day(k["expires_at"]),
+            "all" if k["models"] is None else ", ".join(k["models"]),
+            k["requests_per_minute"],
+            k["concurrent_requests"],
+        )
+        for k in data["keys"]
+    )
+    return [_table(("name", "id", "created", "expires", "models", "per minute", "at once"), rows)]
 
 
 def version(data: Data) -> View:

@@ -7,7 +7,7 @@ import hmac
 import ipaddress
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -74,14 +74,18 @@ class ClientKeys:
         """Read the file; raises ConfigInvalid naming it and what is wrong."""
         return cls(_read_keys(path, environ), path)
 
-    def reload(self, path: Path | None = None, environ: Mapping[str, str] = os.environ) -> int:
-        """Read the file (or ``path`` in its place) again and return the number of keys.
+    def reload(
+        self, path: Path | None = None, environ: Mapping[str, str] = os.environ, *, check: Callable[[int], None] = lambda _: None
+    ) -> int:
+        """Read the file (or ``path`` in its place) again and return the number of keys; ``check`` may refuse that number.
 
         Raises ConfigInvalid, and the keys stay as they were.
         """
         source = path or self._path
         if source is not None:
-            self._keys = tuple(_read_keys(source, environ))
+            keys = tuple(_read_keys(source, environ))
+            check(len(keys))
+            self._keys = keys
         return len(self._keys)
 
     def find(self, token: str) -> ClientKey | None:

@@ -6,6 +6,7 @@
     │   ├── MissingApiKey, InvalidApiKey, ModelAccessDenied
     │   ├── NodeNotFound, ModelNotFound, WorkerNotFound, WorkerBinaryNotFound, RouteNotFound, MethodNotAllowed
     │   ├── NodeExists, WorkerAlreadyRegistered, JobNotFound, BodyTooLarge, HeadersTooLarge, RateLimited
+    │   ├── ConfirmationRequired
     │   └── RequestTimeout, RequestCanceled
     ├── CapacityError              nothing free or too small 503, 507
     │   ├── AllSlotsBusy, WorkerDraining, WorkerLoading, NoWorkerAvailable, BackendUnavailable
@@ -218,6 +219,13 @@ class RateLimited(RequestError):
     code = "RATE_LIMITED"
     status = 429
     retryable = True
+
+
+class ConfirmationRequired(RequestError):
+    """A destructive command was not confirmed, or there was nobody to ask and no ``--yes``; nothing was changed."""
+
+    code = "CONFIRMATION_REQUIRED"
+    exit_code = ExitCode.USAGE
 
 
 class RequestCanceled(RequestError):

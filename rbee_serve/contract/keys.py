@@ -21,13 +21,13 @@ class ClientKey(BaseModel):
     id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$", description="by which logs and commands may name it")
     name: str = Field(pattern=KEY_NAME_PATTERN)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    created_at: str = Field("", max_length=64, description="ISO 8601, or what made the key")
-    expires_at: float | None = Field(None, gt=0, description="seconds since the epoch")
+    created_at: str = Field(default="", max_length=64, description="ISO 8601, or what made the key")
+    expires_at: float | None = Field(default=None, gt=0, description="seconds since the epoch")
     models: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = Field(
-        None, max_length=256, description="model ids that the key may use; `*` at the end stands for any rest"
+        default=None, max_length=256, description="model ids that the key may use; `*` at the end stands for any rest"
     )
-    requests_per_minute: int | None = Field(None, ge=1, le=1_000_000)
-    concurrent_requests: int | None = Field(None, ge=1, le=100_000)
+    requests_per_minute: int | None = Field(default=None, ge=1, le=1_000_000)
+    concurrent_requests: int | None = Field(default=None, ge=1, le=100_000)
 
     def allows(self, model: str) -> bool:
         """Whether the key may use ``model``."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rbee_serve import __version__
@@ -34,6 +37,33 @@ def load_secrets(settings: QueenSettings) -> tuple[ClientKeys | None, str | None
     return keys, token
 
 
+def reload_secrets(queen: Queen, environ: Mapping[str, str] = os.environ) -> None:
+    """Read keys and fleet token again; what can not be taken is logged and the secrets stay as they were (SPEC E-23).
+
+    systemd delivers credentials once, at the start. The unit's ExecReload= therefore lays fresh copies into the runtime
+    directory, which a restart empties.
+    """
+    directory = environ.get("RUNTIME_DIRECTORY")
+
+    def fresh(name: str) -> Path | None:
+        path = Path(directory, name) if directory else None
+        return path if path is not None and path.is_file() else None
+
+    try:
+        token = load_secret(fresh("fleet-token") or queen.settings.fleet_token_file, "fleet-token", environ)
+        require_auth_for_bind(queen.settings.host, token is not None, "a fleet token (fleet_token_file)")
+        count = None
+        if queen.client_keys is not None:
+            count = queen.client_keys.reload(
+                fresh("client-keys"), check=lambda n: require_auth_for_bind(queen.settings.host, n > 0, "client keys")
+            )
+    except ConfigInvalid as e:
+        logger.error("secrets not reloaded: %s", e.message)
+        return
+    queen.fleet_token = queen.relay.token = token
+    logger.info("secrets reloaded", extra={"client_keys": count})
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM: 0. Wrong settings, secrets or address: 78, which systemd does not restart."""
     parser = argparse.ArgumentParser(prog="rbee-queen", description="Registry, scheduler and API of an rbee fleet.")
@@ -50,8 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ExitCode.OK
         setup_logging(settings.log_level)
         where = f"http://{settings.host}:{settings.port}"
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one that comes before `started` must not end the process
 
         async def started() -> None:
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_secrets, queen)
             logger.info("queen %s listens on %s", __version__, where)
             notifier.ready(f"listening on {where}")
 

@@ -229,6 +229,36 @@ def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(fleet: Fleet, quee
     assert "".join(t["t"] for t in tokens) == reference["text"]
 
 
+def test_a_client_key_comes_and_goes_without_costing_a_stream(fleet: Fleet, queen: httpx.Client) -> None:
+    def asks(key: str, **body: Any) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        wanted = {"prompt": "x", "max_tokens": 1, "stream": False, **body}
+        return httpx.post(f"{fleet.queen_url}/v1/inference", json=wanted, headers=headers, timeout=60, trust_env=False)
+
+    pid = "systemctl show -p MainPID --value rbee-queen"
+    before = fleet.lab.ssh("lab1", pid).stdout
+    body = {"model": MODEL_ID, "prompt": "Once", "max_tokens": 150, "ignore_eos": True}
+    with queen.stream("POST", "/v1/inference", json=body) as stream:
+        lines = stream.iter_lines()
+        assert any('"type":"token"' in line for line in lines)
+
+        made = fleet.lab.ctl("key", "create", "guest", "--model", "smollm2*", "--expires", "1d")
+        assert made.returncode == 0, made.stderr
+        key = made.stdout.strip()
+        until(lambda: asks(key, model=MODEL_ID).status_code == 200, "the new key opens")
+        assert asks(key, model="other").status_code == 403
+        assert json.loads(fleet.lab.ctl("key", "list", "--json").stdout)["data"]["keys"][1]["name"] == "guest"
+        unasked = fleet.lab.ctl("key", "revoke", "guest")
+        assert (unasked.returncode, asks(key, model=MODEL_ID).status_code) == (2, 200)
+
+        assert fleet.lab.ctl("key", "revoke", "guest", "--yes").returncode == 0
+        until(lambda: asks(key, model=MODEL_ID).status_code == 401, "the revoked key is refused")
+        rest = list(lines)
+
+    assert any('"tokens_out":150' in line for line in rest), "the stream that ran meanwhile is whole"
+    assert fleet.lab.ssh("lab1", pid).stdout == before, "the queen was not restarted"
+
+
 def test_a_restarted_queen_costs_no_worker(fleet: Fleet, queen: httpx.Client) -> None:
     before = main_pids(fleet.lab)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
-from fleet import Fleet
+from fleet import Fleet, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -125,3 +128,32 @@ def test_secrets_stay_out_of_log_and_command_line(fleet: Fleet) -> None:
     assert all(secret not in fleet.queen.log for secret in (fleet.key, fleet.token, "not-the-key"))
     assert fleet.key.encode() not in command
     assert fleet.token.encode() not in command
+
+
+def test_keys_and_token_change_on_sighup_and_what_can_not_be_taken_changes_nothing(fleet: Fleet) -> None:
+    def status(key: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"}
+        return httpx.get(f"{fleet.queen.url}/v1/workers", headers=headers, trust_env=False).status_code
+
+    def beat(token: str) -> int:
+        headers = {"Authorization": f"Bearer {token}"}
+        return httpx.post(f"{fleet.queen.url}/v1/worker-heartbeat", json={}, headers=headers, trust_env=False).status_code
+
+    keys, new = fleet.directory / "client-keys", "another-key"
+    fleet.start_queen()
+    try:
+        assert (status(fleet.key), status(new), beat(fleet.token)) == (200, 401, 400)
+        keys.write_text("{", encoding="utf-8")
+        fleet.queen.signal(signal.SIGHUP)
+        wait_until(lambda: "secrets not reloaded" in fleet.queen.log, "the refusal in the log")
+        assert status(fleet.key) == 200
+
+        digest = hashlib.sha256(new.encode()).hexdigest()
+        keys.write_text(json.dumps({"version": 1, "keys": [{"id": "k2", "name": "new", "sha256": digest}]}), encoding="utf-8")
+        (fleet.directory / "fleet-token").write_text("another-token\n", encoding="utf-8")
+        fleet.queen.signal(signal.SIGHUP)
+        wait_until(lambda: status(new) == 200, "the new key opens")
+
+        assert (status(fleet.key), beat(fleet.token), beat("another-token")) == (401, 401, 400)
+    finally:
+        assert fleet.queen.stop() == 0

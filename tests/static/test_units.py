@@ -35,9 +35,10 @@ def root(tmp_path: Path) -> Path:
     for unit in UNITS.iterdir():
         if unit.is_file() and unit.suffix in (".service", ".target", ".slice"):
             shutil.copy(unit, system)
-    for program in ("workers/cpu0.runtime/bin/rbee-worker", "queen.runtime/bin/rbee-queen"):
-        path = tmp_path / "etc/rbee" / program
-        path.parent.mkdir(parents=True)
+    programs = ("etc/rbee/workers/cpu0.runtime/bin/rbee-worker", "etc/rbee/queen.runtime/bin/rbee-queen")
+    for program in (*programs, "usr/bin/install", "bin/kill"):
+        path = tmp_path / program
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("#!/bin/sh\n")
         path.chmod(0o755)
     return tmp_path
