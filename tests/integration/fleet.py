@@ -76,6 +76,10 @@ class Service:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()
 
+    def signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
     def pause(self) -> None:
         """Let it stand still, connections open, as a hung process does."""
         assert self.process is not None
