@@ -7,6 +7,8 @@ Divergences from plain uvicorn, each with its reason:
 3. The listening socket is closed before connections are, and connections whose request has not arrived yet get a
    moment to send it: plain uvicorn closes them and the client gets an empty reply (measured: 8 of 60).
 4. The watchdog is fed from the event loop, and only while ``alive()`` says that the work behind it moves.
+5. Connections are accepted here (acceptor.py). A service with nothing to do can leave its socket to systemd, and nobody who
+   connects meanwhile is refused or cut off: it stops accepting first, looks once more, goes on if anybody is there.
 """
 
 from __future__ import annotations
@@ -17,10 +19,14 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from rbee_serve.common.acceptor import Acceptor, unread_bytes
 from rbee_serve.common.sdnotify import Notifier, listen_sockets
 from rbee_serve.contract.errors import ConfigInvalid
 
@@ -28,10 +34,24 @@ logger = logging.getLogger(__name__)
 
 #: How long an accepted connection may take to send its request once shutdown has begun.
 SETTLE_S = 0.5
+#: A connection that has not sent a whole request for this long does not keep an idle service from leaving.
+_SILENT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Leave:
+    """How a service with nothing to do ends and leaves its socket to systemd, which starts it again for the next caller."""
+
+    #: Whether there has been nothing to do for long enough; asked ten times a second.
+    due: Callable[[], bool]
+    #: Called once it is certain, before anything is closed.
+    begin: Callable[[], None]
 
 
 class Server(uvicorn.Server):
     """uvicorn with the divergences above."""
+
+    _acceptor: Acceptor
 
     def __init__(
         self,
@@ -41,22 +61,60 @@ class Server(uvicorn.Server):
         alive: Callable[[], bool],
         on_started: Callable[[], Awaitable[None]] | None = None,
         on_shutdown: Callable[[], Awaitable[None]] | None = None,
+        leave: Leave | None = None,
     ) -> None:
         super().__init__(config)
-        self._notifier, self._alive = notifier, alive
+        self._notifier, self._alive, self._leave = notifier, alive, leave
         self._on_started, self._on_shutdown = on_started, on_shutdown
         self._fed = 0.0
+        self._arrived: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to serve, then tell the application."""
-        await super().startup(sockets)
+        await super().startup([])
+        if self.started:
+            self._acceptor = Acceptor(sockets or [], self._protocol)
+            self._acceptor.resume()
         if self.started and self._on_started is not None:
             await self._on_started()
 
     async def on_tick(self, counter: int) -> bool:
-        """Feed the watchdog; called by uvicorn every 0.1 s."""
+        """Feed the watchdog, leave when there is nothing to do; called by uvicorn every 0.1 s."""
         self._feed()
+        if self._leave is not None and not self.should_exit and self._leave.due() and await self._abandon():
+            self._leave.begin()
+            self.should_exit = True
         return await super().on_tick(counter)
+
+    def _protocol(self) -> asyncio.Protocol:
+        protocol: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        self._arrived[protocol] = time.monotonic()
+        return protocol
+
+    async def _abandon(self) -> bool:
+        """Leave the socket to systemd; False, with everything as before, when anybody is here."""
+        if any(map(self._occupied, self.server_state.connections)):
+            return False
+        self._acceptor.pause()
+        await self._acceptor.settled()
+        # From here to the end no other code runs: what is closed has sent nothing.
+        if self._leave is None or not self._leave.due() or any(map(self._occupied, self.server_state.connections)):
+            self._acceptor.resume()
+            return False
+        for connection in list(self.server_state.connections):
+            connection.transport.close()
+        return True
+
+    def _occupied(self, connection: Any) -> bool:
+        """Whether a connection has a request, or may be about to send its first one."""
+        cycle = connection.cycle
+        if cycle is None:
+            waiting = time.monotonic() - self._arrived.get(connection, 0.0) < _SILENT_S
+        else:
+            waiting = not cycle.response_complete or bool(getattr(connection, "pipeline", ()))
+        return waiting or unread_bytes(connection.transport) > 0
 
     def _feed(self) -> None:
         now, period = time.monotonic(), self._notifier.watchdog_s
@@ -70,8 +128,9 @@ class Server(uvicorn.Server):
         try:
             if self._on_shutdown is not None:
                 await self._run_hook(self._on_shutdown)
-            for server in self.servers:
-                server.close()
+            self._acceptor.pause()
+            await self._acceptor.settled()
+            self._acceptor.close()
             end = time.monotonic() + SETTLE_S
             # Polled: uvicorn tells nobody when a request arrives.
             while time.monotonic() < end and any(getattr(c, "cycle", None) is None for c in self.server_state.connections):  # noqa: ASYNC110
@@ -126,14 +185,21 @@ def run(
     on_shutdown: Callable[[], Awaitable[None]] | None = None,
     graceful_timeout_s: float,
     on_server: Callable[[Server], None] | None = None,
+    leave: Leave | None = None,
+    leave_unwatched: bool = False,
 ) -> None:
     """Serve until SIGTERM or SIGINT (or ``server.should_exit``); returns when everything is closed.
 
     ``on_started`` runs when connections are accepted. At the end ``on_shutdown`` runs first, with connections still
     accepted; then running responses have ``graceful_timeout_s``.
     ``on_server`` gets the server before it starts, so that the application can end it.
+    ``leave``: end when there is nothing to do, provided that systemd holds the socket and starts the service again, or
+    ``leave_unwatched``.
     """
-    sockets = listen_sockets() or [bind(host, port)]
+    handed_over = listen_sockets()
+    sockets = handed_over or [bind(host, port)]
+    if not handed_over and not leave_unwatched:
+        leave = None
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -144,7 +210,7 @@ def run(
         timeout_graceful_shutdown=max(1, round(graceful_timeout_s)),
         timeout_keep_alive=75,
     )
-    server = Server(config, notifier=notifier, alive=alive, on_started=on_started, on_shutdown=on_shutdown)
+    server = Server(config, notifier=notifier, alive=alive, on_started=on_started, on_shutdown=on_shutdown, leave=leave)
     if on_server is not None:
         on_server(server)
     # uvicorn raises the signal again when it is done, so that a plain program ends by it; a drained service ends with 0.

@@ -24,6 +24,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 Port = Annotated[int, Field(ge=1024, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
+SecondsOrNever = Annotated[float, Field(ge=0, le=86400)]
 InstanceName = Annotated[str, Field(pattern=r"^[a-z]+[0-9]+(-[a-z0-9]+)?$")]
 HiveName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$")]
 
@@ -112,7 +113,15 @@ class WorkerSettings(Settings):
     heartbeat_interval_s: Seconds = Field(
         10.0, description="pause between heartbeats (SPEC X-09); each change of state beats at once"
     )
-    idle_timeout_s: Seconds = Field(300.0, description="a socket-activated worker without work for this long exits 0")
+    idle_timeout_s: SecondsOrNever = Field(
+        300.0, description="a worker whose socket systemd holds exits 0 after so long without work; 0: never"
+    )
+    idle_exit_without_socket: bool = Field(
+        False, description="exit when idle although no socket is there that would start the worker again"
+    )
+    queen_lease_s: SecondsOrNever = Field(
+        900.0, description="the queen silent for longer: an idle worker exits as by idle_timeout_s (SPEC X-07); 0: never"
+    )
     drain_timeout_s: Seconds = Field(
         30.0, description="how long running streams may finish after SIGTERM; TimeoutStopSec= is longer"
     )

@@ -136,6 +136,7 @@ class WorkerApi:
         """Return the token ids of a text as a prompt would have them."""
         wanted = parse(TokenizeRequest, await read_json(request))
         self._worker.admit()
+        self._worker.worked()
         ids = await self._worker.engine.tokenize(wanted.text, parse_special=wanted.parse_special, add_bos=wanted.add_bos)
         return JsonResponse({"token_ids": ids, "count": len(ids)})
 

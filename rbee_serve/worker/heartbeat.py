@@ -39,6 +39,12 @@ class HeartbeatSender:
         self._seq = 0
         self._told: WorkerState | None = None
         self._lost = False
+        self._answered_at = time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the queen took a beat last; before the first one, since the worker began."""
+        return time.monotonic() - self._answered_at
 
     async def run(self) -> None:
         """Beat for ever. The first beat goes out at once: the queen learns of a worker while it still loads."""
@@ -52,7 +58,7 @@ class HeartbeatSender:
             await self._wait_for_change(time.monotonic() + pause * random.uniform(0.8, 1.0))  # noqa: S311
 
     async def last(self) -> None:
-        """Say that the worker has stopped, and close the connection."""
+        """Say that the worker has stopped or is dormant, and close the connection."""
         try:
             async with asyncio.timeout(_LAST_BEAT_S):
                 await self.beat()
@@ -89,3 +95,5 @@ class HeartbeatSender:
         elif not problem and self._lost:
             logger.info("the queen takes heartbeats again", extra={"url": self._url})
         self._lost = problem is not None
+        if not problem:
+            self._answered_at = time.monotonic()

@@ -50,17 +50,37 @@ class Lifecycle:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._worker.stopped = True
-            if self._heartbeat is not None:
-                await self._heartbeat.last()
-            await self._worker.engine.close()
+            last = [self._heartbeat.last()] if self._heartbeat is not None else []
+            # Together: whoever connects meanwhile waits for the next process.
+            await asyncio.gather(self._worker.engine.close(), *last)
 
     async def on_shutdown(self) -> None:
         """Drain within ``drain_timeout_s``; connections are still accepted and told WORKER_DRAINING."""
         worker = self._worker
+        if worker.dormant:
+            return
         self._notifier.stopping(f"draining {len(worker.active)} request(s)")
         if self.exit_code == ExitCode.OK:
             logger.info("draining", extra={"requests": len(worker.active)})
         await worker.drain(worker.settings.drain_timeout_s)
+
+    def idle_exit_due(self) -> bool:
+        """Whether there has been no work for ``idle_timeout_s``, or none now and no queen for ``queen_lease_s``."""
+        worker, settings = self._worker, self._worker.settings
+        idle_s = worker.idle_s
+        if not idle_s or worker.draining or self.exit_code != ExitCode.OK:
+            return False
+        lease_s = settings.queen_lease_s
+        forgotten = bool(lease_s) and self._heartbeat is not None and self._heartbeat.silent_s > lease_s
+        return forgotten or 0 < settings.idle_timeout_s <= idle_s
+
+    def fall_dormant(self) -> None:
+        """End the process; the socket stays and starts the next one (SPEC S-72, N-02, N-03)."""
+        worker = self._worker
+        worker.dormant = True
+        self._notifier.stopping(f"dormant: no work for {worker.idle_s:.0f} s")
+        logger.info("dormant", extra={"idle_s": round(worker.idle_s, 1), "wake_url": worker.settings.public_url})
+        worker.changed.set()
 
     def shutdown(self) -> None:
         """Begin what SIGTERM begins."""
@@ -107,6 +127,7 @@ class Lifecycle:
         self._notifier.ready(f"{settings.model_id} on {where}, {info.slots} slots of {info.context_tokens} tokens")
         facts = {"model": settings.model_id, "backend": info.backend, "slots": info.slots, "context": info.context_tokens}
         logger.info("ready", extra=facts)
+        self._worker.worked()
         self._worker.changed.set()
 
     def _fail(self, reason: str, code: int) -> None:

@@ -11,7 +11,7 @@ from rbee_serve import __version__
 from rbee_serve.common.credentials import is_loopback, load_secret, require_auth_for_bind
 from rbee_serve.common.log import setup_logging
 from rbee_serve.common.sdnotify import Notifier
-from rbee_serve.common.serving import Server, run
+from rbee_serve.common.serving import Leave, Server, run
 from rbee_serve.contract.errors import ConfigInvalid, ExitCode, RbeeError
 from rbee_serve.contract.settings import WorkerSettings
 from rbee_serve.worker.app import create_app
@@ -73,13 +73,15 @@ def serve(settings: WorkerSettings, token: str | None, notifier: Notifier) -> in
         on_shutdown=lifecycle.on_shutdown,
         graceful_timeout_s=_CLOSE_S,
         on_server=servers.append,
+        leave=Leave(lifecycle.idle_exit_due, lifecycle.fall_dormant),
+        leave_unwatched=settings.idle_exit_without_socket,
     )
     return lifecycle.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 drained; 1 the engine died; 78 wrong settings, secrets, address or model file, which systemd does not
-    try again."""
+    """Exit codes: 0 drained, or idle and its socket left to systemd; 1 the engine died; 78 wrong settings, secrets, address
+    or model file, which systemd does not try again."""
     parser = argparse.ArgumentParser(prog="rbee-worker", description="One model on one device, served over HTTP.")
     parser.add_argument("--config", type=Path, required=True, help="settings file, /etc/rbee/workers/NAME.toml")
     parser.add_argument("--check-config", action="store_true", help="check settings, secrets and model file, then exit")

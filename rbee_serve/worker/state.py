@@ -36,7 +36,10 @@ class Worker:
         self.started_at = wall()
         self.active: dict[str, Generation] = {}
         self._drain_began = asyncio.Event()
+        #: The process ends, and the socket that systemd holds starts the next one.
+        self.dormant = False
         self.stopped = False
+        self._worked_at = time.monotonic()
         #: Set when the state may have changed; the heartbeat clears it.
         self.changed = asyncio.Event()
         self._idle = asyncio.Event()
@@ -47,6 +50,8 @@ class Worker:
     @property
     def state(self) -> WorkerState:
         """The state as the registry shows it."""
+        if self.dormant:
+            return WorkerState.DORMANT
         if self.stopped:
             return WorkerState.STOPPED
         if self.engine.progress.stage == "failed":
@@ -66,6 +71,17 @@ class Worker:
     def slots_busy(self) -> int:
         """Slots taken; requests that wait for one do not count."""
         return min(self.engine.slots_busy, self.settings.slots)
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since there was work last; 0 while a request runs and while the model is being loaded."""
+        if self.active or self.engine.slots_busy or self.engine.info is None:
+            return 0.0
+        return time.monotonic() - self._worked_at
+
+    def worked(self) -> None:
+        """Note that there was work just now."""
+        self._worked_at = time.monotonic()
 
     def admit(self) -> EngineInfo:
         """Return what is loaded; raises WorkerLoading, WorkerDraining or WorkerCrashed. Slots are the engine's to grant."""
@@ -94,12 +110,14 @@ class Worker:
     def add(self, generation: Generation) -> None:
         """A request is running."""
         self.active[generation.id] = generation
+        self.worked()
         self._idle.clear()
         self.changed.set()
 
     def remove(self, generation: Generation) -> None:
         """A request has ended; its slot is free now or within one step of the engine."""
         self.active.pop(generation.id, None)
+        self.worked()
         if not self.active:
             self._idle.set()
         self.changed.set()

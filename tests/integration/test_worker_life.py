@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from fleet import Fleet, events_of, ids_of, wait_until
-from worker_process import TOKEN, WorkerProcess
+from worker_process import TOKEN, WorkerProcess, handed_over
 
 pytestmark = pytest.mark.integration
 
@@ -151,23 +150,10 @@ def test_command_line_and_environment_hold_no_secret(tmp_path: Path, model_path:
         assert TOKEN not in worker.log
 
 
-# What systemd does before exec: the listening socket is descriptor 3 and nothing else, LISTEN_PID the worker's own pid.
-HAND_OVER = """
-import os, sys
-fd = int(sys.argv[1])
-if fd != 3:
-    os.dup2(fd, 3)
-    os.close(fd)
-os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
 def test_socket_of_systemd_is_taken_over_with_those_who_wait_in_it(tmp_path: Path, model_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         port, fd = held.getsockname()[1], held.fileno()
-        launcher = [sys.executable, "-c", HAND_OVER, str(fd)]
-        worker = WorkerProcess(tmp_path, model_path, port=port, pass_fds=(fd,), prefix=launcher)
+        worker = WorkerProcess(tmp_path, model_path, port=port, **handed_over(held))
         with worker, socket.create_connection(("127.0.0.1", port), timeout=30) as waiting:
             waiting.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert waiting.recv(4096).startswith(b"HTTP/1.1 200"), worker.log

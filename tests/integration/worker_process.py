@@ -18,6 +18,22 @@ from fleet import events_of, free_port, wait_until
 
 TOKEN = "worker-test-token-9f3a"
 
+# What systemd does before exec: the listening socket is descriptor 3 and nothing else, LISTEN_PID the worker's own pid.
+_HAND_OVER = """
+import os, sys
+fd = int(sys.argv[1])
+if fd != 3:
+    os.dup2(fd, 3)
+    os.close(fd)
+os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1"}
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def handed_over(held: socket.socket) -> dict[str, Any]:
+    """Return what a WorkerProcess needs to get ``held`` as systemd gives it."""
+    return {"pass_fds": (held.fileno(),), "prefix": [sys.executable, "-c", _HAND_OVER, str(held.fileno())]}
+
 
 @dataclass
 class WorkerProcess:
