@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -92,7 +93,7 @@ class InferenceApi:
                 got=wanted.max_tokens,
                 limit=limit,
             )
-        for name in ("logit_bias", "logprobs", "grammar", "json_schema", "tools"):
+        for name in ("grammar", "json_schema", "tools"):
             if getattr(wanted, name):
                 raise InvalidRequest(f"{name}: not supported by this worker", field=name)
 
@@ -154,7 +155,7 @@ class InferenceApi:
         try:
             async for event in generation.events():
                 if isinstance(event, TokenOut):
-                    yield events.encode(events.token(event.text, event.index, event.token_id))
+                    yield events.encode(events.token(event.text, event.index, event.token_id, event.logprobs))
                 else:
                     yield events.encode(_end(event, started.prompt_tokens))
         except RbeeError as e:
@@ -169,19 +170,22 @@ class InferenceApi:
         began = time.perf_counter()
         pieces: list[str] = []
         ids: list[int] = []
+        logprobs: list[dict[str, Any]] = []
         last: Finished | None = None
         try:
             async for event in generation.events():
                 if isinstance(event, TokenOut):
                     pieces.append(event.text)
                     ids.append(event.token_id)
+                    if event.logprobs is not None:
+                        logprobs.append(event.logprobs)
                 else:
                     last = event
         except RbeeError as e:
             e.details |= {"partial_text": "".join(pieces), "tokens_out": generation.tokens_out}
             raise
         started = generation.started
-        return {
+        answer: dict[str, object] = {
             "request_id": generation.id,
             "model": self._worker.settings.model_id,
             "worker_id": self._worker.settings.worker_id,
@@ -196,6 +200,9 @@ class InferenceApi:
             "decode_time_ms": round(last.decode_ms, 1) if last else None,
             "duration_ms": round((time.perf_counter() - began) * 1000, 1),
         }
+        if logprobs:
+            answer["logprobs"] = logprobs
+        return answer
 
 
 def _end(event: Finished, prompt_tokens: int) -> events.Event:

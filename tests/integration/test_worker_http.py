@@ -123,6 +123,18 @@ def test_whole_answer_equals_the_stream(worker: WorkerProcess) -> None:
     assert whole["duration_ms"] > 0
 
 
+def test_logprobs_come_with_each_token_where_asked_for(worker: WorkerProcess) -> None:
+    events = worker.stream(max_tokens=6, logprobs=2, logit_bias={"260": -100})
+    whole = worker.infer(max_tokens=6, logprobs=2, logit_bias={"260": -100})
+
+    reported = [e["lp"] for e in events if e["type"] == "token"]
+    assert whole["logprobs"] == reported
+    assert 260 not in whole["token_ids"]
+    assert "".join(lp["piece"] for lp in reported) == whole["text"]
+    assert all(len(lp["top"]) == 2 and lp["logprob"] <= 0 for lp in reported)
+    assert "logprobs" not in worker.infer(max_tokens=2)
+
+
 def test_seed_decides_and_the_drawn_one_can_be_used_again(worker: WorkerProcess) -> None:
     drawn = worker.infer(max_tokens=24, temperature=1.2)
     again = worker.infer(max_tokens=24, temperature=1.2, seed=drawn["seed"])
@@ -200,6 +212,8 @@ def test_continuation_goes_on_exactly(worker: WorkerProcess) -> None:
         ({"prompt": "x", "stop": ["a"] * 5}, "stop"),
         ({"prompt": "x", "stop": [""]}, "stop.0"),
         ({"prompt": "x", "stop": ["x" * 101]}, "stop.0"),
+        ({"prompt": "x", "logprobs": 21}, "logprobs"),
+        ({"prompt": "x", "logit_bias": {"49152": 1}}, "logit_bias"),
         ({"prompt": "x", "timeout_s": -1}, "timeout_s"),
         ({"prompt": "x", "temprature": 1}, "temprature"),
         ({"prompt": "x", "continue_from": {"generated_ids": [49152]}}, "continue_from.generated_ids"),

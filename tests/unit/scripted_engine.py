@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from rbee_serve.contract.errors import AllSlotsBusy, RbeeError, WorkerCrashed
-from rbee_serve.worker.engine.protocol import EngineEvent, EngineInfo, Finished, GenerateRequest, LoadProgress, Started, TokenOut
+from rbee_serve.worker.engine.protocol import (
+    Embeddings,
+    EngineEvent,
+    EngineInfo,
+    Finished,
+    GenerateRequest,
+    LoadProgress,
+    Started,
+    TokenOut,
+)
 
 INFO = EngineInfo(
     architecture="llama",
@@ -112,6 +121,15 @@ class ScriptedEngine:
 
     async def tokenize(self, text: str, *, parse_special: bool, add_bos: bool) -> list[int]:
         return list(range(len(text.split())))
+
+    async def detokenize(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        return " ".join(f"<{i}>" if special else str(i) for i in token_ids)
+
+    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+        if self.refusal is not None:
+            raise self.refusal
+        sizes = [len(i.split()) if isinstance(i, str) else len(i) for i in inputs]
+        return Embeddings([[1.0, 0.0] for _ in inputs], sizes)
 
     async def wait_dead(self) -> str:
         assert self._dead is not None

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from rbee_serve.contract.errors import InferenceFailed, RbeeError
+from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, RbeeError
 from rbee_serve.worker.engine import llama
+from rbee_serve.worker.engine.embedding import Embedder
 from rbee_serve.worker.engine.model_file import read_header
 from rbee_serve.worker.engine.protocol import EngineConfig, GenerateRequest
 from rbee_serve.worker.engine.scheduler import Event, Scheduler
@@ -39,6 +40,7 @@ def die_with(parent: int) -> None:
 
 def as_params(values: dict[str, Any]) -> SamplingParams:
     """Return sampling parameters that the front has validated; pydantic stays out of this process (cold start)."""
+    values["logit_bias"] = dict(values["logit_bias"])  # JSON keys are strings, so they came as pairs
     return cast("SamplingParams", SimpleNamespace(**values))
 
 
@@ -96,32 +98,62 @@ class EngineLoop:
 
     def run(self, model: llama.Model, scheduler: Scheduler) -> None:
         """Step for ever: as fast as possible while there is work, else wait for a message."""
+        embedder = Embedder(model)
         while True:
             events: list[Event] = []
-            for message in self.receive(0.0 if scheduler.has_work else TICK_S):
-                events += self._handle(message, model, scheduler)
+            for message in self.receive(0.0 if scheduler.has_work or embedder.has_work else TICK_S):
+                events += self._handle(message, scheduler)
+                self._answer(message, model, embedder)
             if events:
                 self.give_out(events)
             if scheduler.has_work:
                 scheduler.step(self.give_out)
+            if embedder.has_work:
+                for number, answer in embedder.step():
+                    self._reply(number, answer)
             if time.monotonic() - self._ticked >= TICK_S:
                 self.give_out([])
 
-    def _handle(self, message: dict[str, Any], model: llama.Model, scheduler: Scheduler) -> list[Event]:
+    def _handle(self, message: dict[str, Any], scheduler: Scheduler) -> list[Event]:
         if (request := message.get("submit")) is not None:
             return scheduler.submit(GenerateRequest(params=as_params(request.pop("params")), **request))
         if (request_id := message.get("cancel")) is not None:
             return scheduler.cancel(request_id)
+        return []
+
+    def _answer(self, message: dict[str, Any], model: llama.Model, embedder: Embedder) -> None:
+        """Answer what is asked under a number; embeddings are answered when they are there."""
         if (question := message.get("tokenize")) is not None:
             ids = model.tokenize(question["text"], parse_special=question["parse_special"], add_bos=question["add_bos"])
-            self.send({"tokens": ids, "number": question["number"]})
-        return []
+            self._reply(message["number"], ids)
+        elif (tokens := message.get("detokenize")) is not None:
+            self._reply(message["number"], detokenize(model, tokens, special=message["special"]))
+        elif (inputs := message.get("embed")) is not None:
+            try:
+                embedder.submit(message["number"], inputs)
+            except RbeeError as e:
+                self._reply(message["number"], e)
+        elif (number := message.get("forget")) is not None:
+            embedder.cancel(number)
+
+    def _reply(self, number: int, answer: Any) -> None:
+        if isinstance(answer, RbeeError):
+            self.send({"refused": answer.envelope()["error"], "number": number})
+        else:
+            self.send({"answer": answer, "number": number})
+
+
+def detokenize(model: llama.Model, ids: list[int], *, special: bool) -> str | RbeeError:
+    """Return the text of ``ids``; control tokens are left out, or spelled with ``special``."""
+    if bad := [i for i in ids if not 0 <= i < model.n_vocab]:
+        return InvalidRequest(f"token_ids: {bad[0]} is no token of this model, which has {model.n_vocab}", field="token_ids")
+    return b"".join(map(model.shown if special else model.piece, ids)).decode("utf-8", "replace")
 
 
 def self_test(scheduler: Scheduler) -> None:
     """Generate one token; raises InferenceFailed when that does not work."""
     params = {"max_tokens": 1, "temperature": 0, "stop": [], "ignore_eos": False}
-    params |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+    params |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": None}
     events = scheduler.submit(GenerateRequest("self-test", "a", False, True, as_params(params)))
     while scheduler.has_work:
         scheduler.step(events.extend)

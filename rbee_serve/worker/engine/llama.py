@@ -20,6 +20,7 @@ import numpy as np
 
 from rbee_serve.contract.errors import BackendUnavailable, InsufficientRam, InsufficientVram, ModelFileInvalid
 from rbee_serve.worker.engine import libs
+from rbee_serve.worker.engine.batch import Batch
 from rbee_serve.worker.engine.blocks import Blocks
 from rbee_serve.worker.engine.model_file import fingerprint
 
@@ -140,47 +141,29 @@ class Model:
             )
         self.context_tokens = min(self.context_tokens, ll.llama_n_ctx_seq(self.ctx))
         self.memory = ll.llama_get_memory(self.ctx)
-        self._make_batch(params.n_batch)
-
-    def _make_batch(self, capacity: int) -> None:
-        """Own the arrays that the batch points to: a step then fills slices instead of calling ctypes per token."""
-        self._tokens = np.zeros(capacity, np.int32)
-        self._pos = np.zeros(capacity, np.int32)
-        self._n_seq = np.ones(capacity, np.int32)
-        self._seq = np.zeros(capacity, np.int32)
-        self._logits = np.zeros(capacity, np.int8)
-        int32_p = ctypes.POINTER(ctypes.c_int32)
-        base = self._seq.ctypes.data
-        self._seq_pointers = (int32_p * capacity)(*(ctypes.cast(base + 4 * i, int32_p) for i in range(capacity)))
-        batch = self._batch = self.ll.llama_batch()
-        batch.token = self._tokens.ctypes.data_as(int32_p)
-        batch.embd = None
-        batch.pos = self._pos.ctypes.data_as(int32_p)
-        batch.n_seq_id = self._n_seq.ctypes.data_as(int32_p)
-        batch.seq_id = ctypes.cast(self._seq_pointers, type(batch.seq_id))
-        batch.logits = self._logits.ctypes.data_as(type(batch.logits))
+        self._batch = Batch(ll, params.n_batch)
 
     # --- decoding -----------------------------------------------------------------------------------------------
 
     def decode_step(self, rows: list[tuple[int, int, int]]) -> int:
         """Evaluate one token of each of several sequences, ``(token, position, sequence)``; all get logits, in order."""
-        n = len(rows)
+        n, batch = len(rows), self._batch
         table = np.array(rows, np.int32)
-        self._tokens[:n], self._pos[:n], self._seq[:n] = table[:, 0], table[:, 1], table[:, 2]
-        self._logits[:n] = 1
-        self._batch.n_tokens = n
-        return int(self.ll.llama_decode(self.ctx, self._batch))
+        batch.tokens[:n], batch.pos[:n], batch.seq[:n] = table[:, 0], table[:, 1], table[:, 2]
+        batch.logits[:n] = 1
+        batch.size = n
+        return int(self.ll.llama_decode(self.ctx, batch.struct))
 
     def prefill(self, tokens: NDArray[np.int32], start: int, seq: int, *, logits: bool) -> int:
         """Evaluate a block of one sequence from position ``start``; with ``logits`` those of its last token are kept."""
-        n = len(tokens)
-        self._tokens[:n] = tokens
-        self._pos[:n] = np.arange(start, start + n, dtype=np.int32)
-        self._seq[:n] = seq
-        self._logits[:n] = 0
-        self._logits[n - 1] = logits
-        self._batch.n_tokens = n
-        return int(self.ll.llama_decode(self.ctx, self._batch))
+        n, batch = len(tokens), self._batch
+        batch.tokens[:n] = tokens
+        batch.pos[:n] = np.arange(start, start + n, dtype=np.int32)
+        batch.seq[:n] = seq
+        batch.logits[:n] = 0
+        batch.logits[n - 1] = logits
+        batch.size = n
+        return int(self.ll.llama_decode(self.ctx, batch.struct))
 
     def logits(self, index: int) -> NDArray[np.float32]:
         """Return a view (no copy) on the logits of batch row ``index`` of the last call; -1: the last one kept."""
@@ -229,6 +212,10 @@ class Model:
                 n = self.ll.llama_token_to_piece(self.vocab, token, buffer, -n, 0, False)
             cached = self._pieces[token] = buffer.raw[:n]
         return cached
+
+    def shown(self, token: int) -> bytes:
+        """Return the bytes of a token as people name it: a control token by its spelling."""
+        return self.piece(token) or self.token_text(token).encode()
 
     def token_text(self, token: int) -> str:
         """Return the spelling of a (special) token, empty when the model has none."""

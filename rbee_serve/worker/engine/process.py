@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from rbee_serve.contract.api import SamplingParams
@@ -28,6 +28,7 @@ from rbee_serve.contract.errors import (
     from_envelope,
 )
 from rbee_serve.worker.engine.protocol import (
+    Embeddings,
     EngineConfig,
     EngineEvent,
     EngineInfo,
@@ -73,7 +74,8 @@ class ProcessEngine:
         self._progress_changed = asyncio.Event()
         self._info: EngineInfo | None = None
         self._streams: dict[str, _Stream] = {}
-        self._answers: dict[int, asyncio.Future[list[int]]] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._embedding = 0
         self._numbers = itertools.count(1)
         self._last_words: deque[str] = deque(maxlen=3)  # of the engine's stderr: an assert says there what it found
         self._heard = time.monotonic()
@@ -173,7 +175,8 @@ class ProcessEngine:
         stream = self._streams[request.request_id] = _Stream()
         try:
             body = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
-            body["params"] = {name: getattr(request.params, name) for name in SamplingParams.model_fields}
+            params = {name: getattr(request.params, name) for name in SamplingParams.model_fields}
+            body["params"] = params | {"logit_bias": list(request.params.logit_bias.items())}
             self._send({"submit": body})
             event: EngineEvent | None = None
             while not isinstance(event, Finished):
@@ -192,14 +195,37 @@ class ProcessEngine:
 
     async def tokenize(self, text: str, *, parse_special: bool, add_bos: bool) -> list[int]:
         """Return token ids."""
+        question = {"text": text, "parse_special": parse_special, "add_bos": add_bos}
+        ids: list[int] = await self._ask({"tokenize": question})
+        return ids
+
+    async def detokenize(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Return the text of token ids; see protocol.Engine."""
+        text: str = await self._ask({"detokenize": list(token_ids), "special": special})
+        return text
+
+    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+        """Return vectors; see protocol.Engine. Cancelling the call ends the work within one block."""
+        limit = self._config.slots + self._queue_max
+        if self._embedding >= limit:
+            raise AllSlotsBusy(f"{limit} embedding requests are running", slots_total=limit, slots_busy=limit)
+        self._embedding += 1
+        try:
+            return Embeddings(**await self._ask({"embed": list(inputs)}))
+        finally:
+            self._embedding -= 1
+
+    async def _ask(self, question: dict[str, Any]) -> Any:
+        """Send a question under a number of its own and return the answer, or raise the error that it is."""
         self._require_ready()
         number = next(self._numbers)
         future = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
-            self._send({"tokenize": {"text": text, "parse_special": parse_special, "add_bos": add_bos, "number": number}})
-            ids: list[int] = await future
-            return ids
+            self._send(question | {"number": number})
+            return await future
         finally:
+            if not future.done() or future.cancelled():
+                self._send({"forget": number})
             self._answers.pop(number, None)
 
     # --- messages -----------------------------------------------------------------------------------------------
@@ -245,10 +271,14 @@ class ProcessEngine:
             self._set_progress(LoadProgress("ready", total, total))
         elif (failed := message.get("failed")) is not None:
             self._set_progress(self._failure(failed["message"], failed["code"]))
-        elif (tokens := message.get("tokens")) is not None:
-            future = self._answers.get(message["number"])
-            if future is not None and not future.done():
-                future.set_result(tokens)
+        elif (number := message.get("number")) is not None:
+            future = self._answers.get(number)
+            if future is None or future.done():
+                return
+            if (refused := message.get("refused")) is not None:
+                future.set_exception(from_envelope({"error": refused}, fallback="the engine refused"))
+            else:
+                future.set_result(message["answer"])
 
     def _deliver(self, kind: str, request_id: str, payload: Any) -> None:
         ends = kind in ("finished", "error")

@@ -6,7 +6,7 @@ its death, and still holds the token ids of every stream. ``process.ProcessEngin
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -96,6 +96,7 @@ class TokenOut:
     index: int
     token_id: int
     text: str
+    logprobs: dict[str, Any] | None = None  # where asked for: as contract.events.token has it
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,14 @@ class Finished:
     tokens_out: int
     prompt_ms: float
     decode_ms: float
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One vector of length 1 for each input, and how many tokens it had."""
+
+    vectors: list[list[float]]
+    tokens: list[int]
 
 
 EngineEvent = Started | TokenOut | Finished
@@ -147,6 +156,16 @@ class Engine(Protocol):
 
     async def tokenize(self, text: str, *, parse_special: bool, add_bos: bool) -> list[int]:
         """Return token ids."""
+
+    async def detokenize(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        """Return their text; control tokens are left out, or spelled with ``special``. Raises InvalidRequest."""
+
+    async def embed(self, inputs: Sequence[str | Sequence[int]]) -> Embeddings:
+        """Return a vector for each text (or list of token ids), pooled as the model says, else the mean of its tokens.
+
+        Runs beside the streams, which wait for at most one block. Raises InvalidRequest, PromptTooLong, AllSlotsBusy (as many
+        embedding requests as slots and queue hold are running), InsufficientRam, InsufficientVram, WorkerCrashed.
+        """
 
     async def wait_dead(self) -> str:
         """Return when the process has ended without having been asked to: the reason for a person."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from rbee_serve.contract.api import SamplingParams
     from rbee_serve.worker.engine.llama import Model
 
 #: Tokens that repetition_penalty looks back at, prompt included: llama.cpp's own default.
 REPETITION_WINDOW = 64
+#: Shown in place of minus infinity, which JSON has not; OpenAI does the same.
+_NEVER = -9999.0
 
 
 class Sampler:
@@ -28,6 +33,8 @@ class Sampler:
         """Build the chain and bring it to the state it had after ``generated``."""
         self._model = model
         self._ban_eog = params.ignore_eos
+        self._reported = params.logprobs
+        self._bias = np.array(list(params.logit_bias), np.int64), np.array(list(params.logit_bias.values()), np.float32)
         penalties = self._penalties(params, prompt, generated)
         self._chain: Any = None
         if params.temperature > 0 or penalties:
@@ -73,13 +80,37 @@ class Sampler:
             ll.llama_sampler_apply(dist, ctypes.byref(candidates))
         return [*made, ll.llama_sampler_init_temp(params.temperature), dist]
 
-    def choose(self, row: int) -> int:
-        """Return the next token from the logits of batch row ``row`` (-1: the last kept) and take note of it."""
+    def choose(self, row: int) -> tuple[int, dict[str, Any] | None]:
+        """Return the next token from the logits of batch row ``row`` (-1: the last kept) and take note of it.
+
+        With it, where asked for, its log probability and those of the likeliest tokens, as contract.events.token has them.
+        """
+        logits = self._model.logits(row)
+        before = None if self._reported is None else logits.copy()
+        if len(self._bias[0]):
+            logits[self._bias[0]] += self._bias[1]
         if self._ban_eog:
-            self._model.logits(row)[self._model.eog_ids] = -np.inf
+            logits[self._model.eog_ids] = -np.inf
         if self._chain is None:
-            return int(np.argmax(self._model.logits(row)))
-        return int(self._model.ll.llama_sampler_sample(self._chain, self._model.ctx, row))
+            token = int(np.argmax(logits))
+        else:
+            token = int(self._model.ll.llama_sampler_sample(self._chain, self._model.ctx, row))
+        return token, None if before is None else self._report(before, token, self._reported or 0)
+
+    def _report(self, logits: NDArray[np.float32], token: int, count: int) -> dict[str, Any]:
+        """Logarithms of the probabilities that the model itself gives: before bias, penalties and truncation."""
+        highest = float(logits.max())
+        total = highest + math.log(float(np.exp(logits - highest, dtype=np.float64).sum()))
+
+        def entry(index: int) -> dict[str, Any]:
+            data = self._model.shown(index)
+            logprob = max(float(logits[index]) - total, _NEVER)
+            return {"piece": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+
+        top = np.argpartition(logits, -count)[-count:] if count else np.zeros(0, np.int64)
+        # Equal ones in the order of their ids: a stream that is continued elsewhere says the same.
+        ranked = sorted(map(int, top), key=lambda i: (-float(logits[i]), i))
+        return entry(token) | {"top": [{"id": i, **entry(i)} for i in ranked]}
 
     def close(self) -> None:
         """Free the chain."""

@@ -112,6 +112,8 @@ class Scheduler:
                 f"continue_from.generated_ids: {bad[0]} is no token of this model, which has {model.n_vocab}",
                 field="continue_from.generated_ids",
             )
+        if bad := [i for i in request.params.logit_bias if i >= model.n_vocab]:
+            raise InvalidRequest(f"logit_bias: {bad[0]} is no token of this model, which has {model.n_vocab}", field="logit_bias")
         prompt = model.tokenize(request.text, parse_special=request.parse_special, add_bos=request.add_bos)
         if not prompt:
             raise InvalidRequest("prompt: it has no tokens", field="prompt")
@@ -246,12 +248,12 @@ class Scheduler:
         if generation.sampler is None:
             raise EngineBroken("a generation without a sampler holds a slot")
         request, text, index = generation.request, generation.text, generation.generated
-        token = generation.sampler.choose(row)
+        token, logprobs = generation.sampler.choose(row)
         if self._model.is_eog(token):
             tail: list[Event] = []
             if held := text.flush():
                 generation.generated += 1
-                tail = [("token", request.request_id, (index, token, held))]
+                tail = [("token", request.request_id, (index, token, held, logprobs))]
             return [*tail, self._release(slot, generation, EOS)]
         generation.generated += 1
         generation.made.append(token)
@@ -261,7 +263,7 @@ class Scheduler:
         elif generation.generated >= request.params.max_tokens or generation.done >= self._model.context_tokens:
             reason = MAX_TOKENS
             certain += text.flush()
-        events: list[Event] = [("token", request.request_id, (index, token, certain))]
+        events: list[Event] = [("token", request.request_id, (index, token, certain, logprobs))]
         return [*events, self._release(slot, generation, reason)] if reason else events
 
     # --- endings ------------------------------------------------------------------------------------------------

@@ -1,0 +1,218 @@
+"""Embeddings beside generation: a context of its own, so that streams keep theirs, evaluated a block at a time.
+
+Token vectors are pooled here and not by llama.cpp, which pools what one call holds: a text may so be longer than a block
+and a block may hold several texts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from rbee_serve.contract.errors import (
+    InferenceFailed,
+    InsufficientRam,
+    InsufficientVram,
+    InvalidRequest,
+    PromptTooLong,
+    RbeeError,
+)
+from rbee_serve.worker.engine.batch import Batch
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rbee_serve.worker.engine.llama import Model
+
+#: Texts evaluated in one call at most; llama.cpp reserves something for each.
+_SEQUENCES = 16
+# enum llama_pooling_type, as ``<architecture>.pooling_type`` has it.
+_UNSPECIFIED, _NONE, _MEAN, _CLS, _LAST = -1, 0, 1, 2, 3
+
+
+@dataclass
+class _Job:
+    """One request: its texts and what is known of their vectors."""
+
+    number: int
+    tokens: list[NDArray[np.int32]]
+    vectors: list[list[float] | None]
+
+
+@dataclass
+class _Text:
+    """A text that is being evaluated in sequence ``seq``."""
+
+    job: _Job
+    index: int
+    seq: int
+    done: int = 0
+    vector: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def tokens(self) -> NDArray[np.int32]:
+        return self.job.tokens[self.index]
+
+
+class Embedder:
+    """All embedding requests of one model. ``step`` advances them by one block; answers go by the request's number."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._ctx: Any = None
+        self._waiting: deque[tuple[_Job, int]] = deque()
+        self._running: list[_Text] = []
+        self._free = list(range(_SEQUENCES))
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._waiting or self._running)
+
+    def submit(self, number: int, inputs: Sequence[str | Sequence[int]]) -> None:
+        """Take a request: texts, or token ids as they are.
+
+        Raises InvalidRequest, PromptTooLong, InsufficientRam or InsufficientVram (no room for a second context).
+        """
+        self._check_possible()
+        tokens = [self._tokens(i, value) for i, value in enumerate(inputs)]
+        if self._ctx is None:
+            self._make_context()
+        job = _Job(number, tokens, [None] * len(tokens))
+        self._waiting.extend((job, i) for i in range(len(tokens)))
+
+    def cancel(self, number: int) -> None:
+        """Forget a request; unknown numbers are ignored."""
+        self._waiting = deque((job, i) for job, i in self._waiting if job.number != number)
+        for text in [t for t in self._running if t.job.number == number]:
+            self._leave(text)
+
+    def step(self) -> list[tuple[int, dict[str, Any] | RbeeError]]:
+        """Evaluate one block; return (number, answer) of requests that it completed or that failed.
+
+        An answer is ``{"vectors": [[float]], "tokens": [int]}``; vectors have length one.
+        """
+        rows = self._fill()
+        code = self._model.ll.llama_decode(self._ctx, self._batch.struct)
+        if code != 0:
+            return self._failed(code)
+        pointer = self._model.ll.llama_get_embeddings(self._ctx)
+        if not pointer:
+            return self._failed(code)
+        vectors = np.ctypeslib.as_array(pointer, shape=(self._batch.size, self._size))
+        done: list[tuple[int, dict[str, Any] | RbeeError]] = []
+        for text, first, count in rows:
+            self._pool(text, vectors[first : first + count])
+            if text.done == len(text.tokens):
+                text.job.vectors[text.index] = self._unit(text)
+                self._leave(text)
+                if None not in text.job.vectors:
+                    sizes = [len(t) for t in text.job.tokens]
+                    done.append((text.job.number, {"vectors": text.job.vectors, "tokens": sizes}))
+        return done
+
+    # --- preparation --------------------------------------------------------------------------------------------
+
+    def _check_possible(self) -> None:
+        header = self._model.header
+        pooling = header.values.get(f"{header.architecture}.pooling_type", _UNSPECIFIED)
+        if pooling not in (_UNSPECIFIED, _NONE, _MEAN, _CLS, _LAST):
+            raise InvalidRequest("input: this model ranks pairs of texts, it gives no embeddings", field="input")
+        self._pooling = _MEAN if pooling in (_UNSPECIFIED, _NONE) else pooling
+
+    def _tokens(self, index: int, value: str | Sequence[int]) -> NDArray[np.int32]:
+        model, name = self._model, f"input.{index}"
+        ids = model.tokenize(value, parse_special=False, add_bos=True) if isinstance(value, str) else list(value)
+        if not ids:
+            raise InvalidRequest(f"{name}: it has no tokens", field="input")
+        if bad := [i for i in ids if not 0 <= i < model.n_vocab]:
+            raise InvalidRequest(f"{name}: {bad[0]} is no token of this model, which has {model.n_vocab}", field="input")
+        if len(ids) > model.context_tokens:
+            raise PromptTooLong(
+                f"{name}: {len(ids)} tokens, the context holds {model.context_tokens}",
+                hint="split the text or give the worker a larger context_tokens",
+                field="input",
+                prompt_tokens=len(ids),
+                context_tokens=model.context_tokens,
+            )
+        return np.array(ids, np.int32)
+
+    def _make_context(self) -> None:
+        model, ll = self._model, self._model.ll
+        params = ll.llama_context_default_params()
+        params.n_seq_max = _SEQUENCES
+        params.n_ctx = model.context_tokens
+        params.n_batch = params.n_ubatch = model.blocks.capacity
+        params.n_threads = params.n_threads_batch = model.threads
+        params.embeddings, params.pooling_type = True, _NONE
+        params.kv_unified = True  # else each text has a part of the context only
+        params.flash_attn_type = 1
+        ctx = ll.llama_init_from_model(model.model, params)
+        if not ctx:
+            error = InsufficientRam if model.config.backend == "cpu" else InsufficientVram
+            raise error(
+                f"llama.cpp could not make a context of {model.context_tokens} tokens for embeddings: {model.log.reason}",
+                hint="fewer slots or a smaller context_tokens leave memory for it",
+            )
+        self._ctx, self._memory = ctx, ll.llama_get_memory(ctx)
+        self._batch = Batch(ll, params.n_batch)
+        self._size: int = ll.llama_model_n_embd(model.model)
+
+    # --- one step -----------------------------------------------------------------------------------------------
+
+    def _fill(self) -> list[tuple[_Text, int, int]]:
+        """Fill the batch; return (text, first row, rows): what runs goes on, then new ones come in while there is room."""
+        batch, at, rows = self._batch, 0, []
+        while self._waiting and self._free and self._has_room(len(self._waiting[0][0].tokens[self._waiting[0][1]])):
+            job, index = self._waiting.popleft()
+            self._running.append(_Text(job, index, self._free.pop()))
+        for text in self._running:
+            count = min(len(text.tokens) - text.done, batch.capacity - at)
+            if count == 0:
+                break
+            batch.tokens[at : at + count] = text.tokens[text.done : text.done + count]
+            batch.pos[at : at + count] = np.arange(text.done, text.done + count, dtype=np.int32)
+            batch.seq[at : at + count] = text.seq
+            rows.append((text, at, count))
+            at += count
+        batch.logits[:at] = 1
+        batch.size = at
+        return rows
+
+    def _has_room(self, tokens: int) -> bool:
+        """Whether a text fits into the context beside those that run, and may begin with the next block."""
+        held = sum(len(t.tokens) for t in self._running)
+        begun = sum(len(t.tokens) - t.done for t in self._running)
+        return held + tokens <= self._model.context_tokens and begun < self._batch.capacity
+
+    def _pool(self, text: _Text, block: NDArray[np.float32]) -> None:
+        if self._pooling == _LAST:
+            text.vector = block[-1].astype(np.float64)
+        elif text.done == 0:
+            text.vector = block[0].astype(np.float64) if self._pooling == _CLS else block.sum(axis=0, dtype=np.float64)
+        elif self._pooling == _MEAN:
+            text.vector = text.vector + block.sum(axis=0, dtype=np.float64)
+        text.done += len(block)
+
+    @staticmethod
+    def _unit(text: _Text) -> list[float]:
+        """The length is one, so neither the number of tokens nor a mean's divisor is left in it."""
+        length = float(np.linalg.norm(text.vector))
+        vector = text.vector / length if length > 0 else text.vector
+        return [float(x) for x in vector.astype(np.float32)]
+
+    def _leave(self, text: _Text) -> None:
+        self._model.ll.llama_memory_seq_rm(self._memory, text.seq, -1, -1)
+        self._running.remove(text)
+        self._free.append(text.seq)
+
+    def _failed(self, code: int) -> list[tuple[int, dict[str, Any] | RbeeError]]:
+        error = InferenceFailed(f"llama_decode returned {code} for embeddings", llama_code=code)
+        numbers = {text.job.number for text in self._running}
+        for number in numbers:
+            self.cancel(number)
+        return [(number, error) for number in sorted(numbers)]
