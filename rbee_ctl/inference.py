@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rbee_ctl.queen_client import InferenceStream, QueenClient, jittered
+from rbee_ctl.references import unknown_model
 from rbee_ctl.result import ErrorItem, OperationResult, exit_code_of
 from rbee_ctl.session import Session
 from rbee_serve.contract.errors import (
@@ -118,7 +119,7 @@ class Inference:
             return
         node, model = self._body.get("node"), self._model
         if node is None or model is None or self._session.settings.inventory.value is None:
-            raise refusal
+            raise unknown_model(refusal, model)
         self._ui.narrate("ctl", "cold_start", f"no worker serves {model} on {node}; starting one")
         worker = self._start(node, model)
         self._wait_until_ready(worker["worker_id"])
@@ -133,7 +134,10 @@ class Inference:
         host = self._session.inventory.get(node)
         request = start_request(model, host.backend(self._backend), self._body.get("device", 0))
         play = self._session.play("worker_start", limit=node, extra_vars={"rbee_worker_request": request})
-        worker = one_host(play, node, "worker")["worker"]
+        try:
+            worker = one_host(play, node, "worker")["worker"]
+        except ModelNotFound as e:
+            raise unknown_model(e, model) from e
         self._ui.narrate(node, "worker_start", f"{worker.get('name')} is {worker.get('state')} at {worker.get('url')}")
         return dict(worker)
 

@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import re
 
-from rbee_serve.contract.errors import BackendUnavailable, InvalidBackend, InvalidModelRef
+from rbee_serve.contract.errors import BackendUnavailable, InvalidBackend, InvalidModelRef, ModelNotFound, RbeeError
 
-_HUB = re.compile(r"hf:[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z0-9][A-Za-z0-9._/-]*)?")
+_HUB = re.compile(r"hf:[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z0-9][A-Za-z0-9._/+-]*)?")
+_HTTPS = re.compile(r"https://[A-Za-z0-9.-]+(:[0-9]+)?/[^\s#@]+\.gguf(\?[^\s#]*)?#sha256=[0-9a-f]{64}")
 _FILE = re.compile(r"file:///[^\0]+\.gguf")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,199}")
-FORMATS = "hf:org/repo, hf:org/repo:file-or-quantisation, file:///path/model.gguf, or the id of a model in the catalog"
+_KINDS = {"hf:": _HUB, "https:": _HTTPS, "file:": _FILE}
+FORMATS = (
+    "hf:org/repo, hf:org/repo:file-or-quantisation, https://host/file.gguf#sha256=DIGEST, file:///path/model.gguf, "
+    "or the id of a model in the catalog"
+)
 
 
 def check_model(reference: str) -> str:
     """Return the reference; raises InvalidModelRef listing the formats."""
-    pattern = _HUB if reference.startswith("hf:") else _FILE if reference.startswith("file:") else _ID
+    pattern = next((p for prefix, p in _KINDS.items() if reference.startswith(prefix)), _ID)
     if pattern.fullmatch(reference) is None or ".." in reference.split("/"):
-        raise InvalidModelRef(
-            f"model {reference!r} is not a model reference; expected: {FORMATS}",
-            hint="rbee-ctl worker list shows the models that are served",
-            model=reference,
-        )
+        raise _invalid(reference, "is not a model reference")
     return reference
+
+
+def unknown_model(error: RbeeError, reference: str | None) -> RbeeError:
+    """Return what to say of a model that nobody knows: of a word that is no reference, which formats there are (SPEC S-67)."""
+    if not isinstance(error, ModelNotFound) or reference is None or reference.startswith(tuple(_KINDS)):
+        return error
+    known = [str(k) for k in error.details.get("known", [])]
+    return _invalid(reference, f"is no reference and no known model (known: {', '.join(known) or 'none'})")
+
+
+def _invalid(reference: str, why: str) -> InvalidModelRef:
+    return InvalidModelRef(
+        f"model {reference!r} {why}; expected: {FORMATS}",
+        hint="rbee-ctl model list shows what the machines have",
+        model=reference,
+    )
 
 
 def check_backend(backend: str | None) -> str | None:

@@ -37,6 +37,22 @@ class Session:
         """Return the host, or None when none was named; raises NodeNotFound before anything is started."""
         return None if name is None else self.inventory.get(name)
 
+    def one_node(self, name: str | None) -> str:
+        """Return the host that is meant: the named one, or the only one there is; raises NodeNotFound, InvalidRequest."""
+        if name is not None:
+            return self.inventory.get(name).name
+        names = [h.name for h in self.inventory.hives]
+        if len(names) != 1:
+            from rbee_serve.contract.errors import InvalidRequest
+
+            raise InvalidRequest(
+                f"which machine? {self.inventory.path} has {', '.join(names) or 'none'}",
+                hint=f"add --node {names[0]}" if names else "rbee-ctl hive list",
+                field="node",
+                known=names,
+            )
+        return names[0]
+
     def queen(self) -> QueenClient:
         """Return a client for the queen; close it."""
         from rbee_ctl.queen_client import QueenClient

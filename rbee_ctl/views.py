@@ -154,11 +154,62 @@ def workers_stopped(data: Data) -> View:
 
 
 def models(data: Data) -> View:
-    """Models of nodes, or those that are served."""
+    """Catalogs of machines: models, broken entries, free disk."""
+    rows: list[tuple[Any, ...]] = []
+    notes: list[str] = []
+    for host, outcome in data["hosts"].items():
+        if outcome["status"] != "ok":
+            continue
+        for m in outcome.get("models", []):
+            facts = m.get("metadata", {})
+            used = ", ".join(m.get("used_by", []))
+            status = f"{m['status']}: {m['problem']}" if m.get("problem") else m.get("status")
+            rows.append((host, m["id"], facts.get("quantization"), size(m.get("size_bytes")), status, used, m.get("reference")))
+        notes += [f"{host}: broken: {p['path']}: {p['problem']}" for p in outcome.get("problems", [])]
+        if disk := outcome.get("disk"):
+            used_bytes = sum(m.get("size_bytes", 0) for m in outcome.get("models", []) if m.get("status") == "Ready")
+            count = len(outcome.get("models", []))
+            notes.append(f"{host}: {count} models, {size(used_bytes)}; {size(disk['free_bytes'])} of the disk are free")
+    if rows:
+        yield _table(("node", "model", "quant", "size", "status", "used by", "reference"), rows)
+    else:
+        yield "no models"
+    yield from notes
+
+
+def models_served(data: Data) -> View:
+    """Models that live workers serve."""
     if not data["models"]:
         return ["no models"]
     rows = ((m.get("node"), m.get("id"), size(m.get("size_bytes")), m.get("status"), m.get("reference")) for m in data["models"])
     return [_table(("node", "model", "size", "status", "reference"), rows)]
+
+
+def model_record(data: Data) -> View:
+    """One model, key by key, on each machine that has it."""
+    for host, outcome in data["hosts"].items():
+        if not (m := outcome.get("model")):
+            continue
+        facts = dict(m.get("metadata", {}))
+        template = facts.pop("chat_template", None)
+        reckoned = facts.pop("memory", None) or {}
+        rows: list[tuple[str, Any]] = [(k, v) for k, v in m.items() if k not in ("metadata", "used_by", "files")]
+        rows += [("parts", len(m["files"]))] if m.get("files") else []
+        rows += list(facts.items())
+        rows += [("weight_bytes", reckoned.get("weight_bytes")), ("used_by", ", ".join(m.get("used_by", [])))]
+        rows += [("chat_template", " ".join(template.split())[:60] + " ...")] if template else []
+        yield _table(("field", "value"), rows, title=host)
+
+
+def model_deleted(data: Data) -> View:
+    """A model that was deleted, with what that freed."""
+    for host, outcome in data["hosts"].items():
+        if not (m := outcome.get("model")):
+            continue
+        yield f"{host}: {m['id']} deleted, {size(outcome.get('freed_bytes'))} freed"
+        yield from (f"{host}: {path} lies outside of the models directory and was left" for path in outcome.get("left", []))
+        if outcome.get("used_by"):
+            yield f"{host}: still set to it: {', '.join(outcome['used_by'])}"
 
 
 def model_downloaded(data: Data) -> View:

@@ -1,21 +1,31 @@
-"""``rbee-ctl model``: what the machines have, and fetching more."""
+"""``rbee-ctl model``: the catalogs of the machines, and fetching more."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rbee_ctl.commands.options import Json, Node, Nodes, Verbose, session
+from rbee_ctl.commands.options import Json, Node, Nodes, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 
-app = typer.Typer(help="Models: download, list.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rbee_ctl.session import Session
+
+app = typer.Typer(help="Models: list, get, download, delete.", no_args_is_help=True)
+
+_Id = Annotated[str, typer.Argument(metavar="MODEL", help="id in the catalog, or the reference it came by")]
 
 
 @app.command()
 def download(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="REF", help="hf:org/repo[:file], or an id of the inventory's rbee_models")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="REF", help="hf:org/repo[:file or quantisation], https://host/file.gguf#sha256=DIGEST or file:///path.gguf"
+        ),
+    ],
     node: Nodes = None,
     json: Json = False,
     verbose: Verbose = False,
@@ -32,9 +42,29 @@ def download(
 
 
 @app.command("list")
-def list_(ctx: typer.Context, node: Node = None, json: Json = False) -> OperationResult:
-    """List the models that live workers serve, by node."""
-    s = session(ctx, json=json)
+def list_(
+    ctx: typer.Context,
+    node: Nodes = None,
+    provider: Annotated[str | None, typer.Option("--provider", metavar="NAME", help="only hf, https or file")] = None,
+    served: Annotated[bool, typer.Option("--served", help="only what live workers serve, as the queen knows it")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """List the models that machines have."""
+    from rbee_ctl.commands.fleet import per_host
+    from rbee_serve.contract.errors import InvalidRequest
+
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    if served:
+        return _served(s, node)
+    if provider not in (None, "hf", "https", "file"):
+        raise InvalidRequest(f"provider {provider!r} does not exist; known: hf, https, file", hint="--provider hf")
+    play = s.play("model_list", limit=node, extra_vars={"rbee_model_provider": provider} if provider else None)
+    return per_host("model list", play, "models")
+
+
+def _served(s: Session, node: str | None) -> OperationResult:
     with s.queen() as queen:
         found = {
             (str(w.get("hive_id")), str(w.get("model_id"))): {
@@ -46,4 +76,38 @@ def list_(ctx: typer.Context, node: Node = None, json: Json = False) -> Operatio
             }
             for w in queen.workers(node=node)
         }
-    return OperationResult("model list", data={"models": [found[k] for k in sorted(found)]}, view="models")
+    return OperationResult("model list", data={"models": [found[k] for k in sorted(found)]}, view="models_served")
+
+
+@app.command()
+def get(ctx: typer.Context, model: _Id, node: Nodes = None, json: Json = False, verbose: Verbose = False) -> OperationResult:
+    """Show one model: path, size, digest, and what its header says."""
+    from rbee_ctl.commands.fleet import per_host
+    from rbee_ctl.references import check_model
+
+    s = session(ctx, json=json, verbose=verbose)
+    check_model(model)
+    s.known_node(node)
+    return per_host("model get", s.play("model_get", limit=node, extra_vars={"rbee_model_ref": model}), "model_record")
+
+
+@app.command()
+def delete(
+    ctx: typer.Context,
+    model: _Id,
+    node: Node = None,
+    force: Annotated[bool, typer.Option("--force", help="also while a worker uses it")] = False,
+    yes: Yes = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Delete a model of one machine, its files and its entry; refused while a worker uses it."""
+    from rbee_ctl.commands.fleet import per_host
+    from rbee_ctl.references import check_model
+
+    s = session(ctx, json=json, verbose=verbose)
+    check_model(model)
+    node = s.one_node(node)
+    s.ui.confirm(f"delete model {model} on {node}?", yes=yes)
+    variables = {"rbee_model_ref": model, "rbee_model_force": force}
+    return per_host("model delete", s.play("model_delete", limit=node, extra_vars=variables), "model_deleted")

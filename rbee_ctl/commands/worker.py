@@ -28,7 +28,8 @@ def start(
 ) -> OperationResult:
     """Start a worker on a machine; the model is downloaded when it is not there."""
     from rbee_ctl.commands.fleet import one_host
-    from rbee_ctl.references import check_backend, check_model
+    from rbee_ctl.references import check_backend, check_model, unknown_model
+    from rbee_serve.contract.errors import ModelNotFound
 
     s = session(ctx, json=json, verbose=verbose)
     check_model(model)
@@ -36,7 +37,10 @@ def start(
     host = s.inventory.get(node)
     request = start_request(model, host.backend(backend), device, name, slots)
     play = s.play("worker_start", limit=node, extra_vars={"rbee_worker_request": request})
-    return OperationResult("worker start", data=dict(one_host(play, node, "worker")), view="worker_started")
+    try:
+        return OperationResult("worker start", data=dict(one_host(play, node, "worker")), view="worker_started")
+    except ModelNotFound as e:
+        raise unknown_model(e, model) from e
 
 
 def start_request(model: str, backend: str, device: int, name: str | None = None, slots: int | None = None) -> dict[str, Any]:

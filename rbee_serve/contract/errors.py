@@ -6,17 +6,17 @@
     │   ├── MissingApiKey, InvalidApiKey, ModelAccessDenied
     │   ├── NodeNotFound, ModelNotFound, WorkerNotFound, WorkerBinaryNotFound, RouteNotFound, MethodNotAllowed
     │   ├── NodeExists, WorkerAlreadyRegistered, JobNotFound, BodyTooLarge, HeadersTooLarge, RateLimited
-    │   ├── ConfirmationRequired
+    │   ├── ModelInUse, WorkerBinaryInUse, ConfirmationRequired
     │   └── RequestTimeout, RequestCanceled
     ├── CapacityError              nothing free or too small 503, 507
     │   ├── AllSlotsBusy, WorkerDraining, WorkerLoading, NoWorkerAvailable, BackendUnavailable
-    │   └── InsufficientRam, InsufficientVram, InsufficientDisk
+    │   └── InsufficientRam, InsufficientVram, InsufficientDisk, GpuTooHot
     ├── UpstreamError              a worker or a node failed 502, 504
     │   ├── WorkerCrashed, MalformedResponse, ConnectionTimeout, VersionMismatch, InferenceFailed
     │   └── NodeUnreachable, SshTimeout, SshAuthFailed, SshKeyNotFound, SshCommandFailed
     └── OperationError             a fleet operation failed  500
         ├── PlaybookFailed, UnitStartFailed, LoadingTimeout, ConfigInvalid, InventoryReadOnly, MissingDependency
-        └── DownloadFailed, DownloadTimeout, ChecksumMismatch, ModelFileInvalid
+        └── DownloadFailed, DownloadTimeout, ChecksumMismatch, ModelFileInvalid, BuildFailed, BundleInvalid
 
 An error carries what failed, with the figures in ``details``, and in ``hint`` the next command to type.
 """
@@ -192,6 +192,22 @@ class WorkerAlreadyRegistered(RequestError):
     status = 409
 
 
+class ModelInUse(RequestError):
+    """A worker uses the model; ``details["workers"]`` names it."""
+
+    code = "MODEL_IN_USE"
+    status = 409
+    exit_code = ExitCode.REFUSED
+
+
+class WorkerBinaryInUse(RequestError):
+    """A worker uses the runtime, or it is the current one; ``details["workers"]`` names it."""
+
+    code = "WORKER_BINARY_IN_USE"
+    status = 409
+    exit_code = ExitCode.REFUSED
+
+
 class JobNotFound(RequestError):
     """No such job, or it ended so long ago that the queen has forgotten it."""
 
@@ -290,6 +306,14 @@ class InsufficientVram(InsufficientRam):
     """Less device memory free than the model needs."""
 
     code = "VRAM_EXHAUSTED"
+
+
+class GpuTooHot(InsufficientRam):
+    """The device is over the temperature at which new work is refused; ``details`` has both figures."""
+
+    code = "GPU_TOO_HOT"
+    status = 503
+    retryable = True
 
 
 class InsufficientDisk(InsufficientRam):
@@ -447,6 +471,18 @@ class ChecksumMismatch(DownloadFailed):
     """The file is whole and its SHA-256 is wrong."""
 
     code = "CHECKSUM_MISMATCH"
+
+
+class BuildFailed(OperationError):
+    """The compiler gave up; ``details["output"]`` has its last lines. Nothing was registered."""
+
+    code = "BUILD_FAILED"
+
+
+class BundleInvalid(OperationError):
+    """A file of the bundle is missing, too much or has another digest."""
+
+    code = "BUNDLE_INVALID"
 
 
 def _subclasses(cls: type[RbeeError]) -> list[type[RbeeError]]:

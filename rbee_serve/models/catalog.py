@@ -27,10 +27,14 @@ def parse_ref(text: str) -> ModelRef:
         return store.parse_ref(text)
 
 
-def choose_file(ref: ModelRef, names: list[str]) -> str:
-    """Return the file of a repository that ``ref`` means; raises ModelNotFound, InvalidModelRef."""
+def choose_files(ref: ModelRef, names: list[str]) -> list[str]:
+    """Return the files of a repository that ``ref`` means, see store; raises ModelNotFound, InvalidModelRef."""
     with _contract_errors():
-        return store.choose_file(ref, names)
+        return store.choose_files(ref, names)
+
+
+Part = dict[str, Any]
+Parts = list[Part]
 
 
 class Catalog:
@@ -48,20 +52,24 @@ class Catalog:
         with _contract_errors():
             return store.find(self.list()[0], ref)
 
-    def new_entry(self, ref: ModelRef, file_name: str, path: Path, *, size_bytes: int, sha256: str | None) -> Entry:
-        """Return an entry with status Downloading and an id that nobody else has; nothing is written."""
+    def new_entry(self, ref: ModelRef, reference: str, parts: Parts) -> Entry:
+        """Return an entry with status Downloading and an id that nobody else has; nothing is written.
+
+        ``parts``: ``{"path", "size_bytes", "sha256"}`` of each file; ``reference``: the exact one, which names the file.
+        """
         taken = {str(e["id"]): str(e["reference"]) for e in self.list()[0]}
-        reference = f"hf:{ref.repo_id}:{file_name}" if ref.kind == "hf" else ref.text
+        name = store.set_name(Path(parts[0]["path"]).name)
         return {
-            "id": store.default_id(file_name, taken, reference=reference, org=ref.org),
+            "id": store.default_id(name, taken, reference=reference, org=ref.org),
             "reference": reference,
             "provider": ref.kind,
-            "name": Path(file_name).name.removesuffix(".gguf"),
-            "path": str(path),
-            "size_bytes": size_bytes,
+            "name": name.removesuffix(".gguf"),
+            "path": parts[0]["path"],
+            "size_bytes": sum(p["size_bytes"] for p in parts),
             "added_at": store.now_iso(),
             "status": store.DOWNLOADING,
-            "sha256": sha256,
+            "sha256": parts[0]["sha256"] if len(parts) == 1 else None,
+            **({"files": parts} if len(parts) > 1 else {}),
             "metadata": {},
         }
 
@@ -71,21 +79,23 @@ class Catalog:
             store.put(self.models_dir, directory, entry)
 
 
-def ready(entry: Entry, sha256: str, **metadata: Any) -> Entry:
-    """Return the entry as Ready, with digest, exact size and the facts of the file's header.
+def ready(entry: Entry, digests: list[str], **metadata: Any) -> Entry:
+    """Return the entry as Ready, with digests (one a part), exact sizes and the facts of the header.
 
-    Raises ModelFileInvalid when the file is no GGUF.
+    Raises ModelFileInvalid when a file is no GGUF.
     """
-    path = Path(entry["path"])
+    paths = [Path(p["path"]) for p in store.parts(entry)]
     try:
-        facts = gguf.facts(path)
+        facts = gguf.facts(*paths)
     except gguf.GgufError as e:
-        raise errors.ModelFileInvalid(str(e), hint="choose a GGUF file of the repository", path=str(path)) from None
+        raise errors.ModelFileInvalid(str(e), hint="choose a GGUF file of the repository", path=str(paths[0])) from None
+    files = [{"path": str(p), "size_bytes": p.stat().st_size, "sha256": sha256} for p, sha256 in zip(paths, digests, strict=True)]
     return {
         **{k: v for k, v in entry.items() if k != "problem"},
         "status": store.READY,
-        "sha256": sha256,
-        "size_bytes": path.stat().st_size,
+        "sha256": store.digest_of_parts(digests),
+        "size_bytes": sum(int(str(f["size_bytes"])) for f in files),
+        **({"files": files} if len(files) > 1 else {}),
         "added_at": store.now_iso(),
         "metadata": {**facts, **metadata},
     }

@@ -12,17 +12,18 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import functools
 import os
 import random
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from rbee_serve.contract.errors import (
     ChecksumMismatch,
@@ -35,11 +36,13 @@ from rbee_serve.contract.errors import (
     RbeeError,
 )
 from rbee_serve.models import store
-from rbee_serve.models.catalog import Catalog, digest, parse_ref, ready
-from rbee_serve.models.hub import Hub, RemoteFile, TransientError
+from rbee_serve.models.catalog import Catalog, choose_files, digest, parse_ref, ready
+from rbee_serve.models.hub import Hub, RemoteFile, Source, TransientError
 from rbee_serve.models.progress import Meter, Progress
 from rbee_serve.models.store import Entry, ModelRef
 
+#: Pause between two looks at a download that another process runs.
+_JOIN_INTERVAL_S = 0.2
 #: Left free for the catalog and for rounding of the file system.
 _DISK_RESERVE_BYTES = 1 << 20
 
@@ -52,13 +55,19 @@ class _WrongDigestError(TransientError):
 
 @dataclass(frozen=True)
 class Options:
-    """Limits of a download; defaults are SPEC 3.8's."""
+    """Limits of a download; defaults are SPEC 3.8's.
+
+    ``tries``: in all, the first included, so that five pauses lie between them: 100, 200, 400, 800, 1600 ms, each times
+    0.5 to 1.5. The series ends at ``pause_max_s`` for whoever asks for more tries.
+    """
 
     endpoint: str | None = None
     token: str | None = None
     tries: int = 6
-    pause_s: float = 0.1  # doubled with each try, times 0.5 to 1.5
+    pause_s: float = 0.1
+    pause_max_s: float = 3.2
     stall_timeout_s: float = 60.0
+    bytes_per_s: int = 0  # 0: as fast as it goes
     roots: tuple[Path, ...] = ()  # besides the models directory: where file:/// references may point
 
 
@@ -77,74 +86,173 @@ class Download:
         if self._ref.kind == "id":
             known = [e["id"] for e in self._catalog.list()[0]]
             raise ModelNotFound(
-                f"no model {self._ref.text!r} in the catalog, and only hf: references can be downloaded",
+                f"no model {self._ref.text!r} in the catalog, and only hf: and https:// references can be downloaded",
                 hint="write hf:org/repo:file.gguf",
                 known=known,
             )
         if self._ref.kind == "file":
             return register(self._ref, self._catalog, self._options.roots), False
-        hub = Hub(self._options.endpoint, self._options.token, stall_timeout_s=self._options.stall_timeout_s)
-        try:
-            return self._from_hub(hub)
-        finally:
-            hub.close()
+        stall = self._options.stall_timeout_s
+        hub = self._ref.kind == "hf"
+        source = Hub(self._options.endpoint, self._options.token, stall_timeout_s=stall) if hub else Source(stall_timeout_s=stall)
+        with closing(source):
+            return self._fetched(source)
 
-    def _from_hub(self, hub: Hub) -> tuple[Entry, bool]:
+    def _fetched(self, source: Source) -> tuple[Entry, bool]:
         tries = Tries(self._options, self._progress)
         self._progress.line("resolving", f"looking up {self._ref.text}")
-        remote = tries.run(lambda: hub.resolve(self._ref))
+        remotes = tries.run(lambda: source.resolve(self._ref))
         home = self._catalog.models_dir / self._ref.org / self._ref.repo
-        path = home / remote.name
-        old = self._catalog.find(parse_ref(f"hf:{self._ref.repo_id}:{remote.name}"))
+        first = home / remotes[0].name
+        reference = self._ref.text
+        if self._ref.kind == "hf":
+            reference = f"hf:{self._ref.repo_id}:{store.set_name(remotes[0].name)}"
+        old = self._catalog.find(parse_ref(reference))
         if old and old["status"] == store.READY:
             return old, False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock(store.partial_path(path)):
-            # Whoever held the lock may have finished the very same file.
-            old = self._catalog.find(parse_ref(f"hf:{self._ref.repo_id}:{remote.name}"))
+        first.parent.mkdir(parents=True, exist_ok=True)
+        with self._lock(store.partial_path(first), sum(r.size_bytes for r in remotes)):
+            # Whoever held the lock may have finished the very same model.
+            old = self._catalog.find(parse_ref(reference))
             if old and old["status"] == store.READY:
-                store.partial_path(path).unlink(missing_ok=True)
+                store.partial_path(first).unlink(missing_ok=True)
                 return old, False
-            if old and old.get("sha256") != remote.sha256:
-                os.truncate(store.partial_path(path), 0)  # the hub has another version by now
-            return self._fetch(hub, remote, path, home, tries), True
+            parts = [{"path": str(home / r.name), "size_bytes": r.size_bytes, "sha256": r.sha256} for r in remotes]
+            if old and [p.get("sha256") for p in store.parts(old)] != [r.sha256 for r in remotes]:
+                for part in parts:  # the hub has another version by now
+                    with suppress(FileNotFoundError):
+                        os.truncate(store.partial_path(Path(str(part["path"]))), 0)
+            entry = self._catalog.new_entry(self._ref, reference, parts)
+            return _Transfer(source, remotes, home, entry, self._catalog, tries, self._progress, self._options).run(), True
 
-    def _fetch(self, hub: Hub, remote: RemoteFile, path: Path, home: Path, tries: Tries) -> Entry:
-        partial = store.partial_path(path)
+    @contextmanager
+    def _lock(self, partial: Path, total: int) -> Iterator[None]:
+        """Hold the partial file's lock; while another downloader of the same model has it, show how far that one is."""
+        while True:
+            with partial.open("a+b") as f:
+                try:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    self._progress.line("waiting", f"another download of {partial.name} is running; waiting for it")
+                    with Meter(self._progress, "downloading", f"{partial.name} (by another)", total) as meter:
+                        while not _try_lock(f):
+                            meter.at(_size(partial))
+                            time.sleep(_JOIN_INTERVAL_S)
+                # The other one may have renamed or removed the file that we now hold the lock of.
+                try:
+                    current = os.path.samestat(os.fstat(f.fileno()), partial.stat())
+                except FileNotFoundError:
+                    current = False
+                if current:
+                    yield
+                    return
+
+
+def _try_lock(f: IO[bytes]) -> bool:
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+class _Transfer:
+    """The files of one model, from ``source`` into ``home``; the caller holds the lock."""
+
+    def __init__(
+        self,
+        source: Source,
+        remotes: list[RemoteFile],
+        home: Path,
+        entry: Entry,
+        catalog: Catalog,
+        tries: Tries,
+        progress: Progress,
+        options: Options,
+    ) -> None:
+        self._source, self._remotes, self._home, self._entry = source, remotes, home, entry
+        self._catalog, self._tries, self._progress = catalog, tries, progress
+        self._total = sum(r.size_bytes for r in remotes)
+        self._pace = Pace(options.bytes_per_s)
+
+    def run(self) -> Entry:
+        """Return the entry, Ready. Raises RbeeError."""
+        finals = [self._home / r.name for r in self._remotes]
+        partials = [store.partial_path(p) for p in finals]
+        for partial in partials:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            partial.touch()
+        there = [self._there(f, r) for f, r in zip(finals, self._remotes, strict=True)]
+        have = [r.size_bytes if t else _size(p) for p, r, t in zip(partials, self._remotes, there, strict=True)]
         try:
-            check_disk(path.parent, remote.size_bytes - partial.stat().st_size, remote.name)
+            check_disk(self._home, self._total - sum(have), self._entry["name"])
         except InsufficientDisk:
-            if partial.stat().st_size == 0:
-                partial.unlink()
+            if sum(have) == 0:
+                self._drop(partials)
             raise
-        entry = self._catalog.new_entry(self._ref, remote.name, path, size_bytes=remote.size_bytes, sha256=remote.sha256)
-        self._catalog.put(entry, home)
+        self._catalog.put(self._entry, self._home)
         try:
-            sha256 = tries.run(lambda: self._attempt(hub, remote, partial))
-            partial.chmod(0o644)
-            partial.replace(path)
-            entry = ready(entry, sha256, source_url=remote.url)
+            digests = []
+            for number, (remote, partial) in enumerate(zip(self._remotes, partials, strict=True)):
+                before = sum(r.size_bytes for r in self._remotes[:number])
+                fetch = functools.partial(self._attempt, remote, partial, before)
+                digests.append(there[number] or self._tries.run(fetch))
+            # The first one last: its lock is what says that somebody is at work.
+            for partial, final, whole in reversed(list(zip(partials, finals, there, strict=True))):
+                if whole:
+                    partial.unlink(missing_ok=True)
+                else:
+                    partial.chmod(0o644)
+                    partial.replace(final)
+            entry = ready(self._entry, digests, source_url=self._remotes[0].url)
         except BaseException as e:
             if isinstance(e, InsufficientDisk | ChecksumMismatch):
-                partial.unlink(missing_ok=True)
+                self._drop(partials)
             if isinstance(e, ModelFileInvalid):
-                path.unlink(missing_ok=True)
+                self._drop(finals)
             with suppress(OSError):  # a full disk may refuse this as well; the reader then says "interrupted"
-                self._catalog.put({**entry, "status": store.FAILED, "problem": str(e) or type(e).__name__}, home)
+                failed = {**self._entry, "status": store.FAILED, "problem": str(e) or type(e).__name__}
+                self._catalog.put(failed, self._home)
             raise
-        self._catalog.put(entry, home)
+        self._catalog.put(entry, self._home)
         return entry
 
-    def _attempt(self, hub: Hub, remote: RemoteFile, partial: Path) -> str:
-        """Fetch what is missing and verify the whole; returns the digest."""
+    def _there(self, final: Path, remote: RemoteFile) -> str | None:
+        """Return the digest of a file that has its name already and is right: a crash came before its entry was written."""
+        if remote.sha256 is None or _size(final) != remote.size_bytes:
+            return None
+        with Meter(self._progress, "verifying", remote.name, remote.size_bytes) as meter:
+            if digest(final, meter.at) == remote.sha256:
+                return remote.sha256
+        final.unlink()
+        return None
+
+    @staticmethod
+    def _drop(paths: list[Path]) -> None:
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+    def _attempt(self, remote: RemoteFile, partial: Path, before: int) -> str:
+        """Fetch what is missing of one file and verify the whole of it; returns the digest."""
         with partial.open("r+b", buffering=0) as f:
             offset = f.seek(0, os.SEEK_END)
             if offset > remote.size_bytes:
                 offset = f.truncate(0)
             if offset < remote.size_bytes:
+                if offset:
+                    share = 100 * offset // remote.size_bytes
+                    words = f"resuming {remote.name} from {share} % ({offset / 1e6:.1f} MB are here)"
+                    self._progress.line("resuming", words, bytes_downloaded=before + offset, bytes_total=self._total)
                 try:
-                    with hub.stream(remote, offset) as (start, chunks):
-                        self._receive(f, start, chunks, remote)
+                    with self._source.stream(remote, offset) as (start, chunks):
+                        self._receive(f, start, chunks, remote, before)
                 except TransientError as e:
                     if e.restart:
                         f.truncate(0)
@@ -154,47 +262,48 @@ class Download:
                         raise _no_space(partial.parent, remote.size_bytes - offset, remote.name) from e
                     raise DownloadFailed(f"{partial}: {e.strerror}", path=str(partial)) from e
             os.fsync(f.fileno())
-        meter = Meter(self._progress, "verifying", remote.name, remote.size_bytes)
-        sha256 = digest(partial, meter.at)
+        with Meter(self._progress, "verifying", remote.name, remote.size_bytes) as meter:
+            sha256 = digest(partial, meter.at)
         if remote.sha256 and sha256 != remote.sha256:
             os.truncate(partial, 0)
-            raise _WrongDigestError(f"SHA-256 of {remote.name} is {sha256}, the hub says {remote.sha256}")
+            raise _WrongDigestError(f"SHA-256 of {remote.name} is {sha256}, expected {remote.sha256}")
         return sha256
 
-    def _receive(self, f: FileIO, start: int, chunks: Iterator[bytes], remote: RemoteFile) -> None:
+    def _receive(self, f: FileIO, start: int, chunks: Iterator[bytes], remote: RemoteFile, before: int) -> None:
         f.truncate(start)
         done = f.seek(start)
-        meter = Meter(self._progress, "downloading", remote.name, remote.size_bytes, done)
-        for chunk in chunks:
-            view = memoryview(chunk)
-            while view:
-                view = view[f.write(view) or 0 :]
-            done += len(chunk)
-            if done > remote.size_bytes:
-                f.truncate(0)
-                raise TransientError(f"more than the {remote.size_bytes} bytes that {remote.name} has")
-            meter.at(done)
+        self._pace.begin()
+        with Meter(self._progress, "downloading", remote.name, self._total, before + done) as meter:
+            for chunk in chunks:
+                view = memoryview(chunk)
+                while view:
+                    view = view[f.write(view) or 0 :]
+                done += len(chunk)
+                if done > remote.size_bytes:
+                    f.truncate(0)
+                    raise TransientError(f"more than the {remote.size_bytes} bytes that {remote.name} has")
+                meter.at(before + done)
+                self._pace.wait(len(chunk))
         if done < remote.size_bytes:
             raise TransientError(f"the connection ended at {done} of {remote.size_bytes} bytes")
 
-    @contextmanager
-    def _lock(self, partial: Path) -> Iterator[None]:
-        """Hold the partial file's lock, waiting for another downloader of the same model."""
-        while True:
-            with partial.open("a+b") as f:
-                try:
-                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    self._progress.line("waiting", f"another download of {partial.name} is running; waiting for it")
-                    fcntl.flock(f, fcntl.LOCK_EX)
-                # The other one may have renamed or removed the file that we now hold the lock of.
-                try:
-                    current = os.path.samestat(os.fstat(f.fileno()), partial.stat())
-                except FileNotFoundError:
-                    current = False
-                if current:
-                    yield
-                    return
+
+class Pace:
+    """Keeps a transfer at or below a rate, in bytes a second; 0 is no limit (SPEC E-16)."""
+
+    def __init__(self, bytes_per_s: int) -> None:
+        self._rate = bytes_per_s
+        self._began, self._passed = 0.0, 0
+
+    def begin(self) -> None:
+        """Count from now on: what was missed while nothing came is not made up for."""
+        self._began, self._passed = time.monotonic(), 0
+
+    def wait(self, count: int) -> None:
+        """Let ``count`` more bytes pass."""
+        self._passed += count
+        if self._rate:
+            time.sleep(max(0.0, self._began + self._passed / self._rate - time.monotonic()))
 
 
 class Tries:
@@ -216,7 +325,8 @@ class Tries:
                 total = self._options.tries
                 if self._number >= total:
                     raise _final(e, total) from e
-                pause = self._options.pause_s * 2 ** (self._number - 1) * random.uniform(0.5, 1.5)  # noqa: S311
+                step = min(self._options.pause_s * 2 ** (self._number - 1), self._options.pause_max_s)
+                pause = step * random.uniform(0.5, 1.5)  # noqa: S311
                 self._number += 1
                 self._progress.line(
                     "retrying",
@@ -225,14 +335,23 @@ class Tries:
                     attempts=total,
                     pause_s=round(pause, 3),
                 )
-                time.sleep(pause)
+                self._sleep(pause)
+
+    def _sleep(self, pause_s: float) -> None:
+        """Wait, saying so once a second (N-05)."""
+        end = time.monotonic() + pause_s
+        while (left := end - time.monotonic()) > 1.0:
+            time.sleep(1.0)
+            words = f"attempt {self._number}/{self._options.tries} in {left - 1.0:.1f} s"
+            self._progress.line("retrying", words, attempt=self._number, attempts=self._options.tries)
+        time.sleep(max(0.0, left))
 
 
 def _final(e: TransientError, tries: int) -> DownloadFailed:
     """Return what a download fails with when its last try failed with ``e``."""
     message = f"{e} (try {tries} of {tries}, the last)"
     if isinstance(e, _WrongDigestError):
-        return ChecksumMismatch(message, hint="the hub's copy is damaged: try later, or another quantisation", tries=tries)
+        return ChecksumMismatch(message, hint="the copy there is damaged: try later, or another quantisation", tries=tries)
     kind = DownloadTimeout if e.stalled else DownloadFailed
     return kind(message, hint="repeat the command: it goes on where it stopped", tries=tries)
 
@@ -272,8 +391,11 @@ def register(ref: ModelRef, catalog: Catalog, roots: tuple[Path, ...]) -> Entry:
             hint=f"move it beneath {catalog.models_dir}",
             roots=[str(r) for r in allowed],
         )
-    entry = catalog.new_entry(ref, path.name, path, size_bytes=path.stat().st_size, sha256=None)
-    entry = ready(entry, digest(path))
+    found = [p for p in sorted(path.parent.glob("*.gguf")) if store.set_name(p.name) == store.set_name(path.name)]
+    names = choose_files(ModelRef(ref.text, "hf", "local", path.parent.name, path.name), [p.name for p in found])
+    paths = [path.with_name(n) for n in names]
+    entry = catalog.new_entry(ref, ref.text, [{"path": str(p), "size_bytes": p.stat().st_size, "sha256": None} for p in paths])
+    entry = ready(entry, [digest(p) for p in paths])
     catalog.put(entry, catalog.models_dir / "local" / entry["id"])
     return entry
 
@@ -298,8 +420,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tries", type=int, default=Options.tries)
     parser.add_argument("--pause-s", type=float, default=Options.pause_s)
     parser.add_argument("--stall-timeout-s", type=float, default=Options.stall_timeout_s)
+    parser.add_argument("--bytes-per-s", type=int, default=0, help="rate limit; 0: none")
     args = parser.parse_args(argv)
-    options = Options(args.endpoint, token_from(os.environ), args.tries, args.pause_s, args.stall_timeout_s, tuple(args.root))
+    options = Options(
+        endpoint=args.endpoint,
+        token=token_from(os.environ),
+        tries=args.tries,
+        pause_s=args.pause_s,
+        stall_timeout_s=args.stall_timeout_s,
+        bytes_per_s=args.bytes_per_s,
+        roots=tuple(args.root),
+    )
     progress = Progress(args.progress_file)
     try:
         entry, downloaded = Download(args.ref, args.models_dir, options, progress).run()

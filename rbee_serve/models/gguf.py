@@ -32,8 +32,19 @@ _SCALARS = {
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
 _U32, _U64 = _SCALARS[4], _SCALARS[10]
+#: Arrays of integers up to this length keep their values: heads of each layer are told that way.
+_KEPT_MAX = 1024
+#: ``enum ggml_type`` -> (elements of a block, bytes of a block).
+BLOCKS = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
+    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+}  # fmt: skip
 #: Arrays within arrays that a header may have; llama.cpp's own files have none.
 _DEPTH_MAX = 8
+#: Longest chat template that the catalog keeps, characters.
+_TEMPLATE_MAX = 32_768
 #: GGML_MAX_DIMS.
 _DIMENSIONS_MAX = 4
 
@@ -46,13 +57,17 @@ class GgufError(ValueError):
 class Header:
     """What stands before the weights.
 
-    ``values``: all key-value pairs, arrays as ``{"length": n}``. ``parameters``: elements of all tensors.
-    ``tensor_types``: the types (``enum ggml_type``) that its tensors have.
+    ``values``: all key-value pairs, arrays as ``{"length": n}``, short ones of integers with ``"values"`` besides.
+    ``parameters``: elements of all tensors. ``tensor_types``: the types (``enum ggml_type``) that its tensors have.
+    ``weight_bytes``: size of all tensors; ``embedding_bytes``: of the token embedding; ``tied``: it is the output matrix too.
     """
 
     values: dict[str, Any]
     parameters: int
     tensor_types: frozenset[int]
+    weight_bytes: int = 0
+    embedding_bytes: int = 0
+    tied: bool = False
 
     @property
     def architecture(self) -> str:
@@ -107,7 +122,11 @@ class _Cursor:
             raise GgufError(f"unknown value type {kind} at {self.at}")
         inner, length = self.scalar(_U32), self.scalar(_U64)
         if inner in _SCALARS:
-            self.skip(_SCALARS[inner].size * length)
+            form = _SCALARS[inner]
+            self.skip(form.size * length)
+            if 0 < length <= _KEPT_MAX and form.format[-1] not in "fd?":
+                start = self.at - form.size * length
+                return {"length": length, "values": [v for (v,) in form.iter_unpack(self.data[start : self.at])]}
         elif inner == _STRING:
             self._skip_strings(length)
         else:
@@ -152,39 +171,66 @@ def _walk(cursor: _Cursor) -> Header:
     for _ in range(pairs):
         key = cursor.string()
         values[key] = cursor.value(cursor.scalar(_U32))
-    parameters, types = 0, set()
+    parameters, types, sizes = 0, set(), {}
     for _ in range(tensors):
-        cursor.string()
+        name = cursor.string()
         count, dimensions = 1, cursor.scalar(_U32)
         if dimensions > _DIMENSIONS_MAX:
             raise GgufError(f"a tensor of {dimensions} dimensions, at most {_DIMENSIONS_MAX} are possible")
         for _ in range(dimensions):
             count *= cursor.scalar(_U64)
-        types.add(cursor.scalar(_U32))
+        kind = cursor.scalar(_U32)
+        types.add(kind)
         cursor.skip(8)  # offset
         parameters += count
-    return Header(values, parameters, frozenset(types))
+        per_block, block_bytes = BLOCKS.get(kind, (1, 4))
+        sizes[name] = -(-count // per_block) * block_bytes
+    embedding = sizes.get("token_embd.weight", 0)
+    tied = bool(embedding) and "output.weight" not in sizes
+    return Header(values, parameters, frozenset(types), sum(sizes.values()), embedding, tied)
 
 
-def facts(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return what the catalog keeps of a model file (SPEC S-30).
+def facts(*paths: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what the catalog keeps of a model, which is one file or all parts of a split one (SPEC S-30).
 
     ``{"architecture", "name", "parameters", "quantization", "layers", "context_trained", "vocab_size", "eos_id",
-    "bos_id", "has_chat_template"}``; a value that the header lacks is None. Raises GgufError, OSError.
+    "bos_id", "tokenizer", "has_chat_template", "chat_template", "memory"}``; a value that the header lacks is None.
+    ``memory`` is what its use of memory is reckoned from, see memory.py. Raises GgufError, OSError.
     """
-    header = read(path)
-    values = header.values
+    headers = [read(p) for p in paths]
+    values = headers[0].values
     arch = values.get("general.architecture")
     tokens = values.get("tokenizer.ggml.tokens")
+    vocab = tokens["length"] if isinstance(tokens, dict) else values.get(f"{arch}.vocab_size")
+    template = values.get("tokenizer.chat_template")
+
+    def of(key: str) -> Any:
+        value = values.get(f"{arch}.{key}")
+        return value["values"] if isinstance(value, dict) and "values" in value else value
+
     return {
         "architecture": arch,
         "name": values.get("general.name"),
-        "parameters": header.parameters,
+        "parameters": sum(h.parameters for h in headers),
         "quantization": _file_type(values),
-        "layers": values.get(f"{arch}.block_count"),
-        "context_trained": values.get(f"{arch}.context_length"),
-        "vocab_size": tokens["length"] if isinstance(tokens, dict) else values.get(f"{arch}.vocab_size"),
+        "layers": of("block_count"),
+        "context_trained": of("context_length"),
+        "vocab_size": vocab,
         "eos_id": values.get("tokenizer.ggml.eos_token_id"),
         "bos_id": values.get("tokenizer.ggml.bos_token_id"),
-        "has_chat_template": "tokenizer.chat_template" in values,
+        "tokenizer": values.get("tokenizer.ggml.model"),
+        "has_chat_template": template is not None,
+        "chat_template": template if isinstance(template, str) and len(template) <= _TEMPLATE_MAX else None,
+        "memory": {
+            "weight_bytes": sum(h.weight_bytes for h in headers),
+            "embedding_bytes": sum(h.embedding_bytes for h in headers),
+            "tied": len(headers) == 1 and headers[0].tied,
+            "embedding_length": of("embedding_length"),
+            "feed_forward_length": of("feed_forward_length"),
+            "heads": of("attention.head_count"),
+            "heads_kv": of("attention.head_count_kv"),
+            "key_length": of("attention.key_length"),
+            "value_length": of("attention.value_length"),
+            "recurrent": any(k.startswith(f"{arch}.ssm.") or ".wkv." in k for k in values),
+        },
     }

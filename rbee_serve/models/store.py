@@ -10,12 +10,19 @@ takes and the standard library can read; a hand-written YAML file is read with P
     {"id": str, "reference": "hf:org/repo:file" | "file:///path", "provider": "hf" | "file", "name": str,
      "path": str, "size_bytes": int, "added_at": ISO-8601, "status": "Ready" | "Downloading" | "Failed",
      "sha256": str | None, "metadata": {"architecture", "parameters", "quantization", "source_url", ...}}
+
+A split model is one entry: ``path`` is its first part, which is what llama.cpp is given, ``files`` lists all parts as
+``{"path", "size_bytes", "sha256"}``, ``size_bytes`` is their sum and ``sha256`` the digest of their digests.
+
+A ``metadata.yaml`` that can not be read is set aside as ``metadata.yaml.corrupt`` (SPEC E-06) and reported until
+somebody mends or removes it; the files beside it are never touched.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -27,6 +34,7 @@ from typing import Any
 
 READY, DOWNLOADING, FAILED = "Ready", "Downloading", "Failed"
 METADATA = "metadata.yaml"
+CORRUPT = METADATA + ".corrupt"
 PARTIAL_SUFFIX = ".partial"
 
 Entry = dict[str, Any]
@@ -35,7 +43,9 @@ _PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 _HUB = re.compile(rf"hf:(?P<org>{_PART})/(?P<repo>{_PART})(?::(?P<file>[A-Za-z0-9][A-Za-z0-9._/+-]{{0,255}}))?")
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,199}")
 _QUANT = re.compile(r"(?i)(?:^|[-._])((?:I?Q[0-9]|F16|F32|BF16|TQ[0-9]|MXFP4)[A-Z0-9_]*)$")
-_SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
+_SPLIT = re.compile(r"-(\d{5})-of-(\d{5})$")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_URL_PATH = re.compile(r"[A-Za-z0-9._~/%+=&?-]*?[A-Za-z0-9._-]+\.gguf(\?[A-Za-z0-9._~/%+=&-]*)?")
 
 
 class CatalogError(Exception):
@@ -46,8 +56,13 @@ class CatalogError(Exception):
         self.code, self.message, self.hint, self.details = code, message, hint, details
 
 
+class _NotReadableHereError(ValueError):
+    """Nothing is known to be wrong with the file: this interpreter can not read YAML."""
+
+
 class ModelRef:
-    """A parsed reference. ``kind`` is ``hf`` (org, repo, file or None), ``file`` (path) or ``id`` (text)."""
+    """A parsed reference. ``kind`` is ``hf`` (org, repo, file or None), ``https`` (path: the address without the digest,
+    file: the digest), ``file`` (path) or ``id`` (text)."""
 
     def __init__(self, text: str, kind: str, org: str = "", repo: str = "", file: str | None = None, path: str = "") -> None:
         self.text, self.kind, self.org, self.repo, self.file, self.path = text, kind, org, repo, file, path
@@ -59,7 +74,7 @@ class ModelRef:
 
 
 def parse_ref(text: str) -> ModelRef:
-    """Parse ``hf:org/repo[:file or quantisation]``, ``file:///path.gguf`` or a catalog id.
+    """Parse ``hf:org/repo[:file or quantisation]``, ``https://host/file.gguf#sha256=...``, ``file:///path.gguf`` or an id.
 
     Raises CatalogError INVALID_MODEL_REF for anything else: also for names that could leave the models directory.
     """
@@ -67,6 +82,11 @@ def parse_ref(text: str) -> ModelRef:
         path = text[len("file://") :]
         if path.startswith("/") and path.endswith(".gguf") and ".." not in Path(path).parts and "\0" not in path:
             return ModelRef(text, "file", path=path)
+    elif text.startswith("https://"):
+        address, _, digest = text.partition("#sha256=")
+        host, _, path = address[len("https://") :].partition("/")
+        if re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]+)?", host) and _URL_PATH.fullmatch(path) and _DIGEST.fullmatch(digest):
+            return ModelRef(text, "https", org="web", repo=host.replace(":", "-"), file=digest, path=address)
     elif match := _HUB.fullmatch(text):
         file = match["file"]
         parts = [match["org"], match["repo"], *(file.split("/") if file else [])]
@@ -77,8 +97,9 @@ def parse_ref(text: str) -> ModelRef:
     raise CatalogError(
         "INVALID_MODEL_REF",
         f"{text!r} is not a model reference",
-        "write hf:org/repo:file.gguf, hf:org/repo:Q4_K_M, file:///path/model.gguf or the id of a catalogued model",
-        expected=["hf:org/repo[:file]", "file:///path.gguf", "catalog id"],
+        "write hf:org/repo:file.gguf, hf:org/repo:Q4_K_M, https://host/file.gguf#sha256=DIGEST, file:///path/model.gguf "
+        "or the id of a catalogued model",
+        expected=["hf:org/repo[:file]", "https://host/file.gguf#sha256=DIGEST", "file:///path.gguf", "catalog id"],
     )
 
 
@@ -88,28 +109,38 @@ def quantization(file_name: str) -> str | None:
     return match[1].upper() if match else None
 
 
-def choose_file(ref: ModelRef, names: list[str]) -> str:
-    """Return the one of a repository's files that ``ref`` means: by name, by quantisation, or the only GGUF there is.
+def set_name(name: str) -> str:
+    """Return the name that all parts of a split model share; of any other file its own."""
+    stem, suffix = (name[: -len(".gguf")], name[-len(".gguf") :]) if name.lower().endswith(".gguf") else (name, "")
+    return _SPLIT.sub("", stem) + suffix
 
-    Raises CatalogError: MODEL_NOT_FOUND (no such file), INVALID_MODEL_REF (several fit; they are listed).
+
+def choose_files(ref: ModelRef, names: list[str]) -> list[str]:
+    """Return the files of a repository that ``ref`` means, by name, by quantisation, or the only GGUF there is.
+
+    More than one are the parts of a split model, in order. Raises CatalogError: MODEL_NOT_FOUND (no such file, or a part
+    is missing), INVALID_MODEL_REF (several fit; they are listed).
     """
-    ggufs = sorted(n for n in names if n.lower().endswith(".gguf") and "mmproj" not in n.lower())
-    if not ggufs:
+    sets: dict[str, list[str]] = {}
+    for name in sorted(n for n in names if n.lower().endswith(".gguf") and "mmproj" not in n.lower()):
+        sets.setdefault(set_name(name), []).append(name)
+    if not sets:
         raise CatalogError(
             "MODEL_NOT_FOUND", f"{ref.repo_id} has no GGUF file", "choose a repository whose name ends in -GGUF", files=names[:20]
         )
     if ref.file is None:
-        fits = ggufs
+        fits = list(sets)
     elif ref.file.lower().endswith(".gguf"):
-        fits = [n for n in ggufs if n == ref.file] or [n for n in ggufs if n.lower() == ref.file.lower()]
+        wanted = set_name(ref.file)
+        fits = [n for n in sets if n == wanted] or [n for n in sets if n.lower() == wanted.lower()]
     else:
-        fits = [n for n in ggufs if quantization(n) == ref.file.upper()]
+        fits = [n for n in sets if quantization(n) == ref.file.upper()]
     if not fits:
         raise CatalogError(
             "MODEL_NOT_FOUND",
-            f"{ref.repo_id} has no file {ref.file!r}; it has {', '.join(ggufs)}",
-            f"for example hf:{ref.repo_id}:{ggufs[0]}",
-            files=ggufs,
+            f"{ref.repo_id} has no file {ref.file!r}; it has {', '.join(sets)}",
+            f"for example hf:{ref.repo_id}:{next(iter(sets))}",
+            files=list(sets),
         )
     if len(fits) > 1:
         kinds = sorted({q for n in fits if (q := quantization(n))})
@@ -120,20 +151,40 @@ def choose_file(ref: ModelRef, names: list[str]) -> str:
             files=fits,
             quantizations=kinds,
         )
-    if _SPLIT.search(fits[0].removesuffix(".gguf")):
+    return _whole(ref, sets[fits[0]])
+
+
+def _whole(ref: ModelRef, parts: list[str]) -> list[str]:
+    """Return the parts of a model; raises CatalogError MODEL_NOT_FOUND when one is missing."""
+    if (match := _SPLIT.search(parts[0][: -len(".gguf")])) is None:
+        return parts
+    total = int(match[2])
+    there = {int(m[1]) for p in parts if (m := _SPLIT.search(p[: -len(".gguf")]))}
+    if missing := sorted(set(range(1, total + 1)) - there):
         raise CatalogError(
-            "INVALID_MODEL_REF",
-            f"{fits[0]} is one part of a split model, which rbee does not download",
-            "choose a quantisation in one file, or merge the parts with llama-gguf-split --merge and use file:///",
-            files=fits,
+            "MODEL_NOT_FOUND",
+            f"{ref.repo_id}: {parts[0]} is one of {total} parts; missing: {', '.join(map(str, missing))}",
+            "choose another quantisation, or another repository",
+            files=parts,
         )
-    return fits[0]
+    return parts
+
+
+def choose_file(ref: ModelRef, names: list[str]) -> str:
+    """Return the first of ``choose_files``."""
+    return choose_files(ref, names)[0]
+
+
+def digest_of_parts(digests: list[str]) -> str:
+    """Return the digest of a model: its file's, or of a split one the digest of its parts' digests."""
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def default_id(file_name: str, taken: dict[str, str] | None = None, *, reference: str = "", org: str = "") -> str:
     """Return the id of a new model: the file's stem in lower case; with the organisation added where another reference
     has that id already (``taken``: id -> reference)."""
-    stem = re.sub(r"[^a-z0-9._-]+", "-", file_name.rsplit("/", 1)[-1].removesuffix(".gguf").lower()).strip("-.")
+    stem = set_name(file_name.rsplit("/", 1)[-1]).removesuffix(".gguf")
+    stem = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-.")
     if taken and taken.get(stem, reference) != reference:
         return f"{stem}-{org.lower() or 'local'}"
     return stem
@@ -147,29 +198,62 @@ def now_iso() -> str:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def read(models_dir: str | os.PathLike[str], yaml_python: str | None = None) -> tuple[list[Entry], list[dict[str, str]]]:
+def read(
+    models_dir: str | os.PathLike[str], yaml_python: str | None = None, *, set_aside: bool = False
+) -> tuple[list[Entry], list[dict[str, str]]]:
     """Return all entries, sorted by id, and the problems met: ``[{"path", "problem"}]``.
 
-    A broken file is a problem, never an exception. An entry that says Ready while its file is not there, or Downloading
-    while nobody downloads, is returned as Failed with the reason under ``problem``. ``yaml_python``: interpreter with
-    PyYAML for files that are YAML but not JSON, where this one has none.
+    A broken file is a problem, never an exception; with ``set_aside`` it is moved to ``metadata.yaml.corrupt``, and what
+    was good in it stays. An entry that says Ready while its file is not there, or Downloading while nobody downloads, is
+    returned as Failed with the reason under ``problem``. ``yaml_python``: interpreter with PyYAML for files that are YAML
+    but not JSON, where this one has none.
     """
     entries: list[Entry] = []
     problems: list[dict[str, str]] = []
+    for path in sorted(Path(models_dir).glob(f"*/*/{CORRUPT}")):
+        words = "set aside because it could not be read; correct it and rename it to metadata.yaml, or remove it"
+        problems.append({"path": str(path), "problem": words})
     for path in sorted(Path(models_dir).glob(f"*/*/{METADATA}")):
-        try:
-            found = _load(path, yaml_python)
-        except (OSError, ValueError) as e:
-            problems.append({"path": str(path), "problem": str(e)})
-            continue
-        for number, raw in enumerate(found):
-            if (problem := _check(raw)) is not None:
-                problems.append({"path": str(path), "problem": f"model {number + 1}: {problem}"})
-            elif any(raw["id"] == e["id"] for e in entries):
-                problems.append({"path": str(path), "problem": f"model {number + 1}: id {raw['id']!r} is used twice"})
-            else:
-                entries.append(_now(raw))
+        good, bad = _read_one(path, yaml_python, {str(e["id"]) for e in entries})
+        entries += [_now(e) for e in good]
+        where = str(path)
+        if set_aside and bad and not any(p.get("keep") for p in bad):
+            _set_aside(path, good)
+            where = f"{path.with_name(CORRUPT)} (set aside)"
+        problems += [{"path": where, "problem": p["problem"]} for p in bad]
     return sorted(entries, key=lambda e: str(e["id"])), problems
+
+
+def _read_one(path: Path, yaml_python: str | None, taken: set[str]) -> tuple[list[Entry], list[dict[str, str]]]:
+    """Return the good entries of one file and what is wrong with it; ``keep``: not the file's own fault."""
+    try:
+        found = _load(path, yaml_python)
+    except _NotReadableHereError as e:
+        return [], [{"problem": str(e), "keep": "1"}]
+    except OSError as e:
+        return [], [{"problem": str(e), "keep": "1"}]
+    except ValueError as e:
+        return [], [{"problem": str(e)}]
+    good: list[Entry] = []
+    bad: list[dict[str, str]] = []
+    for number, raw in enumerate(found):
+        if (problem := _check(raw)) is not None:
+            bad.append({"problem": f"model {number + 1}: {problem}"})
+        elif raw["id"] in taken | {e["id"] for e in good}:
+            bad.append({"problem": f"model {number + 1}: id {raw['id']!r} is used twice", "keep": "1"})
+        else:
+            good.append(raw)
+    return good, bad
+
+
+def _set_aside(path: Path, good: list[Entry]) -> None:
+    """Move a broken file out of the way, leaving its good entries; never over an older one that was set aside."""
+    aside, number = path.with_name(CORRUPT), 1
+    while aside.exists():
+        aside, number = path.with_name(f"{METADATA}.{number}.corrupt"), number + 1
+    path.replace(aside)
+    if good:
+        _write(path, good)
 
 
 def find(entries: list[Entry], ref: ModelRef) -> Entry | None:
@@ -185,7 +269,7 @@ def find(entries: list[Entry], ref: ModelRef) -> Entry | None:
     if ref.kind != "hf":
         return None
     prefix = f"hf:{ref.repo_id}:"
-    mine = {e["reference"][len(prefix) :]: e for e in entries if e["reference"].startswith(prefix)}
+    mine = {set_name(e["reference"][len(prefix) :]): e for e in entries if e["reference"].startswith(prefix)}
     try:
         return mine[choose_file(ref, list(mine))] if mine else None
     except CatalogError as e:
@@ -215,28 +299,82 @@ def remove(entry_id: str, directory: str | os.PathLike[str]) -> bool:
         return _replace(home / METADATA, entry_id, None)
 
 
+def delete(models_dir: str | os.PathLike[str], entry: Entry) -> tuple[int, list[str]]:
+    """Remove a model's files and its entry; returns the bytes freed and the files that were left because they lie
+    outside of ``models_dir`` (a ``file:///`` reference). Raises OSError.
+
+    Files first: what a crash leaves is an entry without its file, which says so and can be deleted again.
+    """
+    base = Path(models_dir)
+    freed, left = 0, []
+    for path in [Path(p["path"]) for p in parts(entry)]:
+        for victim in (path, partial_path(path)):
+            if not victim.is_relative_to(base) or ".." in victim.parts:
+                if victim.exists():
+                    left.append(str(victim))
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                stat = victim.lstat()
+                victim.unlink()
+                freed += stat.st_size if stat.st_nlink == 1 else 0
+    for metadata in sorted(base.glob(f"*/*/{METADATA}")):
+        home = metadata.parent
+        if remove(str(entry["id"]), home):
+            _prune(home, base)
+    return freed, left
+
+
+def _prune(home: Path, base: Path) -> None:
+    """Remove directories that have become empty, up to ``base``."""
+    below = sorted((d for d in home.rglob("*") if d.is_dir()), key=lambda d: len(d.parts), reverse=True)
+    for directory in [*below, home, home.parent]:
+        if directory != base:
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
+
+
+def parts(entry: Entry) -> list[dict[str, Any]]:
+    """Return the files of a model, in order: ``[{"path", "size_bytes", "sha256"}]``."""
+    one = {"path": entry["path"], "size_bytes": entry["size_bytes"], "sha256": entry.get("sha256")}
+    return list(entry.get("files") or [one])
+
+
 def _replace(path: Path, entry_id: str, entry: Entry | None) -> bool:
     try:
         old = _load(path, None)
-    except (OSError, ValueError):
-        old = []  # missing, or broken and reported by read(): a good file takes its place
-    new = [e for e in old if e.get("id") != entry_id] + ([entry] if entry else [])
+    except _NotReadableHereError:
+        raise
+    except FileNotFoundError:
+        old = []
+    except ValueError:
+        _set_aside(path, [])
+        old = []
+    new = [e for e in old if not isinstance(e, dict) or e.get("id") != entry_id] + ([entry] if entry else [])
     if new == old:
         return False
     if not new:
         path.unlink(missing_ok=True)
         return True
+    _write(path, new)
+    return True
+
+
+def _write(path: Path, models: list[Entry]) -> None:
     fd, name = tempfile.mkstemp(dir=path.parent, prefix=".metadata-")
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as f:
-            json.dump({"models": new}, f, indent=2, ensure_ascii=False)
+            json.dump({"models": models}, f, indent=2, ensure_ascii=False)
             f.write("\n")
+            f.flush()
             os.fchmod(f.fileno(), 0o644)
+            if os.geteuid() == 0:  # downloads run as the directory's owner and must be able to write here as well
+                owner = path.parent.stat()
+                os.fchown(f.fileno(), owner.st_uid, owner.st_gid)
+            os.fsync(f.fileno())
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    return True
 
 
 @contextlib.contextmanager
@@ -268,7 +406,7 @@ def _load_yaml(text: str, yaml_python: str | None) -> Any:
         import yaml
     except ImportError:
         if not yaml_python:
-            raise ValueError("not JSON, and no PyYAML here to read other YAML") from None
+            raise _NotReadableHereError("not JSON, and no PyYAML here to read other YAML") from None
         code = "import json, sys, yaml; json.dump(yaml.safe_load(sys.stdin), sys.stdout, default=str)"
         out = subprocess.run([yaml_python, "-c", code], input=text, capture_output=True, text=True, timeout=30, check=False)
         if out.returncode != 0:
@@ -288,6 +426,13 @@ def _check(entry: Any) -> str | None:
             return f"{key} is missing or no text"
     if not isinstance(entry.get("size_bytes"), int) or entry["size_bytes"] < 0:
         return "size_bytes is missing or no number of bytes"
+    files = entry.get("files")
+    if files is not None and not (
+        isinstance(files, list)
+        and files
+        and all(isinstance(f, dict) and isinstance(f.get("path"), str) and isinstance(f.get("size_bytes"), int) for f in files)
+    ):
+        return "files is no list of parts with path and size_bytes"
     if entry["status"] not in (READY, DOWNLOADING, FAILED):
         return f"status is {entry['status']!r}, expected {READY}, {DOWNLOADING} or {FAILED}"
     return None
@@ -295,15 +440,17 @@ def _check(entry: Any) -> str | None:
 
 def _now(entry: Entry) -> Entry:
     """Compare what the entry says with what is on disk."""
-    path = Path(entry["path"])
     if entry["status"] == READY:
-        try:
-            size = path.stat().st_size
-        except OSError as e:
-            return {**entry, "status": FAILED, "problem": f"{path}: {e.strerror}"}
-        if size != entry["size_bytes"]:
-            return {**entry, "status": FAILED, "problem": f"{path} has {size} bytes, the catalog says {entry['size_bytes']}"}
-    if entry["status"] == DOWNLOADING and not in_use(partial_path(path)):
+        for part in parts(entry):
+            path = Path(part["path"])
+            try:
+                size = path.stat().st_size
+            except OSError as e:
+                return {**entry, "status": FAILED, "problem": f"{path}: {e.strerror}"}
+            if size != part["size_bytes"]:
+                words = f"{path} has {size} bytes, the catalog says {part['size_bytes']}"
+                return {**entry, "status": FAILED, "problem": words}
+    if entry["status"] == DOWNLOADING and not in_use(partial_path(Path(entry["path"]))):
         return {**entry, "status": FAILED, "problem": "the download was interrupted; repeat it and it goes on where it stopped"}
     return entry
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import itertools
 import json
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +201,7 @@ def test_a_hub_that_ignores_ranges_is_read_from_the_start(server: Hub, models_di
         ("hf:no/such", "MODEL_NOT_FOUND", "HTTP 404"),
         (f"hf:{REPO}:Q8_0", "MODEL_NOT_FOUND", FILE),
         ("not-catalogued", "MODEL_NOT_FOUND", "not-catalogued"),
+        (f"hf:{REPO}:none.gguf", "MODEL_NOT_FOUND", FILE),
         ("hf:../x", "INVALID_MODEL_REF", "not a model reference"),
     ],
 )
@@ -211,12 +214,23 @@ def test_what_does_not_exist_is_not_tried_again(server: Hub, models_dir: Path, r
     assert done.stages("retrying") == []
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_private_model_is_denied_with_the_way_to_give_a_token(server: Hub, models_dir: Path, status: int) -> None:
-    server.behaviour = Behaviour(status=status, error_code="GatedRepo")
+@pytest.mark.parametrize(
+    ("status", "code", "error", "words"),
+    [
+        (401, "RepoNotFound", "MODEL_ACCESS_DENIED", "asks for a token (HTTP 401); the name may also be misspelt"),
+        (401, "GatedRepo", "MODEL_ACCESS_DENIED", "asks for a token (HTTP 401)"),
+        (403, "GatedRepo", "MODEL_ACCESS_DENIED", "may not read it (HTTP 403, gated)"),
+        (404, "RepoNotFound", "MODEL_NOT_FOUND", "HTTP 404: no such repository"),
+    ],
+)
+def test_a_hub_s_refusals_are_told_apart_and_not_tried_again(
+    server: Hub, models_dir: Path, status: int, code: str, error: str, words: str
+) -> None:
+    server.behaviour = Behaviour(status=status, error_code=code)
     done = run(server, models_dir)
-    assert (done.code, done.last["code"]) == (1, "MODEL_ACCESS_DENIED")
-    assert "HF_TOKEN" in done.last["hint"]
+    assert (done.code, done.last["code"]) == (1, error)
+    assert words in done.last["message"]
+    assert ("HF_TOKEN" in done.last["hint"]) == (status != 404)
     assert len(server.log) == 1
 
 
@@ -255,22 +269,240 @@ def test_a_model_larger_than_the_disk_is_refused_before_any_byte(server: Hub, mo
     assert [p for p in models_dir.rglob("*") if p.is_file()] == []
 
 
-def test_a_disk_that_fills_up_ends_the_download_and_leaves_nothing(
-    server: Hub, models_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Also when even the catalog's entry can not be written any more."""
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 24 MB."""
+    if os.geteuid() != 0:
+        reason = "mounting a small file system needs root"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    disk = tmp_path / "small"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
 
-    def full(self: object, *_: object) -> None:
-        monkeypatch.setattr(store, "put", full)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(download.Download, "_receive", full)
-    done = run(server, models_dir)
+@pytest.fixture
+def small_model(tmp_path: Path) -> Path:
+    """A whole GGUF file of 8 MB that downloads in no time: llama.cpp could not run it."""
+    return write_gguf(tmp_path / "small-Q8_0.gguf", tensors=8)
+
+
+def write_gguf(path: Path, tensors: int, **options: Any) -> Path:
+    """Write a GGUF with ``tensors`` MB of noise."""
+    import numpy as np
+    from gguf import GGUFWriter
+
+    rng = np.random.default_rng(1)
+    writer = GGUFWriter(path, arch="llama", **options)
+    writer.add_block_count(2)
+    for i in range(tensors):
+        writer.add_tensor(f"blk.{i}.weight", rng.random((512, 512), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+SMALL = "hf:org/small:small-Q8_0.gguf"
+
+
+def test_a_model_larger_than_a_small_disk_is_refused_before_any_byte(server: Hub, small_disk: Path) -> None:
+    done = run(server, small_disk / "models")
+    assert (done.code, done.last["code"], server.downloads) == (1, "INSUFFICIENT_DISK", [])
+    assert done.last["details"]["available_bytes"] <= 24 << 20
+    assert "MB are free" in done.last["message"]
+
+
+def test_a_disk_that_fills_up_ends_the_download_and_leaves_nothing(server: Hub, small_disk: Path, small_model: Path) -> None:
+    """SPEC S-41: somebody else fills the disk while bytes come; no retry storm, no partial file."""
+    server.add("org/small", "small-Q8_0.gguf", small_model)
+    server.behaviour.bytes_per_s = 8_000_000
+    partial = store.partial_path(small_disk / "models/org/small/small-Q8_0.gguf")
+
+    def fill() -> None:
+        while not partial.exists() or partial.stat().st_size < 1_000_000:
+            time.sleep(0.005)
+        with (small_disk / "filler").open("wb") as f, suppress(OSError):
+            while True:
+                f.write(bytes(1 << 20))
+                f.flush()
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    done = run(server, small_disk / "models", SMALL)
+    filler.join()
     assert (done.code, done.last["code"]) == (1, "INSUFFICIENT_DISK")
+    assert done.last["details"]["to_free_bytes"] > 0
     assert len(server.downloads) == 1
-    assert list(models_dir.rglob("*.gguf*")) == []
-    (entry,) = store.read(models_dir)[0]
-    assert (entry["status"], "interrupted" in entry["problem"]) == ("Failed", True)
+    assert [p.name for p in (small_disk / "models").rglob("*.gguf*")] == []
+    for entry in store.read(small_disk / "models")[0]:  # a full disk may hold no entry either
+        assert entry["status"] == "Failed"
+
+
+def test_killed_fifty_times_at_random_moments_it_always_goes_on_and_never_leaves_a_wrong_file(
+    server: Hub, models_dir: Path, small_model: Path
+) -> None:
+    """SIGKILL for a process that imports once and forks for each try, so that fifty take seconds."""
+    digest = server.add("org/small", "small-Q8_0.gguf", small_model)
+    server.behaviour.bytes_per_s = 30_000_000
+    code = (
+        "import os, random, signal, sys, time\n"
+        "from rbee_serve.models import download\n"
+        "rng = random.Random(int(sys.argv[1]))\n"
+        "for _ in range(50):\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        os._exit(download.main(sys.argv[2:]))\n"
+        "    time.sleep(rng.uniform(0.0, 0.25))\n"
+        "    os.kill(pid, signal.SIGKILL)\n"
+        "    print(os.waitpid(pid, 0)[1], flush=True)\n"
+        "    sys.stdin.readline()\n"
+    )
+    command = [sys.executable, "-c", code, "7", *arguments(server, models_dir, SMALL)]
+    final = models_dir / "org/small/small-Q8_0.gguf"
+    killed = completed = 0
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for line in process.stdout:
+            killed += int(line) == signal.SIGKILL
+            entries, problems = store.read(models_dir)
+            assert problems == []
+            if final.exists():
+                assert sha256(final) == digest
+            for entry in entries:
+                assert entry["status"] == "Failed" or final.exists()
+                if entry["status"] == "Ready":
+                    completed += 1
+                    store.delete(models_dir, entry)  # and again from the start
+            process.stdin.write("\n")
+            process.stdin.flush()
+    assert process.returncode == 0
+    assert killed >= 20
+    resumed = [r for r in server.downloads if r.range]
+    assert len(resumed) >= 10
+    server.behaviour.bytes_per_s = None
+    done = run(server, models_dir, SMALL)
+    assert (done.code, sha256(final), done.last["model"]["status"]) == (0, digest, "Ready")
+
+
+def test_a_file_that_only_lacks_its_entry_is_checked_and_not_fetched_again(
+    server: Hub, models_dir: Path, small_model: Path
+) -> None:
+    server.add("org/small", "small-Q8_0.gguf", small_model)
+    final = models_dir / "org/small/small-Q8_0.gguf"
+    run(server, models_dir, SMALL)
+    final.with_name("metadata.yaml").unlink()
+    server.log.clear()
+    assert run(server, models_dir, SMALL).code == 0
+    assert server.downloads == []
+    final.with_name("metadata.yaml").unlink()
+    with final.open("r+b") as f:
+        f.seek(-1, os.SEEK_END)
+        f.write(b"x")
+    assert run(server, models_dir, SMALL).code == 0
+    assert len(server.downloads) == 1
+    assert sha256(final) == sha256(small_model)
+
+
+def test_a_split_model_is_one_model(server: Hub, models_dir: Path, tmp_path: Path) -> None:
+    source = tmp_path / "parts"
+    source.mkdir()
+    write_gguf(source / "big-Q8_0.gguf", tensors=6, split_max_tensors=2)
+    parts = sorted(p.name for p in source.iterdir())
+    assert parts == [f"big-Q8_0-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for name in parts:
+        server.add("org/big", name, source / name)
+    server.behaviour = Behaviour(reset_at=0.5, reset_count=1)
+    done = run(server, models_dir, "hf:org/big:Q8_0")
+    assert done.code == 0
+    entry = done.last["model"]
+    assert (entry["id"], entry["reference"]) == ("big-q8_0", "hf:org/big:big-Q8_0.gguf")
+    assert entry["size_bytes"] == sum((source / n).stat().st_size for n in parts)
+    assert entry["metadata"]["parameters"] == 6 * 512 * 512
+    assert [Path(f["path"]).name for f in entry["files"]] == parts
+    assert [f["sha256"] for f in entry["files"]] == [sha256(source / n) for n in parts]
+    assert all(sha256(Path(f["path"])) == f["sha256"] for f in entry["files"])
+    totals = {line["bytes_total"] for line in done.stages("downloading")}
+    assert totals == {entry["size_bytes"]}
+    server.log.clear()
+    assert run(server, models_dir, "hf:org/big").last["downloaded"] is False
+    assert server.log == []
+    assert store.delete(models_dir, store.read(models_dir)[0][0]) == (entry["size_bytes"], [])
+
+
+def test_a_hang_is_told_every_second(server: Hub, models_dir: Path, small_model: Path) -> None:
+    server.add("org/small", "small-Q8_0.gguf", small_model)
+    server.behaviour = Behaviour(stall_at=0.5, stall_count=1)
+    done = run(server, models_dir, SMALL, stall_timeout_s=2.5)
+    assert done.code == 0
+    times = [line["at"] for line in done.lines]
+    assert max(b - a for a, b in itertools.pairwise(times)) < 1.0
+    assert any("no bytes for 2 s" in line["human"] for line in done.stages("downloading"))
+    assert "resuming small-Q8_0.gguf from" in done.stages("resuming")[0]["human"]
+
+
+def test_a_rate_limit_is_kept(server: Hub, models_dir: Path, small_model: Path) -> None:
+    server.add("org/small", "small-Q8_0.gguf", small_model)
+    began = time.monotonic()
+    done = run(server, models_dir, SMALL, bytes_per_s=8_000_000)
+    assert done.code == 0
+    assert time.monotonic() - began > small_model.stat().st_size / 8_000_000 * 0.9
+    speeds = [line["speed_mbps"] / 8 for line in done.stages("downloading")[1:-1]]
+    assert all(speed < 9.5 for speed in speeds), speeds
+
+
+def test_who_comes_second_is_shown_how_far_the_first_one_is(server: Hub, models_dir: Path, small_model: Path) -> None:
+    server.add("org/small", "small-Q8_0.gguf", small_model)
+    server.behaviour.bytes_per_s = 5_000_000
+    command = [sys.executable, "-m", "rbee_serve.models.download", *arguments(server, models_dir, SMALL)]
+    command[command.index("--progress-file") + 1] = str(models_dir.with_suffix(".first"))
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:
+        partial = store.partial_path(models_dir / "org/small/small-Q8_0.gguf")
+        while not store.in_use(partial):
+            assert first.poll() is None
+            time.sleep(0.01)
+        second = run(server, models_dir, "hf:org/small:Q8_0")
+    assert (first.returncode, second.code, second.last["downloaded"]) == (0, 0, False)
+    seen = [line["bytes_downloaded"] for line in second.stages("downloading")]
+    assert len({s for s in seen if s}) >= 2
+    assert server.bytes_sent == small_model.stat().st_size
+
+
+def test_an_address_with_a_digest_is_fetched_and_another_digest_refused(
+    models_dir: Path, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Hub
+) -> None:
+    """Over TLS with a certificate of its own, which the client must trust: nothing switches checking off."""
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
+    request = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    subprocess.run(
+        [*request, "-keyout", str(key), "-out", str(certificate), *subject],
+        check=True,
+        capture_output=True,
+    )
+    digest = server.add("org/small", "small-Q8_0.gguf", small_model)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    with Hub(tmp_path / "hub") as secure:
+        secure.server.socket = context.wrap_socket(secure.server.socket, server_side=True)
+        address = f"https://localhost:{secure.server.server_address[1]}/cdn/org/small/small-Q8_0.gguf"
+        refused = run(server, models_dir, f"{address}#sha256={digest}", tries=1)
+        assert (refused.code, refused.last["code"]) == (1, "DOWNLOAD_FAILED")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        wrong = run(server, models_dir, f"{address}#sha256={'0' * 64}", tries=2)
+        assert (wrong.code, wrong.last["code"]) == (1, "CHECKSUM_MISMATCH")
+        assert list(models_dir.rglob("*.gguf*")) == []
+        done = run(server, models_dir, f"{address}#sha256={digest}")
+    assert (done.code, done.last["model"]["provider"], done.last["model"]["sha256"]) == (0, "https", digest)
+    assert {r.authorization for r in secure.log} == {None}
+    assert run(server, models_dir, f"{address}#sha256={digest}").last["downloaded"] is False
 
 
 def test_a_file_that_is_no_gguf_is_not_kept(server: Hub, models_dir: Path, tmp_path: Path) -> None:

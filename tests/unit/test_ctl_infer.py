@@ -211,6 +211,11 @@ def test_no_worker_is_started_without_a_node(queen: QueenStandIn, monkeypatch: p
     monkeypatch.setattr(Session, "play", lambda s, name, **kw: starts.play(s, name, **kw))
     queen.answers = [ModelNotFound("model 'x' is not served; known: m", known=["m"])]
     result, _, _ = run("infer", "--model", "x", "-p", "x")
+    assert (result.errors[0].code, starts.calls) == ("INVALID_MODEL_REF", [])
+    assert "hf:org/repo" in result.errors[0].message  # SPEC S-67: a word that nobody knows is told the formats
+    assert "file:///path/model.gguf" in result.errors[0].message
+    queen.answers = [ModelNotFound("model 'hf:org/repo' is not served; known: m", known=["m"])]
+    result, _, _ = run("infer", "--model", "hf:org/repo", "-p", "x")
     assert (result.errors[0].code, starts.calls) == ("MODEL_NOT_FOUND", [])
 
 

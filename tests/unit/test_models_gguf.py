@@ -52,7 +52,7 @@ def test_what_is_no_gguf_is_refused_with_path_and_reason(tmp_path: Path, data: b
         gguf.facts(path)
     assert str(path) in str(e.value)
     with pytest.raises(ModelFileInvalid):
-        catalog.ready({"id": "x", "path": str(path)}, "0" * 64)
+        catalog.ready({"id": "x", "path": str(path), "size_bytes": 1}, ["0" * 64])
 
 
 @settings(max_examples=200, deadline=None)

@@ -109,21 +109,85 @@ def test_file_is_chosen_by_name_quantisation_or_because_it_is_the_only_one() -> 
 
 def test_several_files_are_listed_with_a_reference_that_works() -> None:
     with pytest.raises(errors.InvalidModelRef) as e:
-        catalog.choose_file(store.parse_ref("hf:o/r"), [Q4, Q8])
+        catalog.choose_files(store.parse_ref("hf:o/r"), [Q4, Q8])
     assert e.value.details["quantizations"] == ["Q4_K_M", "Q8_0"]
     assert "hf:o/r:Q4_K_M" in (e.value.hint or "")
 
 
 def test_a_file_that_is_not_there_is_not_found_and_the_others_are_named() -> None:
     with pytest.raises(errors.ModelNotFound, match=Q4):
-        catalog.choose_file(store.parse_ref("hf:o/r:Q2_K"), [Q4])
+        catalog.choose_files(store.parse_ref("hf:o/r:Q2_K"), [Q4])
     with pytest.raises(errors.ModelNotFound, match="no GGUF"):
-        catalog.choose_file(store.parse_ref("hf:o/r"), ["model.safetensors"])
+        catalog.choose_files(store.parse_ref("hf:o/r"), ["model.safetensors"])
 
 
-def test_a_part_of_a_split_model_is_refused() -> None:
-    with pytest.raises(errors.InvalidModelRef, match="split"):
-        catalog.choose_file(store.parse_ref("hf:o/r"), ["x-Q8_0-00001-of-00002.gguf"])
+def test_the_parts_of_a_split_model_are_one_model() -> None:
+    names = [f"x-Q8_0-0000{i}-of-00003.gguf" for i in (3, 1, 2)] + [Q4]
+    for text in ("hf:o/r:Q8_0", "hf:o/r:x-Q8_0.gguf", "hf:o/r:x-Q8_0-00002-of-00003.gguf"):
+        assert store.choose_files(store.parse_ref(text), names) == sorted(names[:3]), text
+    with pytest.raises(errors.InvalidModelRef, match=r"could be 2 files: model-Q4_K_M.gguf, x-Q8_0.gguf"):
+        catalog.choose_files(store.parse_ref("hf:o/r"), names)
+    with pytest.raises(errors.ModelNotFound, match="missing: 2"):
+        catalog.choose_files(store.parse_ref("hf:o/r:Q8_0"), names[:2])
+
+
+def test_a_split_model_is_found_by_its_repository_and_fails_when_a_part_is_gone(tmp_path: Path) -> None:
+    home = tmp_path / "org" / "repo"
+    home.mkdir(parents=True)
+    files = [{"path": str(home / f"x-0000{i}-of-00002.gguf"), "size_bytes": 3, "sha256": None} for i in (1, 2)]
+    for file in files:
+        Path(str(file["path"])).write_bytes(b"abc")
+    one = entry(tmp_path, reference="hf:org/repo:x.gguf", path=files[0]["path"], files=files, size_bytes=6)
+    store.put(tmp_path, home, one)
+    assert store.find(store.read(tmp_path)[0], store.parse_ref("hf:org/repo")) == one
+    assert store.find([one], store.parse_ref("hf:org/repo:x-00002-of-00002.gguf")) == one
+    Path(str(files[1]["path"])).unlink()
+    assert "x-00002-of-00002.gguf" in store.read(tmp_path)[0][0]["problem"]
+
+
+def test_delete_takes_files_partials_entry_and_empty_directories_and_tells_what_was_freed(tmp_path: Path) -> None:
+    home = tmp_path / "org" / "repo"
+    one = entry(tmp_path)
+    store.put(tmp_path, home, one)
+    store.partial_path(Path(one["path"])).write_bytes(b"12345")
+    assert store.delete(tmp_path, one) == (8 + 5, [])
+    assert list(tmp_path.iterdir()) == []
+    assert store.delete(tmp_path, one) == (0, [])
+
+
+def test_delete_leaves_a_file_that_lies_elsewhere_and_other_models_alone(tmp_path: Path) -> None:
+    models, elsewhere = tmp_path / "models", tmp_path / "elsewhere.gguf"
+    elsewhere.write_bytes(b"GGUF")
+    store.put(models, models / "org" / "repo", entry(models))
+    local = entry(models, id="local", reference=f"file://{elsewhere}", provider="file", path=str(elsewhere), size_bytes=4)
+    store.put(models, models / "local" / "local", local)
+    assert store.delete(models, local) == (0, [str(elsewhere)])
+    assert elsewhere.exists()
+    assert [e["id"] for e in store.read(models)[0]] == ["model-q4_k_m"]
+    sneaky = {**local, "path": str(models / ".." / "elsewhere.gguf")}
+    assert store.delete(models, sneaky)[0] == 0
+    assert elsewhere.exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://example.org/m.gguf",
+        "https://example.org/m.gguf#sha256=12",
+        f"https://example.org/m.bin#sha256={'a' * 64}",
+        f"https:///m.gguf#sha256={'a' * 64}",
+        f"https://user:pass@example.org/m.gguf#sha256={'a' * 64}",
+    ],
+)
+def test_an_address_needs_a_gguf_and_a_digest(text: str) -> None:
+    with pytest.raises(errors.InvalidModelRef):
+        catalog.parse_ref(text)
+
+
+def test_an_address_with_a_digest_is_a_reference() -> None:
+    ref = store.parse_ref(f"https://example.org:8443/a/m-Q8_0.gguf?v=1#sha256={'a' * 64}")
+    assert (ref.kind, ref.path, ref.file) == ("https", "https://example.org:8443/a/m-Q8_0.gguf?v=1", "a" * 64)
+    assert (ref.org, ref.repo) == ("web", "example.org-8443")
 
 
 def test_default_id_is_the_stem_and_avoids_an_id_that_another_reference_has() -> None:
@@ -207,6 +271,42 @@ def test_broken_metadata_is_reported_and_the_others_are_still_read(tmp_path: Pat
     assert len(problems) == 1
     assert problems[0]["path"].endswith("bad/repo/metadata.yaml")
     assert expected in problems[0]["problem"]
+
+
+def test_a_broken_file_is_set_aside_with_what_was_good_in_it_kept(tmp_path: Path) -> None:
+    """SPEC E-06: kept as .corrupt, reported for as long as it is there, the others served."""
+    home = tmp_path / "org" / "repo"
+    one = entry(tmp_path)
+    (home / "metadata.yaml").write_text(json.dumps({"models": [one, {"id": "half"}]}))
+    assert len(store.read(tmp_path)[1]) == 1
+    assert not (home / "metadata.yaml.corrupt").exists()  # who only looks changes nothing
+
+    entries, problems = store.read(tmp_path, set_aside=True)
+
+    assert [e["id"] for e in entries] == [one["id"]]
+    assert "metadata.yaml.corrupt (set aside)" in problems[0]["path"]
+    assert "half" in (home / "metadata.yaml.corrupt").read_text()
+    entries, problems = store.read(tmp_path, set_aside=True)
+    assert [e["id"] for e in entries] == [one["id"]]
+    assert len(problems) == 1
+    assert "rename" in problems[0]["problem"]
+
+
+def test_a_broken_file_is_never_written_over(tmp_path: Path) -> None:
+    home = tmp_path / "org" / "repo"
+    one = entry(tmp_path)
+    (home / "metadata.yaml").write_text("a: [")
+    store.put(tmp_path, home, one)
+    assert (home / "metadata.yaml.corrupt").read_text() == "a: ["
+    assert store.read(tmp_path)[0] == [one]
+
+
+def test_what_only_this_interpreter_can_not_read_is_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "repo").mkdir(parents=True)
+    (tmp_path / "org" / "repo" / "metadata.yaml").write_text(yaml.safe_dump(entry(tmp_path)))
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert len(store.read(tmp_path, set_aside=True)[1]) == 1
+    assert (tmp_path / "org" / "repo" / "metadata.yaml").exists()
 
 
 def test_a_ready_model_without_its_file_or_with_another_size_is_failed(tmp_path: Path) -> None:

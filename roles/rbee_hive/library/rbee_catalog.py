@@ -5,26 +5,52 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_gguf import GgufError, facts
-from ansible.module_utils.rbee_node import NodeError, any_runtime_python, fail
-from ansible.module_utils.rbee_store import READY, CatalogError, default_id, find, now_iso, parse_ref, put, read, remove
+from ansible.module_utils.rbee_node import NodeError, any_runtime_python, fail, instances, running, show, worker_unit
+from ansible.module_utils.rbee_store import (
+    DOWNLOADING,
+    READY,
+    CatalogError,
+    choose_files,
+    default_id,
+    delete,
+    digest_of_parts,
+    find,
+    now_iso,
+    parse_ref,
+    parts,
+    put,
+    read,
+    remove,
+    set_name,
+)
 
 DOCUMENTATION = r"""
 module: rbee_catalog
-short_description: List, find or register the models of a node
+short_description: List, find, register or delete the models of a node
 description:
-  - The catalog is the C(metadata.yaml) beside each model's files. Broken ones are reported under C(problems), never fatal.
+  - The catalog is the C(metadata.yaml) beside each model's files. Broken ones are never fatal; C(list) sets them aside as
+    C(metadata.yaml.corrupt) and reports them under C(problems) for as long as they are there.
 options:
   state:
     description: >-
       C(list) returns all, C(get) the one that I(ref) means or fails with MODEL_NOT_FOUND, C(find) the same but null
-      instead of failing, C(present) registers the file at I(path).
+      instead of failing, C(present) registers the file at I(path), C(absent) removes files and entry.
     type: str
-    choices: [list, get, find, present]
+    choices: [list, get, find, present, absent]
     default: list
+  force:
+    description: For C(absent), also while a worker uses the model.
+    type: bool
+    default: false
+  provider:
+    description: For C(list), only models that came this way.
+    type: str
+    choices: [hf, https, file]
   ref:
     description: Catalog id, C(hf:org/repo[:file]) or C(file:///path).
     type: str
@@ -32,11 +58,18 @@ options:
     description: For C(present), the model's id; by default its file's stem in lower case.
     type: str
   path:
-    description: For C(present), the GGUF file, two directories beneath I(models_dir) (ORG/REPO/FILE).
+    description: >-
+      For C(present), the GGUF file, two directories beneath I(models_dir) (ORG/REPO/FILE); of a split model any part.
     type: path
   sha256:
-    description: For C(present), the digest that the file must have. Checked once, when it is registered.
+    description: >-
+      For C(present), the digest that the file must have (of a split model the digest of its parts' digests). Checked once,
+      when it is registered.
     type: str
+  etc_dir:
+    description: Where the instances' settings are.
+    type: path
+    default: /etc/rbee
   models_dir:
     description: Where the models are.
     type: path
@@ -54,6 +87,11 @@ EXAMPLES = r"""
 - name: List the models
   rbee_catalog:
 
+- name: Delete one
+  rbee_catalog:
+    state: absent
+    ref: smollm2-135m-instruct
+
 - name: Register a file that was copied
   rbee_catalog:
     state: present
@@ -65,7 +103,9 @@ EXAMPLES = r"""
 
 RETURN = r"""
 rbee_result:
-  description: C(models) and C(problems) for list; C(model) for the others.
+  description: >-
+    C(models) (each with C(used_by), the instances that are set to it), C(problems) and C(disk) for list; C(model) for the
+    others; C(model), C(freed_bytes), C(left) (files outside of the models directory) and C(changed) for absent.
   returned: success
   type: dict
   sample: {model: {id: smollm2-135m-instruct, status: Ready, size_bytes: 98362432}}
@@ -99,6 +139,68 @@ def home_of(models_dir, path):
     return models_dir.joinpath(*parts[:2]) if len(parts) > 2 else None
 
 
+def users(params, entry):
+    """Return the names of the instances that are set to this model."""
+    paths = {p["path"] for p in parts(entry)}
+    found = instances(params["etc_dir"]).items()
+    return sorted(n for n, s in found if s.get("model_id") == entry["id"] or s.get("model_path") in paths)
+
+
+def active(names):
+    """Return those of the instances that run, or that a socket would start."""
+    units = [worker_unit(n) for n in names]
+    sockets = [u.replace(".service", ".socket") for u in units]
+    state = show(*units, *sockets) if units else {}
+    return [
+        n
+        for n, unit, socket in zip(names, units, sockets, strict=True)
+        if running(state.get(unit, {})) or running(state.get(socket, {}))
+    ]
+
+
+def absent(params, entries, check):
+    """Return the result of a deletion; one that is not there is no change."""
+    entry = find(entries, parse_ref(params["ref"]))
+    if entry is None:
+        return look_up(params, entries, required=True)
+    busy = active(users(params, entry))
+    if busy and not params["force"]:
+        settings = instances(params["etc_dir"])
+        ids = [f"{settings[n].get('hive')}-{n}" for n in busy]
+        raise NodeError(
+            "MODEL_IN_USE",
+            f"{entry['id']} is used by {', '.join(busy)}",
+            f"rbee-ctl worker stop {' '.join(ids)}; or delete it all the same: --force",
+            workers=busy,
+        )
+    if entry["status"] == DOWNLOADING:
+        raise NodeError(
+            "MODEL_IN_USE",
+            f"{entry['id']} is being downloaded",
+            "wait for the download, or end it on the node: systemctl stop 'rbee-download-*'",
+            workers=[],
+        )
+    freed, left = (sum(p["size_bytes"] for p in parts(entry)), []) if check else delete(params["models_dir"], entry)
+    return {"model": entry, "freed_bytes": freed, "left": left, "used_by": users(params, entry), "changed": True}
+
+
+def disk(models_dir):
+    """Return size and free bytes of the file system that the models are on."""
+    try:
+        usage = shutil.disk_usage(models_dir)
+    except OSError:
+        return None
+    return {"total_bytes": usage.total, "free_bytes": usage.free}
+
+
+def files_of(path, ref):
+    """Return all parts of the model that the file at ``path`` belongs to."""
+    there = [p.name for p in path.parent.glob("*.gguf") if set_name(p.name) == set_name(path.name)]
+    wanted = parse_ref(f"hf:local/model:{path.name}") if ref.kind != "hf" else ref
+    wanted.file = path.name
+    return [path.with_name(name) for name in choose_files(wanted, there or [path.name])]
+
+
 def present(params, entries, check):
     """Return (entry, changed). A file of the same path, size and digest that is catalogued as Ready is not read again."""
     path, ref = params["path"], parse_ref(params["ref"])
@@ -110,12 +212,14 @@ def present(params, entries, check):
     if check:
         return {"id": wanted_id, "reference": params["ref"], "path": path, "status": READY}, True
     try:
-        size, header = Path(path).stat().st_size, facts(path)
+        paths = files_of(Path(path), ref)
+        header = facts(*paths)
+        files = [{"path": str(p), "size_bytes": p.stat().st_size, "sha256": digest(p)} for p in paths]
     except OSError as e:
         raise NodeError("MODEL_FILE_INVALID", f"{path}: {e.strerror}", None, path=path) from None
     except GgufError as e:
         raise NodeError("MODEL_FILE_INVALID", str(e), "give a GGUF file", path=path) from None
-    got = digest(path)
+    got = digest_of_parts([f["sha256"] for f in files])
     if params["sha256"] and got != params["sha256"]:
         raise NodeError(
             "CHECKSUM_MISMATCH",
@@ -128,12 +232,13 @@ def present(params, entries, check):
         "id": wanted_id,
         "reference": params["ref"],
         "provider": ref.kind,
-        "name": Path(path).name.removesuffix(".gguf"),
-        "path": path,
-        "size_bytes": size,
+        "name": set_name(Path(path).name).removesuffix(".gguf"),
+        "path": str(paths[0]),
+        "size_bytes": sum(f["size_bytes"] for f in files),
         "added_at": now_iso(),
         "status": READY,
         "sha256": got,
+        **({"files": files} if len(files) > 1 else {}),
         "metadata": header,
     }
     models_dir = Path(params["models_dir"])
@@ -152,27 +257,36 @@ def present(params, entries, check):
 def main():
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["list", "get", "find", "present"], "default": "list"},
+            "state": {"type": "str", "choices": ["list", "get", "find", "present", "absent"], "default": "list"},
+            "force": {"type": "bool", "default": False},
+            "provider": {"type": "str", "choices": ["hf", "https", "file"]},
             "ref": {"type": "str"},
             "id": {"type": "str"},
             "path": {"type": "path"},
             "sha256": {"type": "str"},
+            "etc_dir": {"type": "path", "default": "/etc/rbee"},
             "models_dir": {"type": "path", "default": "/var/lib/rbee/models"},
             "install_path": {"type": "path", "default": "/opt/rbee"},
         },
-        required_if=[("state", "get", ["ref"]), ("state", "find", ["ref"]), ("state", "present", ["ref", "path"])],
+        required_if=[*((("state", s, ["ref"])) for s in ("get", "find", "absent")), ("state", "present", ["ref", "path"])],
         supports_check_mode=True,
     )
     params, changed = module.params, False
     try:
-        entries, problems = read(params["models_dir"], any_runtime_python(params["install_path"]))
+        aside = params["state"] == "list" and not module.check_mode
+        entries, problems = read(params["models_dir"], any_runtime_python(params["install_path"]), set_aside=aside)
         if params["state"] == "list":
-            result = {"models": entries, "problems": problems}
+            shown = [{**e, "used_by": users(params, e)} for e in entries if params["provider"] in (None, e.get("provider"))]
+            result = {"models": shown, "problems": problems, "disk": disk(params["models_dir"])}
         elif params["state"] == "present":
             entry, changed = present(params, entries, module.check_mode)
             result = {"model": entry}
+        elif params["state"] == "absent":
+            result = absent(params, entries, module.check_mode)
+            changed = result["changed"]
         else:
-            result = {"model": look_up(params, entries, params["state"] == "get")}
+            entry = look_up(params, entries, params["state"] == "get")
+            result = {"model": {**entry, "used_by": users(params, entry)} if entry else None}
     except (NodeError, CatalogError) as e:
         fail(module, e)
     module.exit_json(changed=changed, rbee_result=result)

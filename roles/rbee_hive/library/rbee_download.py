@@ -21,7 +21,7 @@ description:
   - The action C(rbee_follow) shows the progress and gives the result.
 options:
   ref:
-    description: C(hf:org/repo[:file or quantisation]), C(file:///path) or a catalog id.
+    description: C(hf:org/repo[:file or quantisation]), C(https://host/file.gguf#sha256=...), C(file:///path) or a catalog id.
     type: str
     required: true
   token_file:
@@ -34,6 +34,7 @@ options:
   tries: {type: int, default: 6, description: Tries in all.}
   pause_s: {type: float, default: 0.1, description: "Pause after the first failed try, seconds; doubled with each."}
   stall_timeout_s: {type: float, default: 60, description: "Longest time without a byte, seconds."}
+  bytes_per_s: {type: int, default: 0, description: "Rate limit; 0 is none."}
   roots:
     description: Directories besides I(models_dir) that C(file:///) may point into.
     type: list
@@ -111,6 +112,7 @@ def begin(params, python, unit, progress_file):
         "--tries": params["tries"],
         "--pause-s": params["pause_s"],
         "--stall-timeout-s": params["stall_timeout_s"],
+        "--bytes-per-s": params["bytes_per_s"],
         "--endpoint": params["endpoint"] or None,
     }
     with contextlib.suppress(FileNotFoundError):
@@ -146,7 +148,7 @@ def work(params, check):
     elif ref.kind == "id":
         raise NodeError(
             "MODEL_NOT_FOUND",
-            f"no model {ref.text!r} in the catalog, and only hf: references can be downloaded",
+            f"no model {ref.text!r} in the catalog, and only hf: and https:// references can be downloaded",
             "rbee-ctl model download hf:org/repo:file.gguf",
             known=[e["id"] for e in entries],
         )
@@ -175,6 +177,7 @@ def main():
             "tries": {"type": "int", "default": 6},
             "pause_s": {"type": "float", "default": 0.1},
             "stall_timeout_s": {"type": "float", "default": 60.0},
+            "bytes_per_s": {"type": "int", "default": 0},
             "roots": {"type": "list", "elements": "path", "default": []},
             "models_dir": {"type": "path", "default": "/var/lib/rbee/models"},
             "install_path": {"type": "path", "default": "/opt/rbee"},
