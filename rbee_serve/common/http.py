@@ -51,10 +51,15 @@ PUBLIC_PATHS = frozenset({"/health", "/v1/health"})
 #: (token, path) -> who the caller is (then ``request.state.caller``), something false for a token that does not open the
 #: path; raises RbeeError for one that no longer does. The comparison inside must take constant time.
 Authenticator = Callable[[str, str], object | None]
+#: (error, correlation id) -> body. Paths of foreign APIs answer errors as their own clients expect them.
+ErrorShape = Callable[[RbeeError, str | None], dict[str, Any]]
 
 _CORRELATION_KEY = CORRELATION_HEADER.lower().encode()
 #: RFC 6750's b64token after exactly one space (SPEC E-18: other spellings of the scheme are refused).
 _BEARER_RE = re.compile(r"Bearer ([A-Za-z0-9._~+/-]+=*)")
+_TOKEN_RE = re.compile(r"[A-Za-z0-9._~+/-]+=*")
+#: Deepest nesting of a body. Far over every real schema, far under the recursion limits of what reads it further on.
+_DEPTH_MAX = 100
 _CORRELATION_RE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -80,16 +85,26 @@ def error_headers(error: RbeeError) -> dict[str, str]:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status in (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS) and error.retryable:
         headers["Retry-After"] = str(error.details.get("retry_after_s", 1))
+    if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = str(error.details.get("allowed", ""))
     return headers
 
 
-def error_response(error: RbeeError) -> Response:
-    """Return the one error shape (SPEC 3.7). Slot figures stand flat as well (SPEC 3.4)."""
+def error_response(error: RbeeError, shape: ErrorShape | None = None) -> Response:
+    """Return the error in the one shape (SPEC 3.7), or in the one that the clients of the path expect.
+
+    Slot figures stand flat as well (SPEC 3.4).
+    """
+    body = shape(error, correlation_id()) if shape is not None else _envelope(error)
+    return JsonResponse(body, status_code=error.status, headers=error_headers(error))
+
+
+def _envelope(error: RbeeError) -> dict[str, Any]:
     body = error.envelope(correlation_id())
     for name in ("slots_total", "slots_busy"):
         if name in error.details:
             body["error"][name] = error.details[name]
-    return JsonResponse(body, status_code=error.status, headers=error_headers(error))
+    return body
 
 
 async def read_json(request: Request) -> dict[str, Any]:
@@ -100,16 +115,48 @@ async def read_json(request: Request) -> dict[str, Any]:
         raise RequestCanceled("the client closed the connection while sending") from None
     try:
         # Not orjson: it would answer NaN and lone surrogates with a position, where the model's check names the field.
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as e:
         raise InvalidRequest(f"body: not UTF-8 at byte {e.start}", field="body") from None
     except json.JSONDecodeError as e:
         raise InvalidRequest(f"body: invalid JSON at line {e.lineno}, column {e.colno}: {e.msg}", field="body") from None
     except RecursionError:
         raise InvalidRequest("body: JSON nested too deeply", field="body") from None
+    except ValueError as e:  # NaN and its like, a number of thousands of digits
+        raise InvalidRequest(f"body: invalid JSON: {e}", field="body") from None
     if not isinstance(value, dict):
         raise InvalidRequest(f"body: a JSON object expected, got {type(value).__name__}", field="body")
+    if data.count(b"{") + data.count(b"[") > _DEPTH_MAX and _deeper_than(value, _DEPTH_MAX):
+        raise InvalidRequest(f"body: JSON nested more than {_DEPTH_MAX} deep", field="body")
+    try:
+        # Whatever is passed on must be strict JSON: no half surrogate pair, no number beyond 64 bits.
+        orjson.dumps(value)
+    except TypeError as e:
+        raise InvalidRequest(f"{_unwritable(value)}: {e}", field=_unwritable(value)) from None
     return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON value")
+
+
+def _deeper_than(value: Any, limit: int) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        level = [v for c in level for v in (c.values() if isinstance(c, dict) else c if isinstance(c, list) else ())]
+        if not level:
+            return False
+    return True
+
+
+def _unwritable(body: Mapping[str, Any]) -> str:
+    """Return the field of ``body`` that is no strict JSON."""
+    for name, value in body.items():
+        try:
+            orjson.dumps({name: value})
+        except TypeError:
+            return name if name.isascii() else "body"
+    return "body"
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T] | asyncio.Future[_T]) -> _T:
@@ -134,8 +181,16 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, _T] | asyn
 class _Gate:
     """Outermost middleware: correlation id, authentication, body limit, and the answer to whatever went wrong."""
 
-    def __init__(self, app: ASGIApp, authenticate: Authenticator | None, public: frozenset[str], body_max_bytes: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        authenticate: Authenticator | None,
+        public: frozenset[str],
+        body_max_bytes: int,
+        error_shapes: Mapping[str, ErrorShape],
+    ) -> None:
         self._app, self._authenticate, self._public, self._limit = app, authenticate, public, body_max_bytes
+        self._shapes = tuple(error_shapes.items())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; lifespan passes through."""
@@ -163,19 +218,25 @@ class _Gate:
             logger.log(level, "%s", e.message, extra=_facts(scope) | {"code": e.code})
             if began:
                 raise
-            await error_response(e)(scope, receive, send_with_id)
+            await error_response(e, self._shape(scope["path"]))(scope, receive, send_with_id)
         except Exception:
             logger.exception("request failed", extra=_facts(scope))
             if began:  # the server then closes the connection: an unfinished answer must not look like a whole one
                 raise
             error = RbeeError("internal error; the log of the service has the details under this correlation id")
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, self._shape(scope["path"]))(scope, receive, send_with_id)
         finally:
             correlation.reset(reset)
 
+    def _shape(self, path: str) -> ErrorShape | None:
+        for prefix, shape in self._shapes:
+            if path == prefix or path.startswith(prefix + "/"):
+                return shape
+        return None
+
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
         if scope["path"] not in self._public and self._authenticate is not None:
-            token = bearer_token(headers.get(b"authorization"))
+            token = _token(headers)
             caller = self._authenticate(token, scope["path"])
             if not caller:
                 raise InvalidApiKey("the API key is not known here", hint="see api_key_file in `rbee-ctl config show`")
@@ -214,6 +275,14 @@ def _facts(scope: Scope) -> dict[str, str]:
     return {"method": scope["method"], "path": scope["path"]}
 
 
+def _token(headers: Mapping[bytes, bytes]) -> str:
+    """Return the caller's token: a bearer token, or where there is none Anthropic's ``x-api-key``."""
+    key = headers.get(b"x-api-key", b"").decode("latin-1")
+    if b"authorization" not in headers and _TOKEN_RE.fullmatch(key):
+        return key
+    return bearer_token(headers.get(b"authorization"))
+
+
 def bearer_token(header: bytes | None) -> str:
     """Return the token of an ``Authorization`` header; raises MissingApiKey unless it is exactly ``Bearer TOKEN``."""
     hint = "send the header `Authorization: Bearer KEY`; `rbee-ctl env` prints the key"
@@ -225,20 +294,16 @@ def bearer_token(header: bytes | None) -> str:
     return match[1]
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    """Give the framework's own refusals the one shape."""
+async def _http_error(_: Request, error: Exception) -> Response:
+    """Give the framework's own refusals a code of ours; the gate answers in the shape of the path."""
     if not isinstance(error, HTTPException):
         raise error
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = (error.headers or {}).get("Allow", "")
-        ours: RbeeError = MethodNotAllowed(f"this method is not allowed here; allowed: {allowed}", allowed=allowed)
-    elif error.status_code == HTTPStatus.NOT_FOUND:
-        ours = RouteNotFound("no such path; docs/http_api.md lists them")
-    else:
-        ours = InvalidRequest(str(error.detail))
-    response = error_response(ours)
-    response.headers.update(error.headers or {})
-    return response
+        raise MethodNotAllowed(f"this method is not allowed here; allowed: {allowed}", allowed=allowed) from None
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        raise RouteNotFound("no such path; docs/http_api.md lists them") from None
+    raise InvalidRequest(str(error.detail)) from None
 
 
 def create_base_app(
@@ -248,12 +313,20 @@ def create_base_app(
     body_max_bytes: int,
     lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None = None,
     public_paths: frozenset[str] = PUBLIC_PATHS,
+    error_shapes: Mapping[str, ErrorShape] | None = None,
 ) -> Starlette:
     """Return an application whose every path and method, unknown ones too, asks for a key but ``public_paths``.
 
-    ``authenticate`` None opens everything (loopback without keys).
+    ``authenticate`` None opens everything (loopback without keys). ``error_shapes``: path -> shape of the errors on it and
+    on what is under it; the first that fits counts.
     """
-    gate = Middleware(_Gate, authenticate=authenticate, public=public_paths, body_max_bytes=body_max_bytes)
+    gate = Middleware(
+        _Gate,
+        authenticate=authenticate,
+        public=public_paths,
+        body_max_bytes=body_max_bytes,
+        error_shapes=error_shapes or {},
+    )
     app = Starlette(
         routes=list(routes),
         middleware=[gate],

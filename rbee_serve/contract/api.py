@@ -123,6 +123,35 @@ class ChatMessage(TolerantMessage):
         return "".join(part["text"] for part in self.content)
 
 
+class Function(TolerantMessage):
+    """What a tool is called and takes."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="JSON schema of the arguments; none: no arguments")
+    strict: bool | None = None
+
+
+class Tool(TolerantMessage):
+    """A function that the model may call (OpenAI's form)."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(TolerantMessage):
+    """The function that must be called."""
+
+    name: str
+
+
+class NamedTool(TolerantMessage):
+    """The tool that must be called (OpenAI's form)."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class Continuation(Message):
     """A stream that began elsewhere: what was generated so far, as token ids (SPEC X-14)."""
 
@@ -130,17 +159,20 @@ class Continuation(Message):
 
 
 class InferenceRequest(SamplingParams):
-    """``POST /v1/inference`` of worker and queen: exactly one of ``prompt`` and ``messages``."""
+    """``POST /v1/inference`` of worker and queen: exactly one of ``prompt``, ``prompt_ids`` and ``messages``."""
 
     prompt: str | None = Field(None, min_length=1, max_length=PROMPT_MAX_CHARS)
+    prompt_ids: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None, min_length=1, max_length=1_048_576, description="the prompt as token ids, taken as they are"
+    )
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=1024)
     stream: bool = True
     continue_from: Continuation | None = None
     timeout_s: float | None = Field(None, gt=0, le=86_400)
 
     # With ``messages``: the model's own template renders them.
-    tools: list[dict[str, Any]] | None = Field(None, max_length=128, description="OpenAI's function tools")
-    tool_choice: str | dict[str, Any] | None = None
+    tools: list[Tool] | None = Field(None, max_length=128, description="OpenAI's function tools")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
 
     # Routing, read by the queen alone; a worker ignores them.
     model: str | None = Field(None, max_length=200)
@@ -154,48 +186,16 @@ class InferenceRequest(SamplingParams):
 
     @model_validator(mode="after")
     def _one_input(self) -> InferenceRequest:
-        if (self.prompt is None) == (self.messages is None):
-            raise ValueError("exactly one of prompt and messages is required")
+        if sum(x is not None for x in (self.prompt, self.prompt_ids, self.messages)) != 1:
+            raise ValueError("exactly one of prompt, prompt_ids and messages is required")
         if self.tools and self.messages is None:
             raise ValueError("tools are rendered by the chat template and need messages")
+        if self.tool_choice not in (None, "none", "auto"):
+            if not self.tools:
+                raise ValueError("tool_choice names a call, and there are no tools")
+            if self.grammar is not None or self.json_schema is not None:
+                raise ValueError("a tool call that is required leaves no room for grammar or json_schema")
         return self
-
-
-class StreamOptions(TolerantMessage):
-    """OpenAI's ``stream_options``."""
-
-    include_usage: bool = False
-
-
-class _OpenAIRequest(TolerantMessage):
-    model: str = Field(min_length=1, max_length=200)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0)
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-2, le=2)
-    frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    seed: int | None = Field(None, ge=0, le=2**32 - 1)
-    stop: StopStrings | None = None
-    n: Literal[1] | None = None
-
-
-class ChatCompletionRequest(_OpenAIRequest):
-    """``POST /v1/chat/completions``."""
-
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-
-
-class CompletionRequest(_OpenAIRequest):
-    """``POST /v1/completions``; one prompt a request."""
-
-    prompt: Annotated[str, Field(min_length=1, max_length=PROMPT_MAX_CHARS)]
-    max_tokens: int | None = Field(None, ge=1)
-    echo: Literal[False] | None = None
 
 
 class WorkerRecord(TolerantMessage):

@@ -19,9 +19,21 @@ Event = dict[str, Any]
 Logprobs = dict[str, Any]
 
 
-def started(request_id: str, model: str, *, seed: int, prompt_tokens: int, cached_tokens: int, worker_id: str) -> Event:
-    """First event: the request has a slot and its prompt is being evaluated. ``seed`` is the one in use."""
-    return {
+def started(
+    request_id: str,
+    model: str,
+    *,
+    seed: int,
+    prompt_tokens: int,
+    cached_tokens: int,
+    worker_id: str,
+    tool_format: str | None = None,
+) -> Event:
+    """First event: the request has a slot and its prompt is being evaluated. ``seed`` is the one in use.
+
+    ``tool_format``: with tools in the request, how the text will write calls (contract.tools).
+    """
+    event = {
         "type": "started",
         "request_id": request_id,
         "model": model,
@@ -30,6 +42,7 @@ def started(request_id: str, model: str, *, seed: int, prompt_tokens: int, cache
         "cached_tokens": cached_tokens,
         "worker_id": worker_id,
     }
+    return event if tool_format is None else event | {"tool_format": tool_format}
 
 
 def token(text: str, index: int, token_id: int, logprobs: Logprobs | None = None) -> Event:

@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
 
+from rbee_serve.common.apis import openai_api
 from rbee_serve.common.credentials import ClientKeys
 from rbee_serve.common.http import create_base_app
 from rbee_serve.contract.errors import InvalidApiKey
 from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
-from rbee_serve.queen import native_api, openai_api
+from rbee_serve.queen import native_api
+from rbee_serve.queen.backend import FleetBackend
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Relay
@@ -59,10 +61,11 @@ def create_app(
         return key or False
 
     app = create_base_app(
-        [*native_api.routes(queen), *openai_api.routes(queen)],
+        [*native_api.routes(queen), *openai_api.routes(FleetBackend(queen))],
         authenticate=authenticate if client_keys is not None else None,
         body_max_bytes=settings.body_max_bytes,
         lifespan=lifespan,
+        error_shapes=openai_api.ERROR_SHAPES,
     )
     app.state.queen = queen
     return app

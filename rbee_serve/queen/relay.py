@@ -54,7 +54,7 @@ _QUEENS_OWN = frozenset(
     {"model", "node", "backend", "device", "worker_id", "labels", "priority", "failover", "stream", "continue_from", "timeout_s"}
 )
 
-Api = Literal["native", "openai"]
+Api = Literal["native", "openai", "ollama", "anthropic"]
 
 
 @dataclass(slots=True)

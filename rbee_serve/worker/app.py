@@ -12,6 +12,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from rbee_serve import __version__
+from rbee_serve.common.apis import openai_api
 from rbee_serve.common.credentials import same
 from rbee_serve.common.http import JsonResponse, create_base_app, read_json, sse
 from rbee_serve.common.sdnotify import Notifier
@@ -19,6 +20,7 @@ from rbee_serve.contract import events
 from rbee_serve.contract.api import API_VERSION, SERVICE_NAME, Message, WorkerState, parse
 from rbee_serve.contract.errors import WorkerDraining
 from rbee_serve.contract.settings import WorkerSettings
+from rbee_serve.worker.backend import WorkerBackend
 from rbee_serve.worker.engine.protocol import Engine
 from rbee_serve.worker.heartbeat import HeartbeatSender
 from rbee_serve.worker.inference import InferenceApi
@@ -59,6 +61,7 @@ def create_app(
         authenticate=authenticate if fleet_token is not None else None,
         body_max_bytes=settings.body_max_bytes,
         lifespan=lambda _: lifecycle.run(),
+        error_shapes=openai_api.ERROR_SHAPES,
     )
     app.state.worker, app.state.lifecycle = worker, lifecycle
     return app
@@ -66,6 +69,7 @@ def create_app(
 
 def _routes(worker: Worker, lifecycle: Lifecycle) -> list[Route]:
     api, inference = WorkerApi(worker, lifecycle), InferenceApi(worker)
+    backend = WorkerBackend(worker, inference)
     return [
         Route("/health", api.health),
         Route("/v1/health", api.health),
@@ -79,6 +83,7 @@ def _routes(worker: Worker, lifecycle: Lifecycle) -> list[Route]:
         Route("/info", api.info),
         Route("/v1/info", api.info),
         Route("/metrics", api.metrics),
+        *openai_api.routes(backend),
     ]
 
 

@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateError, TemplateSyntaxError, meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rbee_serve.contract.api import ChatMessage
+from rbee_serve.contract.api import ChatMessage, Function, NamedTool, Tool
 from rbee_serve.contract.errors import InvalidRequest
+from rbee_serve.contract.tools import HERMES, LLAMA3, MISTRAL
+
+#: What a model is told whose template knows no tools (the form of NousResearch's Hermes models).
+_OFFER = """You may call functions to help with the user's request. These are their signatures:
+<tools>
+{tools}
+</tools>
+To call one, write its name and arguments as a JSON object within tags and nothing else:
+<tool_call>
+{{"name": "NAME", "arguments": {{...}}}}
+</tool_call>"""
 
 
 class TemplateRefusedError(TemplateError):
@@ -50,14 +62,32 @@ class ChatTemplate:
             "eos_token": eos_token,
         }
         self._broken: str | None = None
+        self._knows_tools = False
         try:
             self._template = environment.from_string(source) if source else None
+            self._knows_tools = "tools" in meta.find_undeclared_variables(environment.parse(source or ""))
         except TemplateSyntaxError as e:
             self._template, self._broken = None, f"line {e.lineno}: {e.message}"
 
-    def render(self, messages: Sequence[ChatMessage]) -> str:
+    @property
+    def knows_tools(self) -> bool:
+        """Whether the template renders tools itself."""
+        return self._knows_tools
+
+    @property
+    def tool_format(self) -> str:
+        """How the model is expected to write tool calls (contract.tools)."""
+        source = self._source or ""
+        if not self._knows_tools or "<tool_call>" in source:
+            return HERMES
+        if "[TOOL_CALLS]" in source:
+            return MISTRAL
+        return LLAMA3 if "python_tag" in source or '"parameters"' in source else HERMES
+
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None = None) -> str:
         """Return the prompt, ending where the assistant's answer begins.
 
+        ``tools``: rendered by the template where it knows tools, else told in a system message in hermes' form.
         Raises InvalidRequest when there is no usable template or the template refuses the messages.
         """
         if self._broken is not None:
@@ -69,7 +99,11 @@ class ChatTemplate:
         texts = [m.text() for m in messages]
         try:
             turns = [_turn(m, text) for m, text in zip(messages, texts, strict=True)]
-            text = self._template.render(messages=turns, add_generation_prompt=True)
+            offered = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+            if not self._knows_tools:
+                turns = in_words(turns, offered)
+            given = {"tools": offered} if offered and self._knows_tools else {"tools": None}
+            text = self._template.render(messages=turns, add_generation_prompt=True, **given)
             text.encode()  # a lone surrogate in a content part gets this far
             return text
         except TemplateRefusedError as e:
@@ -86,5 +120,84 @@ class ChatTemplate:
 
 
 def _turn(message: ChatMessage, text: str) -> dict[str, Any]:
-    turn = message.model_dump(exclude_none=True, include={"role", "name", "tool_calls", "tool_call_id"})
-    return turn | {"content": text}
+    turn = message.model_dump(exclude_none=True, include={"role", "name", "tool_calls", "tool_call_id"}) | {"content": text}
+    if message.tool_calls:
+        turn["tool_calls"] = [_past_call(call) for call in message.tool_calls]
+    return turn
+
+
+def _past_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a call of the history as templates expect it: its arguments are an object, no text."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise InvalidRequest("messages.tool_calls: each needs function.name and function.arguments", field="messages.tool_calls")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        with suppress(ValueError):
+            arguments = json.loads(arguments or "{}")
+    return {"type": "function"} | call | {"function": function | {"arguments": arguments if arguments is not None else {}}}
+
+
+def in_words(turns: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the turns for a template that knows no tools: offers, calls and results written into their texts."""
+    found: list[dict[str, Any]] = []
+    for turn in turns:
+        calls, role, content = turn.get("tool_calls"), turn["role"], turn["content"]
+        if calls:
+            said = [
+                "<tool_call>\n"
+                + _tojson({"name": c["function"]["name"], "arguments": c["function"]["arguments"]})
+                + "\n</tool_call>"
+                for c in calls
+            ]
+            content = "\n".join([content, *said] if content else said)
+        if role == "tool":
+            role, content = "user", f"<tool_response>\n{content}\n</tool_response>"
+            if found and found[-1].get("_result"):
+                found[-1]["content"] += "\n" + content
+                continue
+            found.append({"role": role, "content": content, "_result": True})
+            continue
+        found.append({k: v for k, v in turn.items() if k not in ("tool_calls", "tool_call_id")} | {"content": content})
+    if tools:
+        offer = _OFFER.format(tools="\n".join(_tojson(tool) for tool in tools))
+        if found and found[0]["role"] == "system":
+            found[0]["content"] += "\n\n" + offer
+        else:
+            found.insert(0, {"role": "system", "content": offer})
+    for turn in found:
+        turn.pop("_result", None)
+    return found
+
+
+def forced_call(tools: Sequence[Tool], choice: str | NamedTool | None) -> dict[str, Any] | None:
+    """Return the JSON schema of the one call that the answer must be; None where the model may choose.
+
+    Raises InvalidRequest for a choice that was not offered.
+    """
+    if choice is None or choice in ("auto", "none"):
+        return None
+    wanted = [tool.function for tool in tools]
+    if isinstance(choice, NamedTool):
+        wanted = [function for function in wanted if function.name == choice.function.name]
+        if not wanted:
+            raise InvalidRequest(f"tool_choice: no tool {choice.function.name!r} among tools", field="tool_choice")
+    shared: dict[str, Any] = {}
+    calls = [_call_schema(function, shared) for function in wanted]
+    schema: dict[str, Any] = calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return schema | shared
+
+
+def _call_schema(function: Function, shared: dict[str, Any]) -> dict[str, Any]:
+    arguments = dict(function.parameters or {"type": "object", "properties": {}})
+    arguments.setdefault("type", "object")
+    for key in ("$defs", "definitions"):  # references count from the root
+        for name, definition in arguments.pop(key, {}).items():
+            if shared.setdefault(key, {}).setdefault(name, definition) != definition:
+                raise InvalidRequest(f"tools: two of them define {key}/{name} differently", field="tools")
+    return {
+        "type": "object",
+        "properties": {"name": {"const": function.name}, "arguments": arguments},
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }

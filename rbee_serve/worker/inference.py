@@ -9,6 +9,7 @@ import secrets
 import time
 import uuid
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -26,6 +27,8 @@ from rbee_serve.contract.api import (
     parse,
 )
 from rbee_serve.contract.errors import InvalidRequest, RbeeError, RequestCanceled
+from rbee_serve.contract.tools import LLAMA3
+from rbee_serve.worker.chat import forced_call
 from rbee_serve.worker.engine.protocol import EngineInfo, Finished, GenerateRequest, TokenOut
 from rbee_serve.worker.generation import Generation
 from rbee_serve.worker.state import Worker
@@ -46,16 +49,8 @@ class InferenceApi:
     async def infer(self, request: Request) -> Response | _Closing:
         """Generate, streamed or whole. An error before the first event has its own status; a later one is an event."""
         wanted = parse(InferenceRequest, await read_json(request))
-        self._check_limits(wanted)
-        deadline = self._deadline(request, wanted)
-        info = self._worker.admit()
-        generation = Generation(self._worker, self._to_engine(wanted, info, self._request_id(request)), deadline)
-        try:
-            await while_connected(request, generation.open())
-        except BaseException:
-            await generation.aclose()
-            raise
-        headers = {REQUEST_ID_HEADER: generation.id, WORKER_HEADER: self._worker.settings.worker_id}
+        generation = await self.open(request, wanted, self._request_id(request))
+        headers = self.headers(generation)
         if wanted.stream:
             body = self._stream(generation, correlation_id())
             ping_s = self._worker.settings.ping_interval_s
@@ -65,6 +60,25 @@ class InferenceApi:
         finally:
             await generation.aclose()
         return JsonResponse(answer, headers=headers)
+
+    async def open(self, http: Request, wanted: InferenceRequest, request_id: str) -> Generation:
+        """Submit the request and wait for its slot while watching the client; raises RbeeError."""
+        self._check_limits(wanted)
+        deadline = self._deadline(http, wanted)
+        info = self._worker.admit()
+        request, tool_format = self._to_engine(wanted, info, request_id)
+        generation = Generation(self._worker, request, deadline)
+        generation.tool_format = tool_format
+        try:
+            await while_connected(http, generation.open())
+        except BaseException:
+            await generation.aclose()
+            raise
+        return generation
+
+    def headers(self, generation: Generation) -> dict[str, str]:
+        """Return the headers that go with an answer."""
+        return {REQUEST_ID_HEADER: generation.id, WORKER_HEADER: self._worker.settings.worker_id}
 
     async def cancel(self, request: Request) -> Response:
         """End a running request; 204 also when it has ended or never was."""
@@ -77,7 +91,7 @@ class InferenceApi:
         """Return the id that the caller chose, so that it can cancel before the answer's headers arrive, or a new one."""
         given = request.headers.get(REQUEST_ID_HEADER)
         if given is None:
-            return f"req-{uuid.uuid4()}"
+            return new_request_id()
         if not _REQUEST_ID_RE.fullmatch(given):
             raise InvalidRequest(f"{REQUEST_ID_HEADER}: 1 to 128 of A-Z a-z 0-9 . _ - expected", field=REQUEST_ID_HEADER)
         if given in self._worker.active:
@@ -93,7 +107,7 @@ class InferenceApi:
                 got=wanted.max_tokens,
                 limit=limit,
             )
-        for name in ("grammar", "json_schema", "tools"):
+        for name in ("grammar", "json_schema"):
             if getattr(wanted, name):
                 raise InvalidRequest(f"{name}: not supported by this worker", field=name)
 
@@ -111,15 +125,21 @@ class InferenceApi:
             limits.append(self._worker.wall() + wanted.timeout_s)
         return min(limits, default=None)
 
-    def _to_engine(self, wanted: InferenceRequest, info: EngineInfo, request_id: str) -> GenerateRequest:
+    def _to_engine(self, wanted: InferenceRequest, info: EngineInfo, request_id: str) -> tuple[GenerateRequest, str | None]:
+        """Return what the engine gets, and how its text will write tool calls."""
         values = {name: getattr(wanted, name) for name in SamplingParams.model_fields}
         if wanted.seed is None:
             values["seed"] = secrets.randbelow(_SEED_MAX + 1)
-        text, chat, bos = wanted.prompt or "", wanted.messages is not None, True
+        text, chat, bos, tool_format = wanted.prompt or "", wanted.messages is not None, True, None
         if wanted.messages is not None:
             template = self._worker.chat(info)
-            text = template.render(wanted.messages)
+            tools = wanted.tools if wanted.tool_choice != "none" else None
+            text = template.render(wanted.messages, tools)
             bos = not template.begins_with_bos(text)
+            if tools:
+                tool_format = template.tool_format
+                if (forced := forced_call(tools, wanted.tool_choice)) is not None:
+                    values["json_schema"], tool_format = forced, LLAMA3
         ids = wanted.continue_from.generated_ids if wanted.continue_from else []
         if ids and max(ids) >= info.vocab_size:
             raise InvalidRequest(
@@ -135,36 +155,41 @@ class InferenceApi:
                 limit=wanted.max_tokens,
             )
         params = SamplingParams.model_construct(**values)
-        return GenerateRequest(request_id, text, chat, bos, params, ids)
+        return GenerateRequest(request_id, text, chat, bos, params, ids, wanted.prompt_ids), tool_format
 
     async def _stream(self, generation: Generation, ident: str | None) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self.events(generation, ident)) as found:
+            async for event in found:
+                yield events.encode(event)
+        yield events.DONE
+
+    async def events(self, generation: Generation, ident: str | None) -> AsyncGenerator[events.Event, None]:
+        """Yield the events of an opened request, ``end`` or ``error`` last; ``ident``: its correlation id."""
         started = generation.started
         if started is None or generation.seed is None:
             raise RuntimeError("the stream of a request that was not opened")
         s = self._worker.settings
-        yield events.encode(
-            events.started(
-                generation.id,
-                s.model_id,
-                seed=generation.seed,
-                prompt_tokens=started.prompt_tokens,
-                cached_tokens=started.cached_tokens,
-                worker_id=s.worker_id,
-            )
+        yield events.started(
+            generation.id,
+            s.model_id,
+            seed=generation.seed,
+            prompt_tokens=started.prompt_tokens,
+            cached_tokens=started.cached_tokens,
+            worker_id=s.worker_id,
+            tool_format=generation.tool_format,
         )
         try:
             async for event in generation.events():
                 if isinstance(event, TokenOut):
-                    yield events.encode(events.token(event.text, event.index, event.token_id, event.logprobs))
+                    yield events.token(event.text, event.index, event.token_id, event.logprobs)
                 else:
-                    yield events.encode(_end(event, started.prompt_tokens))
+                    yield _end(event, started.prompt_tokens)
         except RbeeError as e:
             logger.warning("stream failed", extra={"request_id": generation.id, "code": e.code, "reason": e.message})
-            yield events.encode(events.error(e, ident))
+            yield events.error(e, ident)
         except Exception:
             logger.exception("stream failed", extra={"request_id": generation.id})
-            yield events.encode(events.error(RbeeError("internal error; the worker's log has the details"), ident))
-        yield events.DONE
+            yield events.error(RbeeError("internal error; the worker's log has the details"), ident)
 
     async def _whole(self, generation: Generation) -> dict[str, object]:
         began = time.perf_counter()
@@ -203,6 +228,11 @@ class InferenceApi:
         if logprobs:
             answer["logprobs"] = logprobs
         return answer
+
+
+def new_request_id() -> str:
+    """Return an id for a request whose client gave none."""
+    return f"req-{uuid.uuid4()}"
 
 
 def _end(event: Finished, prompt_tokens: int) -> events.Event:

@@ -188,11 +188,12 @@ class Worker:
             context_tokens=info.context_tokens if info else None,
             vram_bytes=info.device_memory_bytes if info else None,
             continuation_class=info.continuation_class if info else None,
-            model_info=_model_info(info) if info else {},
+            model_info=model_info(info) if info else {},
         )
 
 
-def _model_info(info: EngineInfo) -> dict[str, object]:
+def model_info(info: EngineInfo) -> dict[str, object]:
+    """Return what was loaded, as ``WorkerRecord.model_info`` tells it."""
     return {
         "architecture": info.architecture,
         "quantization": info.quantization,

@@ -278,10 +278,10 @@ P, M = {"prompt": "hi"}, {"messages": [{"role": "user", "content": "hi"}]}
         ("/v1/chat/completions", M, "model"),
         ("/v1/chat/completions", {"model": "m"}, "messages"),
         ("/v1/chat/completions", M | {"model": "m", "temperature": -1}, "temperature"),
-        ("/v1/chat/completions", M | {"model": "m", "tools": [{}]}, "tools"),
+        ("/v1/chat/completions", M | {"model": "m", "tools": [{}]}, "tools.0.type"),
         ("/v1/completions", {"model": "m"}, "prompt"),
         ("/v1/completions", P | {"model": "m", "max_tokens": -5}, "max_tokens"),
-        ("/v1/completions", {"model": "m", "prompt": ["a", "b"]}, "prompt"),
+        ("/v1/completions", {"model": "m", "prompt": ["a", 5]}, "prompt"),
     ],
 )
 def test_bad_input_is_400_and_names_the_field(path: str, body: dict[str, Any], field: str) -> None:

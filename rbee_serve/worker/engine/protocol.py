@@ -79,6 +79,7 @@ class GenerateRequest:
     add_bos: bool  # False where the rendered template already begins with it
     params: SamplingParams  # seed is set
     generated_ids: list[int] = field(default_factory=list)  # continuation: ids already delivered elsewhere
+    prompt_ids: list[int] | None = None  # the prompt itself; ``text`` is then not used
 
 
 @dataclass(frozen=True)

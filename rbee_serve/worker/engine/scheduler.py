@@ -114,7 +114,14 @@ class Scheduler:
             )
         if bad := [i for i in request.params.logit_bias if i >= model.n_vocab]:
             raise InvalidRequest(f"logit_bias: {bad[0]} is no token of this model, which has {model.n_vocab}", field="logit_bias")
-        prompt = model.tokenize(request.text, parse_special=request.parse_special, add_bos=request.add_bos)
+        if request.prompt_ids is not None:
+            prompt = request.prompt_ids
+            if bad := [i for i in prompt if not 0 <= i < model.n_vocab]:
+                raise InvalidRequest(
+                    f"prompt_ids: {bad[0]} is no token of this model, which has {model.n_vocab}", field="prompt_ids"
+                )
+        else:
+            prompt = model.tokenize(request.text, parse_special=request.parse_special, add_bos=request.add_bos)
         if not prompt:
             raise InvalidRequest("prompt: it has no tokens", field="prompt")
         if len(prompt) + 1 > model.context_tokens:

@@ -1,0 +1,329 @@
+"""What every API is built on: one generation as a stream of events, read into parts; several of them at once.
+
+Queen and worker give the same interface (``Backend``); everything above it knows neither.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from rbee_serve.common.apis.tool_calls import Arguments, Call, Parser, Text, parser_of
+from rbee_serve.contract.api import InferenceRequest
+from rbee_serve.contract.errors import RbeeError
+from rbee_serve.contract.events import Event
+
+ApiName = Literal["native", "openai", "ollama", "anthropic"]
+
+logger = logging.getLogger(__name__)
+
+#: What is read ahead of several streams together.
+_QUEUE_MAX = 64
+
+
+class Stream(Protocol):
+    """One generation at a worker or through the queen. Read ``events`` once; ``aclose`` in any case.
+
+    ``events`` never raises RbeeError: a failure is the last event, and then ``error``.
+    """
+
+    id: str
+    error: RbeeError | None
+
+    @property
+    def model(self) -> str:
+        """Id of the model that answers."""
+
+    def events(self) -> AsyncGenerator[Sequence[tuple[str, Event]], None]:
+        """Yield batches of (payload, event); the payload is the queen's own."""
+
+    async def aclose(self) -> None:
+        """Free what it holds. Idempotent."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that can be asked. ``created``: seconds since the epoch; ``info``: WorkerRecord.model_info."""
+
+    id: str
+    ref: str | None
+    created: int
+    context_tokens: int | None
+    info: Mapping[str, Any]
+    loaded: bool = True
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """One vector an input, in order."""
+
+    model: str
+    vectors: list[list[float]]
+    prompt_tokens: int
+
+
+class Backend(Protocol):
+    """Who generates: this worker's engine, or a fleet behind a queen."""
+
+    @property
+    def ping_interval_s(self) -> float:
+        """Pause between comment pings on a silent stream."""
+
+    async def open(self, http: Request, request: InferenceRequest, api: ApiName) -> Stream:
+        """Open a stream while watching the client; raises RbeeError."""
+
+    def headers(self, stream: Stream) -> dict[str, str]:
+        """Return the headers that go with an answer."""
+
+    def models(self) -> list[Model]:
+        """Return what can be asked for, by id."""
+
+    def model(self, name: str) -> Model:
+        """Return one model by any of its names; raises ModelNotFound."""
+
+    def fits(self, model: str) -> int:
+        """Return the tokens to ask for when a client names no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Began:
+    """The generation has its slot; the reading has the figures of its prompt. Comes once, first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A piece of text with its log probabilities (``lp`` of contract.events.token)."""
+
+    text: str
+    lp: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The generation ended well; the figures are those of its reading."""
+
+    stop_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The generation ended with an error."""
+
+    error: RbeeError
+
+
+Part = Began | Text | Token | Call | Arguments | End | Failed
+
+
+class Reading:
+    """One stream while it is read: its figures so far, and its events as parts."""
+
+    def __init__(self, stream: Stream, request: InferenceRequest, *, parallel_calls: bool = True) -> None:
+        self.stream = stream
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.tokens_out = 0
+        self.prompt_ms = 0.0
+        self.decode_ms = 0.0
+        self.seed: int | None = request.seed
+        self.called = False  # whether it has called a tool
+        self._tools = request.tools if request.tool_choice != "none" else None
+        self._parallel = parallel_calls
+        self._parser: Parser | None = None
+
+    async def parts(self) -> AsyncGenerator[list[Part], None]:
+        """Yield what each batch brings; the last part is End or Failed. Closes the stream."""
+        try:
+            async with aclosing(self.stream.events()) as batches:
+                async for batch in batches:
+                    parts: list[Part] = []
+                    for _, event in batch:
+                        parts += self._part(event)
+                    if parts:
+                        yield parts
+                        if isinstance(parts[-1], End | Failed):
+                            return
+        finally:
+            await self.stream.aclose()
+
+    def _part(self, event: Event) -> Sequence[Part]:
+        kind = event["type"]
+        if kind == "token":
+            self.tokens_out += 1
+            if self._parser is not None:
+                return self._parsed(self._parser.push(event["t"]))
+            if (lp := event.get("lp")) is not None:
+                return (Token(event["t"], lp),)
+            return (Text(event["t"]),) if event["t"] else ()
+        if kind == "started":
+            self.prompt_tokens = event.get("prompt_tokens", 0)
+            self.cached_tokens = event.get("cached_tokens", 0)
+            self.seed = event.get("seed", self.seed)
+            if self._tools and self._parser is None:
+                self._parser = parser_of(event.get("tool_format"), [tool.function.name for tool in self._tools])
+            return (Began(),)
+        if kind == "end":
+            self.tokens_out = event.get("tokens_out", self.tokens_out)
+            self.prompt_ms = event.get("prompt_time_ms", 0.0)
+            self.decode_ms = event.get("decode_time_ms", 0.0)
+            left = self._parsed(self._parser.close()) if self._parser is not None else []
+            if left and isinstance(left[-1], End):
+                return left
+            return [*left, End(str(event["stop_reason"]))]
+        if kind == "error":
+            return (Failed(self.stream.error or RbeeError(str(event.get("message")))),)
+        return ()
+
+    def _parsed(self, found: list[Text | Call | Arguments]) -> list[Part]:
+        parts: list[Part] = []
+        for part in found:
+            if isinstance(part, Call):
+                if self.called and not self._parallel:
+                    # The client takes one call at a time: the rest would be of no use to it.
+                    return [*parts, End("EOS")]
+                self.called = True
+            parts.append(part)
+        return parts
+
+
+@dataclass
+class Answer:
+    """A generation that was read to its end."""
+
+    reading: Reading
+    text: str = ""
+    tokens: list[dict[str, Any]] = field(default_factory=list)  # lp of each token
+    calls: list[dict[str, Any]] = field(default_factory=list)  # id, name, arguments (JSON text)
+    stop_reason: str = ""
+
+    def add(self, parts: Sequence[Part]) -> None:
+        """Take in parts; raises the error with which the generation failed, with the partial text."""
+        for part in parts:
+            if isinstance(part, Text):
+                self.text += part.text
+            elif isinstance(part, Token):
+                self.text += part.text
+                self.tokens.append(part.lp)
+            elif isinstance(part, Call):
+                self.calls.append({"id": part.id, "name": part.name, "arguments": ""})
+            elif isinstance(part, Arguments):
+                self.calls[part.index]["arguments"] += part.text
+            elif isinstance(part, End):
+                self.stop_reason = part.stop_reason
+            elif isinstance(part, Failed):
+                part.error.details |= {"partial_text": self.text, "tokens_out": self.reading.tokens_out}
+                raise part.error
+
+
+class Generations:
+    """One generation or several of one HTTP request, each placed, queued and failed over on its own.
+
+    ``open`` first, then ``parts``; ``aclose`` in any case.
+    """
+
+    def __init__(
+        self, backend: Backend, http: Request, requests: Sequence[InferenceRequest], api: ApiName, *, parallel_calls: bool = True
+    ) -> None:
+        self._backend, self._http, self._requests, self._api = backend, http, requests, api
+        self._parallel_calls = parallel_calls
+        self.readings: dict[int, Reading] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self._queue: asyncio.Queue[tuple[int, list[Part]]] = asyncio.Queue(_QUEUE_MAX)
+        self._news = asyncio.Event()
+        self._failure: RbeeError | None = None
+
+    async def open(self) -> Stream:
+        """Return the first stream; raises what kept any of them from being opened.
+
+        Several are read as soon as they are open, or those that wait in a queue would wait for those that nobody reads.
+        """
+        if len(self._requests) == 1:
+            return (await self._open(0)).stream
+        self._tasks = [asyncio.create_task(self._run(n)) for n in range(len(self._requests))]
+        while self._failure is None and len(self.readings) < len(self._requests) and self._queue.empty():
+            self._news.clear()
+            await self._news.wait()
+        if self._failure is not None:
+            raise self._failure
+        return self.readings[min(self.readings)].stream
+
+    async def _open(self, n: int) -> Reading:
+        request = self._requests[n]
+        stream = await self._backend.open(self._http, request, self._api)
+        self.readings[n] = Reading(stream, request, parallel_calls=self._parallel_calls)
+        self._news.set()
+        return self.readings[n]
+
+    async def _run(self, n: int) -> None:
+        try:
+            async with aclosing((await self._open(n)).parts()) as batches:
+                async for parts in batches:
+                    await self._queue.put((n, parts))
+                    self._news.set()
+        except RbeeError as e:
+            await self._fail(n, e)
+        except Exception:
+            logger.exception("one generation of several failed")
+            await self._fail(n, RbeeError("internal error; the log of the service has the details under this correlation id"))
+
+    async def _fail(self, n: int, error: RbeeError) -> None:
+        self._failure = error
+        self._news.set()
+        await self._queue.put((n, [Failed(error)]))
+
+    async def parts(self) -> AsyncGenerator[tuple[int, list[Part]], None]:
+        """Yield (which generation, what came) until all have ended, or one has failed."""
+        if not self._tasks:
+            async with aclosing(self.readings[0].parts()) as batches:
+                async for parts in batches:
+                    yield 0, parts
+            return
+        running = len(self._requests)
+        while running:
+            n, parts = await self._queue.get()
+            yield n, parts
+            if isinstance(parts[-1], Failed):
+                return
+            if isinstance(parts[-1], End):
+                running -= 1
+
+    async def collect(self) -> list[Answer]:
+        """Read all to their ends; raises the first failure."""
+        answers: dict[int, Answer] = {}
+        async with aclosing(self.parts()) as batches:
+            async for n, parts in batches:
+                if n not in answers and n in self.readings:
+                    answers[n] = Answer(self.readings[n])
+                if n not in answers:
+                    raise self._failure or RbeeError("a generation gave an answer before it was opened")
+                answers[n].add(parts)
+        return [answers[n] for n in sorted(answers)]
+
+    async def aclose(self) -> None:
+        """End what still runs and free all. Idempotent."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for reading in self.readings.values():
+            await reading.stream.aclose()
+
+
+class Closing:
+    """A response that closes its generations in any case, also when not one byte of it was read."""
+
+    def __init__(self, response: ASGIApp, generations: Generations) -> None:
+        self._response, self._generations = response, generations
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            await self._generations.aclose()

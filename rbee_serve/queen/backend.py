@@ -1,0 +1,74 @@
+"""The fleet as the APIs see it (common.apis.streams.Backend)."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+
+from rbee_serve.common.apis.streams import ApiName, Model, Stream
+from rbee_serve.common.http import correlation_id
+from rbee_serve.contract.api import InferenceRequest, WorkerState
+from rbee_serve.contract.errors import ModelNotFound
+from rbee_serve.queen import relay
+from rbee_serve.queen.native_api import stream_headers
+from rbee_serve.queen.placement import known_models, serves
+from rbee_serve.queen.registry import Worker
+from rbee_serve.queen.state import Queen
+
+#: Largest max_tokens that workers accept by default (SPEC 3.8).
+_MAX_TOKENS_LIMIT = 2048
+
+
+class FleetBackend:
+    """Generates wherever the queen places it."""
+
+    def __init__(self, queen: Queen) -> None:
+        self._queen = queen
+
+    @property
+    def ping_interval_s(self) -> float:
+        """Pause between comment pings on a silent stream."""
+        return self._queen.settings.ping_interval_s
+
+    async def open(self, http: Request, request: InferenceRequest, api: ApiName) -> Stream:
+        """Open a stream at a worker; raises what ``Queen.open_stream`` raises."""
+        return await self._queen.open_stream(http, request, api, correlation_id())
+
+    def headers(self, stream: Stream) -> dict[str, str]:
+        """Return the headers by which the queen says what it did."""
+        return stream_headers(stream) if isinstance(stream, relay.Stream) else {}
+
+    def models(self) -> list[Model]:
+        """Return the models that live workers serve, by id."""
+        workers = self._live()
+        return [_model([w for w in workers if w.record.model_id == name]) for name in known_models(workers)]
+
+    def model(self, name: str) -> Model:
+        """Return one model by its id or reference."""
+        workers = self._live()
+        for worker in workers:
+            if serves(worker, name):
+                return _model([w for w in workers if w.record.model_id == worker.record.model_id])
+        known = known_models(workers)
+        raise ModelNotFound(f"model {name!r} is not served; known: {', '.join(known) or 'none'}", model=name, known=known)
+
+    def fits(self, model: str) -> int:
+        """Return what every worker of the model can hold."""
+        contexts = [w.record.context_tokens for w in self._queen.registry if serves(w, model)]
+        return min([c for c in contexts if c] + [_MAX_TOKENS_LIMIT])
+
+    def _live(self) -> list[Worker]:
+        return self._queen.registry.live(self._queen.clock())
+
+
+def _model(workers: list[Worker]) -> Model:
+    """Return what ``workers``, all of one model, have in common."""
+    first = workers[0].record
+    contexts = [w.record.context_tokens for w in workers if w.record.context_tokens]
+    return Model(
+        id=first.model_id,
+        ref=first.model_ref,
+        created=min(int(w.record.started_at) for w in workers),
+        context_tokens=min(contexts, default=None),
+        info=next((w.record.model_info for w in workers if w.record.model_info), {}),
+        loaded=any(w.record.status in (WorkerState.IDLE, WorkerState.BUSY, WorkerState.DRAINING) for w in workers),
+    )

@@ -1,0 +1,86 @@
+"""This worker as the APIs see it (common.apis.streams.Backend)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from starlette.requests import Request
+
+from rbee_serve.common.apis.streams import ApiName, Model, Stream
+from rbee_serve.common.http import correlation_id
+from rbee_serve.contract.api import InferenceRequest
+from rbee_serve.contract.errors import ModelNotFound, RbeeError, from_envelope
+from rbee_serve.contract.events import Event
+from rbee_serve.worker.generation import Generation
+from rbee_serve.worker.inference import InferenceApi, new_request_id
+from rbee_serve.worker.state import Worker, model_info
+
+
+class WorkerStream:
+    """One generation of this worker's engine."""
+
+    def __init__(self, api: InferenceApi, generation: Generation, model: str, correlation_id: str | None) -> None:
+        self.id = generation.id
+        self.error: RbeeError | None = None
+        self.generation = generation
+        self._api, self._model, self._correlation_id = api, model, correlation_id
+
+    @property
+    def model(self) -> str:
+        """Id of the model that answers."""
+        return self._model
+
+    async def events(self) -> AsyncGenerator[Sequence[tuple[str, Event]], None]:
+        """Yield the events, each with no payload."""
+        async with aclosing(self._api.events(self.generation, self._correlation_id)) as found:
+            async for event in found:
+                if event["type"] == "error":
+                    self.error = from_envelope({"error": event}, fallback="the generation failed")
+                yield (("", event),)
+
+    async def aclose(self) -> None:
+        """Free the slot. Idempotent."""
+        await self.generation.aclose()
+
+
+class WorkerBackend:
+    """Generates here."""
+
+    def __init__(self, worker: Worker, inference: InferenceApi) -> None:
+        self._worker, self._inference = worker, inference
+
+    @property
+    def ping_interval_s(self) -> float:
+        """Pause between comment pings on a silent stream."""
+        return self._worker.settings.ping_interval_s
+
+    async def open(self, http: Request, request: InferenceRequest, api: ApiName) -> Stream:
+        """Open a generation; raises ModelNotFound and what ``InferenceApi.open`` raises."""
+        if request.model is not None:
+            self.model(request.model)
+        generation = await self._inference.open(http, request, new_request_id())
+        return WorkerStream(self._inference, generation, self._worker.settings.model_id, correlation_id())
+
+    def headers(self, stream: Stream) -> dict[str, str]:
+        """Return the headers that go with an answer."""
+        return self._inference.headers(stream.generation) if isinstance(stream, WorkerStream) else {}
+
+    def models(self) -> list[Model]:
+        """Return the one model."""
+        s, info = self._worker.settings, self._worker.engine.info
+        facts = model_info(info) if info else {}
+        context = info.context_tokens if info else None
+        return [Model(s.model_id, s.model_ref, int(self._worker.started_at), context, facts, loaded=info is not None)]
+
+    def model(self, name: str) -> Model:
+        """Return the model if that is its id or reference."""
+        (mine,) = self.models()
+        if name not in (mine.id, mine.ref):
+            raise ModelNotFound(f"model {name!r} is not served; known: {mine.id}", model=name, known=[mine.id])
+        return mine
+
+    def fits(self, model: str) -> int:
+        """Return what this worker can hold and allows."""
+        limit, info = self._worker.settings.max_tokens_limit, self._worker.engine.info
+        return min(limit, info.context_tokens) if info else limit
