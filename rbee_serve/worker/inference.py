@@ -107,9 +107,6 @@ class InferenceApi:
                 got=wanted.max_tokens,
                 limit=limit,
             )
-        for name in ("grammar", "json_schema"):
-            if getattr(wanted, name):
-                raise InvalidRequest(f"{name}: not supported by this worker", field=name)
 
     def _deadline(self, request: Request, wanted: InferenceRequest) -> float | None:
         """Return the earlier of header and ``timeout_s``: neither can lengthen the other (SPEC E-31)."""
@@ -140,6 +137,9 @@ class InferenceApi:
                 tool_format = template.tool_format
                 if (forced := forced_call(tools, wanted.tool_choice)) is not None:
                     values["json_schema"], tool_format = forced, LLAMA3
+        for name in ("grammar", "json_schema"):
+            if values[name] is not None:
+                raise InvalidRequest(f"{name}: not supported by this worker", field=name)
         ids = wanted.continue_from.generated_ids if wanted.continue_from else []
         if ids and max(ids) >= info.vocab_size:
             raise InvalidRequest(

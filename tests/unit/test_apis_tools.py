@@ -38,6 +38,7 @@ def read(parser: Parser, pieces: list[str]) -> tuple[str, list[tuple[str, Any]],
 
 
 TWO = [("weather", WEATHER), ("add", ADD)]
+UNOFFERED = '<tool_call>{"name": "rm", "arguments": {}}</tool_call>'
 CASES = [
     (HERMES, f"<tool_call>\n{written('weather', WEATHER)}\n</tool_call>", "", TWO[:1]),
     (
