@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbee_ctl.commands import hive, infer, key, lab, model, overview, serve, worker
+from rbee_ctl.commands import hive, infer, key, lab, model, overview, serve, setup, worker
 from rbee_ctl.render import Ui
 from rbee_ctl.result import ErrorItem, OperationResult, failure
 from rbee_ctl.session import Session
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command("infer")(infer.infer)
 app.command("status")(overview.status)
+app.add_typer(setup.app, name="setup")
 app.add_typer(hive.app, name="hive")
 app.add_typer(worker.app, name="worker")
 app.add_typer(worker.plural, name="workers", hidden=True)
@@ -35,6 +36,9 @@ app.add_typer(key.app, name="key")
 app.add_typer(lab.app, name="lab")
 app.command("serve")(serve.serve)
 app.command("env")(overview.env)
+overview.config_app.command("set-ssh")(setup.set_ssh)
+overview.config_app.command("list-nodes")(setup.list_nodes)
+overview.config_app.command("remove-node")(setup.remove_node)
 app.add_typer(overview.config_app, name="config")
 app.command("version")(overview.version)
 

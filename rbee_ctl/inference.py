@@ -128,11 +128,14 @@ class Inference:
         self._body["worker_id"] = worker["worker_id"]
 
     def _start(self, node: str, model: str) -> dict[str, Any]:
+        from rbee_ctl import node_facts
         from rbee_ctl.commands.fleet import one_host
         from rbee_ctl.commands.worker import start_request
 
         host = self._session.inventory.get(node)
-        request = start_request(model, host.backend(self._backend), self._body.get("device", 0))
+        backend, device = host.backend(self._backend), self._body.get("device", 0)
+        node_facts.check_device(self._session.settings.state_path, node, backend, device)
+        request = start_request(model, backend, device)
         play = self._session.play("worker_start", limit=node, extra_vars={"rbee_worker_request": request})
         try:
             worker = one_host(play, node, "worker")["worker"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ QUEEN_GROUP = "rbee_queen"
 HIVE_GROUP = "rbee_hives"
 
 _Vars = dict[str, Any]
+_SECRET = re.compile(r"(?i)pass|secret|token|_key$|credential")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,16 @@ class Host:
     address: str
     groups: frozenset[str]
     workers: tuple[dict[str, Any], ...] = ()
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def install_path(self) -> str:
+        """Where runtimes go on the machine."""
+        return str(self.variables.get("rbee_install_path") or "/opt/rbee")
+
+    def shown(self) -> dict[str, Any]:
+        """Return the variables without anything that may be a secret: by its name, or because a vault holds it."""
+        return {k: v for k, v in self.variables.items() if v is not None and not _SECRET.search(k)}
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -76,7 +88,7 @@ class Inventory:
         raise NodeNotFound(
             f"node {name!r} is not in {self.path}; known: {', '.join(known) or 'none'}",
             hint=(f"did you mean {near[0]}? " if near else "")
-            + f"to add it: write it under {HIVE_GROUP} in {self.path}, then: ansible-playbook -i {self.path} site.yml",
+            + f"to add it: rbee-ctl setup add-node --name {name} --ssh-host ADDRESS",
             node=name,
             known=known,
         )
@@ -108,7 +120,7 @@ def load(path: Path) -> Inventory:
 def _host(name: str, groups: set[str], variables: dict[str, Any]) -> Host:
     declared = variables.get("rbee_workers")
     workers = tuple(dict(w) for w in declared if isinstance(w, dict)) if isinstance(declared, list) else ()
-    return Host(name, str(variables.get("ansible_host", name)), frozenset(groups), workers)
+    return Host(name, str(variables.get("ansible_host", name)), frozenset(groups), workers, dict(variables))
 
 
 def _read_static(path: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -108,23 +108,25 @@ def environment(environ: Mapping[str, str] | None = None, state_dir: Path | None
 def run_playbook(
     name: str,
     *,
-    inventory: Path | None,
+    inventory: Path | Sequence[Path] | None,
     limit: str | None = None,
     extra_vars: Mapping[str, Any] | None = None,
     on_event: OnEvent | None = None,
     state_dir: Path | None = None,
     verbose: bool = False,
+    check: bool = False,
 ) -> PlaybookResult:
     """Run ``playbooks/<name>.yml`` to its end.
 
     ``on_event`` gets our events as they happen, in the calling thread; ``inventory`` None is for playbooks that need
-    none (localhost). Raises MissingDependency when Ansible or the playbook is not there. On Ctrl+C or SIGTERM the whole
+    none (localhost); of several, later ones add to and override earlier ones. ``check`` touches nothing.
+    Raises MissingDependency when Ansible or the playbook is not there. On Ctrl+C or SIGTERM the whole
     process tree is ended, the private folder removed and KeyboardInterrupt raised.
     """
     path = content.playbook(name)
     collector = _Collector(on_event)
     with _private_folder() as private, _cancellation() as cancellation:
-        runner = _prepare(private, path, inventory, limit, extra_vars, environment(state_dir=state_dir), verbose)
+        runner = _prepare(private, path, inventory, limit, extra_vars, environment(state_dir=state_dir), verbose, check)
         runner.event_handler = collector.handle
         runner.cancel_callback = cancellation.check
         try:
@@ -139,11 +141,12 @@ def run_playbook(
 def _prepare(
     private: Path,
     playbook: Path,
-    inventory: Path | None,
+    inventory: Path | Sequence[Path] | None,
     limit: str | None,
     extra_vars: Mapping[str, Any] | None,
     env: dict[str, str],
     verbose: bool,
+    check: bool,
 ) -> Any:
     """Return an ansible-runner Runner that is ready to run."""
     try:
@@ -160,7 +163,7 @@ def _prepare(
     config = ansible_runner.RunnerConfig(
         private_data_dir=str(private),
         playbook=str(playbook),
-        inventory=str(inventory) if inventory is not None else "localhost,",
+        inventory=_inventories(inventory),
         limit=limit,
         extravars=str(variables) if variables is not None else None,
         envvars=env,
@@ -168,6 +171,7 @@ def _prepare(
         quiet=True,
         suppress_env_files=True,
         verbosity=1 if verbose else None,
+        cmdline="--check --diff" if check else None,
     )
     config.prepare()
     # prepare() starts from os.environ; only what is named above goes on.
@@ -175,6 +179,12 @@ def _prepare(
     config.pexpect_timeout = _POLL_S
     config.suppress_output_file = True
     return ansible_runner.Runner(config)
+
+
+def _inventories(inventory: Path | Sequence[Path] | None) -> str | list[str]:
+    if inventory is None:
+        return "localhost,"
+    return str(inventory) if isinstance(inventory, Path) else [str(path) for path in inventory]
 
 
 @contextlib.contextmanager
@@ -310,21 +320,30 @@ def _message(result: Mapping[str, Any]) -> str:
 
 
 def unreachable(host: str, message: str) -> NodeUnreachable:
-    """Classify what ssh said (SPEC 3.7): wrong key, changed host key, silence, or anything else."""
+    """Classify what ssh said (SPEC 3.7, OP-23); ``details["ssh_class"]``: host-key, auth, timeout or connection."""
     said = message.lower()
     if "host key verification failed" in said or "remote host identification has changed" in said:
         return SshAuthFailed(
             f"{host}: its SSH host key is unknown or has changed: {message}",
             hint="if the machine is the right one: ssh-keygen -R ADDRESS && ssh-keyscan ADDRESS >> ~/.ssh/known_hosts",
+            ssh_class="host-key",
+        )
+    if "unprotected private key file" in said or "bad permissions" in said:
+        return SshAuthFailed(
+            f"{host}: SSH refused to use the key (permission denied): others can read its file: {message}",
+            hint="chmod 600 KEYFILE",
+            ssh_class="auth",
         )
     if "permission denied" in said or "too many authentication failures" in said:
         return SshAuthFailed(
-            f"{host}: SSH refused the key: {message}", hint="check ansible_user and ansible_ssh_private_key_file in the inventory"
+            f"{host}: SSH refused the key: {message}",
+            hint="check ansible_user and ansible_ssh_private_key_file in the inventory",
+            ssh_class="auth",
         )
     hint = f"check that {host} is up and its address is right: rbee-ctl hive list"
     if "timed out" in said or "timeout" in said:
-        return SshTimeout(f"{host}: SSH did not answer in time: {message}", hint=hint)
-    return NodeUnreachable(f"{host}: not reachable: {message}", hint=hint)
+        return SshTimeout(f"{host}: SSH did not answer in time: {message}", hint=hint, ssh_class="timeout")
+    return NodeUnreachable(f"{host}: not reachable: {message}", hint=hint, ssh_class="connection")
 
 
 def task_error(host: str, failed: TaskDone | None) -> RbeeError:

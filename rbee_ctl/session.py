@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbee_ctl import config
@@ -59,16 +60,34 @@ class Session:
 
         return QueenClient(self.settings.queen, self.settings.api_key())
 
-    def play(self, name: str, *, limit: str | None = None, extra_vars: Mapping[str, Any] | None = None) -> PlaybookResult:
-        """Run a playbook against the inventory and narrate it."""
+    def play(
+        self,
+        name: str,
+        *,
+        limit: str | None = None,
+        extra_vars: Mapping[str, Any] | None = None,
+        extra_inventories: Sequence[Path] = (),
+        silent: bool = False,
+        check: bool = False,
+    ) -> PlaybookResult:
+        """Run a playbook against the inventory and narrate it (``silent``: only with --verbose); remember who answered.
+
+        ``check``: say what would change and touch nothing.
+        """
+        from rbee_ctl import node_facts
         from rbee_ctl.playbook import run_playbook
 
-        return run_playbook(
+        result = run_playbook(
             name,
-            inventory=self.settings.inventory_path,
+            inventory=[self.settings.inventory_path, *extra_inventories],
             limit=limit,
             extra_vars=extra_vars,
-            on_event=self.ui.narrator(limit or "ansible", name),
+            on_event=None if silent and not self.ui.verbose else self.ui.narrator(limit or "ansible", name),
             state_dir=self.settings.state_path,
             verbose=self.ui.verbose,
+            check=check,
         )
+        for host, outcome in result.hosts.items():
+            gone = outcome.error.message if outcome.status == "unreachable" and outcome.error is not None else None
+            node_facts.contact(self.settings.state_path, host, gone)
+        return result

@@ -107,10 +107,70 @@ def hives(data: Data) -> View:
     if not data["hives"]:
         return ["the inventory has no hosts in group rbee_hives"]
     rows = (
-        (h["name"], h["address"], ", ".join(h["backends"]), ", ".join(h["workers"]), "yes" if h["queen"] else "")
+        (
+            h["name"],
+            h["address"],
+            h["status"],
+            ago(h["last_contact"]),
+            ", ".join(h["backends"]),
+            ", ".join(h["workers"]),
+            h["install_path"],
+            "yes" if h["queen"] else "",
+        )
         for h in data["hives"]
     )
-    return [_table(("node", "address", "backends", "declared workers", "queen"), rows)]
+    return [_table(("node", "address", "status", "contact", "backends", "declared workers", "install path", "queen"), rows)]
+
+
+def ago(epoch: float | None) -> str | None:
+    """Return how long ago a time was."""
+    return None if epoch is None else f"{duration(max(0.0, time.time() - epoch))} ago"
+
+
+def _device_rows(devices: Iterable[Data]) -> list[tuple[Any, ...]]:
+    return [
+        (d["id"], d.get("name"), size(d.get("memory_bytes")), d.get("compute_capability") or d.get("driver")) for d in devices
+    ]
+
+
+def hive(data: Data) -> View:
+    """One machine: what the inventory says and what is remembered."""
+    inner = data["hive"]
+    rows: list[tuple[Any, ...]] = [
+        (k, inner[k]) for k in ("name", "address", "install_path", "status", "last_error") if k in inner
+    ]
+    rows += [("groups", ", ".join(inner["groups"])), ("last contact", ago(inner["last_contact"]))]
+    rows += [(k, v) for k, v in inner["variables"].items() if k not in ("ansible_host", "rbee_install_path")]
+    yield _table(("field", "value"), rows)
+    if inner["devices"]:
+        yield _table(("device", "name", "memory", "capability"), _device_rows(inner["devices"]))
+
+
+def capabilities(data: Data) -> View:
+    """Devices, machine by machine."""
+    rows: list[tuple[Any, ...]] = []
+    for host, outcome in data["hosts"].items():
+        if outcome["status"] != "ok":
+            rows.append((host, outcome["status"], None, None, None))
+        rows += [(host, *row) for row in _device_rows(outcome.get("devices", []))]
+    return [_table(("node", "device", "name", "memory", "capability"), rows)]
+
+
+def checks(data: Data) -> View:
+    """Named checks of one machine, one line each."""
+    marks = {(True, True): "ok", (True, False): "ok", (False, True): "FAILED", (False, False): "not yet"}
+    rows = [(c["name"], marks[c["ok"], c["required"]], c["got"], c.get("expected"), c.get("hint")) for c in data["checks"]]
+    return [_table(("check", "result", "got", "expected", "try"), rows, title=data["node"])]
+
+
+def ssh_tested(data: Data) -> View:
+    """A machine that answered."""
+    yield f"{data['node']}: ok, {data['latency_ms']} ms"
+
+
+def imported(data: Data) -> View:
+    """What came out of ~/.ssh/config."""
+    yield f"{len(data['imported'])} new, {len(data['already_there'])} there already, in {data['inventory']}"
 
 
 def hive_status(data: Data) -> View:

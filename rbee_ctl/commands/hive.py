@@ -1,13 +1,24 @@
-"""``rbee-ctl hive``: the machines. Each verb is a playbook; ``list`` only reads the inventory."""
+"""``rbee-ctl hive``: the machines. Each verb is a playbook; ``list`` and ``get`` only read inventory and memory."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rbee_ctl.commands.options import Json, Nodes, Verbose, session
 from rbee_ctl.result import OperationResult
+from rbee_ctl.session import Session
 
-app = typer.Typer(help="Machines of the fleet: start, stop, status, list.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rbee_ctl.inventory import Host
+
+app = typer.Typer(help="Machines of the fleet: install, start, stop, status, check, list, get, ...", no_args_is_help=True)
+
+OneNode = Annotated[
+    str | None, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory; default: the only one")
+]
 
 
 @app.command()
@@ -46,17 +57,160 @@ def status(ctx: typer.Context, node: Nodes = None, json: Json = False, verbose: 
 
 @app.command("list")
 def list_(ctx: typer.Context, json: Json = False) -> OperationResult:
-    """List the machines of the inventory."""
+    """List the machines of the inventory, with what is remembered of each: last contact, devices. Contacts none."""
+    from rbee_ctl import node_facts
+
     s = session(ctx, json=json)
-    queen = s.inventory.queen
-    found = [
-        {
-            "name": h.name,
-            "address": h.address,
-            "backends": list(h.backends),
-            "workers": [str(w.get("name") or f"{w.get('backend')}{w.get('device', 0)}") for w in h.workers],
-            "queen": queen is not None and queen.name == h.name,
-        }
-        for h in s.inventory.hives
-    ]
+    queen, state = s.inventory.queen, s.settings.state_path
+    found = []
+    for h in s.inventory.hives:
+        facts = node_facts.read(state, h.name)
+        found.append(
+            {
+                "name": h.name,
+                "address": h.address,
+                "status": facts.get("status", "unknown"),
+                "last_contact": facts.get("last_contact"),
+                "last_error": facts.get("last_error"),
+                "install_path": h.install_path,
+                "backends": sorted(facts.get("backends") or h.backends),
+                "workers": [str(w.get("name") or f"{w.get('backend')}{w.get('device', 0)}") for w in h.workers],
+                "queen": queen is not None and queen.name == h.name,
+            }
+        )
     return OperationResult("hive list", data={"hives": found}, view="hives")
+
+
+@app.command()
+def get(ctx: typer.Context, node: OneNode = None, json: Json = False) -> OperationResult:
+    """Show one machine: its variables (no secrets) and what is remembered of it."""
+    from rbee_ctl import node_facts
+
+    s = session(ctx, json=json)
+    host = one_node(s, node)
+    hive = {
+        "name": host.name,
+        "address": host.address,
+        "groups": sorted(host.groups - {"all"}),
+        "install_path": host.install_path,
+        "variables": host.shown(),
+        "status": "unknown",
+        "last_contact": None,
+        "devices": None,
+        "backends": None,
+        **{k: v for k, v in node_facts.read(s.settings.state_path, host.name).items() if k != "name"},
+    }
+    return OperationResult("hive get", data={"hive": hive}, view="hive")
+
+
+def one_node(s: Session, node: str | None) -> Host:
+    """Return the machine; the only one there is where none was named. Raises NodeNotFound, InvalidRequest."""
+    from rbee_serve.contract.errors import InvalidRequest
+
+    if node is not None:
+        return s.inventory.get(node)
+    hives = s.inventory.hives
+    if len(hives) != 1:
+        raise InvalidRequest(
+            f"which machine? The inventory has {', '.join(h.name for h in hives) or 'none'}", hint="add --node NODE", field="node"
+        )
+    return hives[0]
+
+
+@app.command("refresh-capabilities", hidden=True)
+@app.command()
+def refresh(ctx: typer.Context, node: Nodes = None, json: Json = False, verbose: Verbose = False) -> OperationResult:
+    """Ask machines for their devices and remember the answer; what was known of one that does not answer is kept."""
+    from rbee_ctl import node_facts
+    from rbee_ctl.commands.fleet import per_host
+
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    play = s.play("probe", limit=node)
+    for host, outcome in play.hosts.items():
+        if outcome.status == "ok":
+            node_facts.capabilities(s.settings.state_path, host, outcome.result)
+    return per_host("hive refresh", play, "capabilities")
+
+
+@app.command("ssh-test")
+def ssh_test(ctx: typer.Context, node: OneNode = None, json: Json = False, verbose: Verbose = False) -> OperationResult:
+    """Reach a machine by SSH through Ansible; a failure is of class timeout, auth, host-key, connection or command."""
+    from rbee_ctl.probing import probe
+
+    s = session(ctx, json=json, verbose=verbose)
+    host = one_node(s, node)
+    found = probe(s, host.name)
+    return OperationResult(
+        "hive ssh-test", data={"node": host.name, "ok": True, "latency_ms": found.get("latency_ms")}, view="ssh_tested"
+    )
+
+
+@app.command()
+def check(ctx: typer.Context, node: OneNode = None, json: Json = False, verbose: Verbose = False) -> OperationResult:
+    """Check a machine by name: SSH, privileges, systemd, Python, memory, disk, runtime, version. Exit code 5: it is not fit."""
+    from rbee_ctl.probing import probe
+    from rbee_ctl.result import ErrorItem, exit_code_of
+    from rbee_serve import __version__
+    from rbee_serve.contract.errors import ExitCode, NodeUnreachable
+
+    s = session(ctx, json=json, verbose=verbose)
+    host = one_node(s, node)
+    try:
+        checks: list[dict[str, Any]] = [{"name": "ssh", "ok": True, "required": True, "got": "answers"}]
+        checks += probe(s, host.name)["checks"]
+    except NodeUnreachable as e:
+        failed = {"name": "ssh", "ok": False, "required": True, "got": str(e.details.get("ssh_class", "failed"))}
+        found = {"node": host.name, "checks": [failed | {"expected": "answers", "hint": e.hint}]}
+        item = ErrorItem.of(e, host.name)
+        return OperationResult("hive check", data=found, view="checks", errors=(item,), exit_code=exit_code_of(e), partial=True)
+    for c in checks:
+        if c["name"] == "version" and c["ok"] and c["got"] != __version__:
+            c |= {"ok": False, "expected": __version__, "hint": f"rbee-ctl setup install --node {host.name}"}
+    fit = all(c["ok"] for c in checks if c["required"])
+    data = {"node": host.name, "fit": fit, "checks": checks}
+    return OperationResult("hive check", data=data, view="checks", exit_code=ExitCode.OK if fit else ExitCode.REFUSED)
+
+
+@app.command()
+def install(
+    ctx: typer.Context,
+    node: Nodes = None,
+    check: Annotated[bool, typer.Option("--check", help="say what would change and touch nothing")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Make machines fit for workers: user, directories, runtimes, units, credentials. A second run changes nothing."""
+    from rbee_ctl.commands.fleet import per_host
+
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    return per_host("hive install", s.play("install", limit=node, check=check), "hosts")
+
+
+@app.command("import-ssh")
+def import_ssh(
+    ctx: typer.Context,
+    ssh_config: Annotated[Path, typer.Option("--ssh-config", metavar="FILE", help="OpenSSH client configuration")] = Path(
+        "~/.ssh/config"
+    ),
+    json: Json = False,
+) -> OperationResult:
+    """Take over the hosts of ~/.ssh/config. Wildcards and hosts that the inventory has already are passed over."""
+    from rbee_ctl import inventory_edit
+    from rbee_ctl import ssh_config as parser
+
+    s = session(ctx, json=json)
+    path = s.settings.inventory_path
+    inventory_edit.check_editable(path)
+    known = set(s.inventory.hosts)
+    new, there = [], []
+    for name, variables in parser.hosts(ssh_config.expanduser()).items():
+        if name in known:
+            there.append(name)
+            continue
+        inventory_edit.add_host(path, name, variables)
+        s.ui.narrate("ctl", "import_ssh", f"{name}: {variables.get('ansible_host', name)}")
+        new.append(name)
+    data = {"imported": new, "already_there": there, "inventory": str(path)}
+    return OperationResult("hive import-ssh", data=data, view="imported")

@@ -27,6 +27,7 @@ def start(
     verbose: Verbose = False,
 ) -> OperationResult:
     """Start a worker on a machine; the model is downloaded when it is not there."""
+    from rbee_ctl import node_facts
     from rbee_ctl.commands.fleet import one_host
     from rbee_ctl.references import check_backend, check_model, unknown_model
     from rbee_serve.contract.errors import ModelNotFound
@@ -35,7 +36,9 @@ def start(
     check_model(model)
     check_backend(backend)
     host = s.inventory.get(node)
-    request = start_request(model, host.backend(backend), device, name, slots)
+    backend = host.backend(backend)
+    node_facts.check_device(s.settings.state_path, node, backend, device)
+    request = start_request(model, backend, device, name, slots)
     play = s.play("worker_start", limit=node, extra_vars={"rbee_worker_request": request})
     try:
         return OperationResult("worker start", data=dict(one_host(play, node, "worker")), view="worker_started")
