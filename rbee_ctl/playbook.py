@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -115,6 +116,7 @@ def run_playbook(
     state_dir: Path | None = None,
     verbose: bool = False,
     check: bool = False,
+    environ: Mapping[str, str] | None = None,
 ) -> PlaybookResult:
     """Run ``playbooks/<name>.yml`` to its end.
 
@@ -126,7 +128,8 @@ def run_playbook(
     path = content.playbook(name)
     collector = _Collector(on_event)
     with _private_folder() as private, _cancellation() as cancellation:
-        runner = _prepare(private, path, inventory, limit, extra_vars, environment(state_dir=state_dir), verbose, check)
+        env = environment(state_dir=state_dir) | dict(environ or {})
+        runner = _prepare(private, path, inventory, limit, extra_vars, env, verbose, check)
         runner.event_handler = collector.handle
         runner.cancel_callback = cancellation.check
         try:
@@ -319,8 +322,16 @@ def _message(result: Mapping[str, Any]) -> str:
     return " ".join(text.split())[:600]
 
 
+#: What Ansible says around ssh's own words.
+_SSH_PREFIX = re.compile(
+    r"^(Task failed: )?(Data could not be sent to remote host \S+ Make sure this host can be reached over ssh: |"
+    r"Failed to connect to the host via ssh: )?"
+)
+
+
 def unreachable(host: str, message: str) -> NodeUnreachable:
     """Classify what ssh said (SPEC 3.7, OP-23); ``details["ssh_class"]``: host-key, auth, timeout or connection."""
+    message = _SSH_PREFIX.sub("", message)
     said = message.lower()
     if "host key verification failed" in said or "remote host identification has changed" in said:
         return SshAuthFailed(

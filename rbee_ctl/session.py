@@ -69,10 +69,11 @@ class Session:
         extra_inventories: Sequence[Path] = (),
         silent: bool = False,
         check: bool = False,
+        environ: Mapping[str, str] | None = None,
     ) -> PlaybookResult:
         """Run a playbook against the inventory and narrate it (``silent``: only with --verbose); remember who answered.
 
-        ``check``: say what would change and touch nothing.
+        ``check``: say what would change and touch nothing. ``environ``: added to Ansible's environment.
         """
         from rbee_ctl import node_facts
         from rbee_ctl.playbook import run_playbook
@@ -86,6 +87,7 @@ class Session:
             state_dir=self.settings.state_path,
             verbose=self.ui.verbose,
             check=check,
+            environ=environ,
         )
         for host, outcome in result.hosts.items():
             gone = outcome.error.message if outcome.status == "unreachable" and outcome.error is not None else None

@@ -10,6 +10,12 @@ import pytest
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Register a marker for each numbered scenario, so that ``-m S11`` runs it."""
+    for number in range(1, 92):
+        config.addinivalue_line("markers", f"S{number:02d}: scenario {number} of the specification")
+
+
 @pytest.fixture(scope="session")
 def model_path() -> Path:
     """The demonstration model in the cache; ``make setup`` puts it there."""

@@ -14,12 +14,6 @@ HERE = Path(__file__).resolve().parent
 NODES = 2
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Register a marker for each numbered scenario, so that ``-m S11`` runs it."""
-    for number in range(1, 92):
-        config.addinivalue_line("markers", f"S{number:02d}: scenario {number} of the specification")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark everything in this folder ``lab``."""
     for item in items:

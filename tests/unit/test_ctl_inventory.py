@@ -80,7 +80,7 @@ def test_unknown_node_names_the_known_ones_and_how_to_add_it(path: Path) -> None
         inventory.load(path).get("lab11")
     assert "known: lab-2-big, lab1, lab2" in caught.value.message
     assert "did you mean lab1?" in (caught.value.hint or "")
-    assert "site.yml" in (caught.value.hint or "")
+    assert "rbee-ctl setup add-node --name lab11" in (caught.value.hint or "")
 
 
 def test_worker_id_is_split_at_the_longest_host(path: Path) -> None:
