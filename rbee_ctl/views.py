@@ -184,6 +184,8 @@ def hive_status(data: Data) -> View:
         rows.append((host, hive.get("target"), hive.get("version"), "rbee-hive.target", hive.get("target"), None, None))
         for unit in [*hive.get("units", []), *([hive["queen"]] if hive.get("queen") else [])]:
             state = f"{unit.get('active_state')} ({unit.get('sub_state')})"
+            if unit.get("active_state") == "inactive" and unit.get("socket") == "active":
+                state = "dormant (socket listens)"
             rows.append((host, None, None, unit.get("unit"), state, unit.get("n_restarts"), unit.get("status_text")))
     return [_table(("node", "hive", "version", "unit", "state", "restarts", "status"), rows)]
 

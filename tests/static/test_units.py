@@ -33,7 +33,7 @@ def root(tmp_path: Path) -> Path:
         for stock in STOCK.glob(pattern):
             shutil.copy(stock, system / stock.name, follow_symlinks=True)
     for unit in UNITS.iterdir():
-        if unit.is_file() and unit.suffix in (".service", ".target", ".slice"):
+        if unit.is_file() and unit.suffix in (".service", ".target", ".slice", ".socket"):
             shutil.copy(unit, system)
     programs = ("etc/rbee/workers/cpu0.runtime/bin/rbee-worker", "etc/rbee/queen.runtime/bin/rbee-queen")
     for program in (*programs, "usr/bin/install", "bin/kill"):
@@ -41,10 +41,18 @@ def root(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("#!/bin/sh\n")
         path.chmod(0o755)
+    drop_in = system / "rbee-worker@cpu0.socket.d/50-rbee.conf"
+    drop_in.parent.mkdir()
+    drop_in.write_text("[Socket]\nListenStream=0.0.0.0:8001\n")
     return tmp_path
 
 
-@pytest.mark.parametrize("unit", ["rbee-hive.target", "rbee.slice", "rbee-worker@cpu0.service", "rbee-queen.service"])
+UNIT_NAMES = [
+    *("rbee-hive.target", "rbee.slice", "rbee-worker@cpu0.service", "rbee-worker@cpu0.socket", "rbee-queen.service"),
+]
+
+
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_systemd_finds_nothing_to_complain_about(root: Path, unit: str) -> None:
     command = ["systemd-analyze", "verify", "--recursive-errors=yes", "--man=no", f"--root={root}", unit]
 
@@ -78,9 +86,10 @@ def test_timeouts_nest_so_that_no_drain_is_cut_by_systemd() -> None:
     assert QueenSettings().drain_timeout_s + 5 < seconds("rbee-queen.service", "TimeoutStopSec")
 
 
-def test_stopping_the_target_stops_workers_and_waits_for_them() -> None:
+def test_stopping_the_target_stops_workers_and_sockets_and_waits_for_them() -> None:
     text = (UNITS / "rbee-worker@.service").read_text()
 
+    assert re.search(r"^PartOf=rbee-hive\.target$", (UNITS / "rbee-worker@.socket").read_text(), re.MULTILINE)
     assert re.search(r"^PartOf=rbee-hive\.target$", text, re.MULTILINE)
     assert re.search(r"^After=.*\brbee-hive\.target\b", text, re.MULTILINE)
     assert re.search(r"^WantedBy=rbee-hive\.target$", text, re.MULTILINE)

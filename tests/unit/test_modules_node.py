@@ -183,3 +183,21 @@ def test_codes_of_the_modules_are_those_of_the_contract() -> None:
     codes = set(re.findall(r'(?:NodeError|CatalogError)\(\s*"([A-Z_]+)"', text))
     assert {"MODEL_NOT_FOUND", "INVALID_MODEL_REF", "BACKEND_UNAVAILABLE"} <= codes
     assert codes <= set(BY_CODE)
+
+
+def test_drop_ins_are_written_once_and_taken_away_with_their_folder(tmp_path: Path) -> None:
+    unit = node_modules.load("library", "rbee_worker_unit")
+    params = {"name": "cpu0", "service": "[Service]\nMemoryMax=1G\n", "socket": "", "unit_dir": str(tmp_path)}
+    service, socket = unit.drop_ins(params).items()
+    assert service[0] == tmp_path / "rbee-worker@cpu0.service.d/50-rbee.conf"
+    assert (socket[0].parent.name, socket[1]) == ("rbee-worker@cpu0.socket.d", None)
+    unit.write(*service)
+    unit.write(*socket)
+    assert unit.current(service[0]) == f"{unit.HEADER}[Service]\nMemoryMax=1G\n"
+    assert service[0].stat().st_mode & 0o777 == 0o644
+    (service[0].parent / "90-admin.conf").write_text("[Service]\nNice=5\n")
+    unit.write(service[0], None)
+    assert [p.name for p in tmp_path.rglob("*.conf")] == ["90-admin.conf"]
+    (service[0].parent / "90-admin.conf").unlink()
+    unit.write(service[0], None)
+    assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from ansible.module_utils.rbee_node import (
     TARGET,
     NodeError,
     fail,
+    listening,
     require_hive,
     run,
     running,
@@ -17,6 +18,7 @@ from ansible.module_utils.rbee_node import (
     unit_instance,
     up,
     wait_until,
+    worker_sockets,
     worker_units,
 )
 
@@ -72,7 +74,9 @@ rbee_result:
 def start(params, check):
     target = show(TARGET)[TARGET]
     require_hive(target, params["install_hint"])
-    workers = {u: p for u, p in worker_units(params["etc_dir"]).items() if p["UnitFileState"] == "enabled"}
+    units = [*worker_units(params["etc_dir"]).values(), *worker_sockets(params["etc_dir"]).values()]
+    # Of an instance with a socket that is the enabled one: its worker sleeps until somebody asks.
+    workers = {p["Id"]: p for p in units if p["UnitFileState"] == "enabled"}
     changed = target["ActiveState"] != "active" or not all(map(up, workers.values()))
     if check:
         return {"target": "active", "changed": changed, "workers": sorted(map(unit_instance, workers))}
@@ -95,13 +99,14 @@ def stop(params, check):
     target = show(TARGET)[TARGET]
     require_hive(target, params["install_hint"])
     alive = [u for u, p in worker_units(params["etc_dir"]).items() if running(p)]
-    changed = target["ActiveState"] != "inactive" or bool(alive)
+    sockets = [p["Id"] for p in worker_sockets(params["etc_dir"]).values() if listening(p)]
+    changed = target["ActiveState"] != "inactive" or bool(alive or sockets)
     result = {"target": "inactive", "changed": changed, "workers": sorted(map(unit_instance, alive)), "forced": []}
     if check or not changed:
         return result
     # One job for all, so they drain in parallel; the sockets too, or the next connection would revive a worker (N-01).
-    run("systemctl", "stop", TARGET, "rbee-worker@*.socket", *alive, check=True)
-    now = wait_until(list(worker_units(params["etc_dir"])), lambda p: not running(p), params["timeout_s"])
+    run("systemctl", "stop", TARGET, *sockets, *alive, check=True)
+    now = wait_until([*worker_units(params["etc_dir"]), *sockets], lambda p: not running(p), params["timeout_s"])
     left = sorted(unit for unit, props in now.items() if running(props))
     if left:
         raise NodeError(

@@ -28,6 +28,7 @@ from ansible.module_utils.rbee_plan import (
     check_runtime,
     choose_name,
     choose_port,
+    declared_extras,
     declared_names,
     instance,
     is_identical,
@@ -175,7 +176,7 @@ def plan(params):
         available = params["mem_available_bytes"] or mem_available()
         say.append(check_memory(model, device, available))
     port, warning = choose_port(request, settings, known, listening_ports(), declared)
-    found["instance"] = instance(request, model, settings, name, port, declared)
+    found["instance"] = declared_extras(params["declared"], name) | instance(request, model, settings, name, port, declared)
     return found, [*say, *([warning] if warning else [])]
 
 

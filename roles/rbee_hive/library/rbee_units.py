@@ -17,6 +17,7 @@ from ansible.module_utils.rbee_node import (
     show,
     unit_instance,
     unit_row,
+    worker_sockets,
     worker_units,
 )
 
@@ -56,8 +57,11 @@ rbee_result:
 """
 
 
-def row(props, settings):
+def row(props, settings, socket=None):
     found = unit_row(props)
+    if socket is not None:
+        found["socket"] = socket["ActiveState"]
+        found["enabled"] = found["enabled"] or socket["UnitFileState"] == "enabled"
     if settings is not None:
         found["name"] = unit_instance(props["Id"])
         found.update({k: settings.get(k) for k in ("model_id", "backend", "device", "port")})
@@ -72,11 +76,12 @@ def hive(etc_dir):
     settings = instances(etc_dir)
     absent = target["LoadState"] == "not-found"
     facts = read_toml(Path(etc_dir, "hive.toml"))
+    sockets = worker_sockets(etc_dir)
     workers = sorted(worker_units(etc_dir).values(), key=lambda p: unit_instance(p["Id"]))
     return {
         "target": "absent" if absent else "active" if target["ActiveState"] == "active" else "inactive",
         "version": facts.get("rbee_version") or facts.get("version"),
-        "units": [row(p, settings.get(unit_instance(p["Id"]), {})) for p in workers if not absent],
+        "units": [row(p, settings.get(n, {}), sockets.get(n)) for p in workers if not absent for n in [unit_instance(p["Id"])]],
         "queen": row(units[QUEEN_UNIT], None) if units[QUEEN_UNIT]["LoadState"] == "loaded" else None,
     }
 

@@ -8,14 +8,17 @@ from ansible.module_utils.rbee_node import (
     NodeError,
     fail,
     instances,
+    listening,
     run,
     running,
     settled,
     show,
+    socket_unit,
     start_failure,
     unit_instance,
     up,
     wait_until,
+    worker_sockets,
     worker_unit,
     worker_units,
 )
@@ -27,6 +30,7 @@ description:
   - Works on instances that have a settings file. Making one is the role rbee_worker's work.
   - Starting returns at once, with the unit being started, unless I(wait) is set; the action C(rbee_follow) shows how it
     loads. With I(wait) a unit that does not come up fails the module with C(UNIT_START_FAILED) and its last journal lines.
+  - An instance whose socket listens counts as started although no process runs: it sleeps; see I(wake).
   - Stopping lets running streams finish and stops the socket with the service.
 options:
   names:
@@ -45,6 +49,10 @@ options:
     default: true
   restart:
     description: When starting, restart what already runs, for settings that changed.
+    type: bool
+    default: false
+  wake:
+    description: When starting, start also what sleeps behind its socket.
     type: bool
     default: false
   invocation:
@@ -86,10 +94,12 @@ rbee_result:
 STATES = {"active": "idle", "activating": "loading", "deactivating": "draining", "failed": "failed", "inactive": "stopped"}
 
 
-def record(name, settings, props):
+def record(name, settings, props, sleeps):
     state = STATES.get(props["ActiveState"], props["ActiveState"])
     if int(props.get("Job") or 0) and state == "stopped":
         state = "loading"  # asked for and not begun
+    elif state == "stopped" and sleeps:
+        state = "dormant"
     return {
         "worker_id": f"{settings.get('hive')}-{name}",
         "name": name,
@@ -119,15 +129,22 @@ def start(params, check):
     # In check mode the instance may be one that the role would have made before.
     settings = instances(params["etc_dir"]) if check else known(params["names"], params["etc_dir"])
     units = [worker_unit(n) for n in params["names"]]
-    before = show(*units)
-    down = [u for u in units if params["restart"] or not up(before[u])]
+    before, sockets = show(*units), worker_sockets(params["etc_dir"])
+    asleep = {
+        worker_unit(n)
+        for n in params["names"]
+        if n in sockets and listening(sockets[n]) and before[worker_unit(n)]["ActiveState"] == "inactive"
+    }
+    there = asleep if not params["wake"] else set()
+    down = [u for u in units if params["restart"] or not (up(before[u]) or u in there)]
     if down and not check:
-        run("systemctl", "reset-failed", *down)  # a start is refused for units that failed too often
+        # A start is refused for units that failed too often.
+        run("systemctl", "reset-failed", *down, *(socket_unit(unit_instance(u)) for u in down if unit_instance(u) in sockets))
         run("systemctl", "restart", "--no-block", *down, check=True)
     now = wait_until(units, settled, params["timeout_s"]) if params["wait"] and not check else show(*units)
     if params["wait"] and not check:
         for unit in units:
-            if now[unit]["ActiveState"] != "active":
+            if now[unit]["ActiveState"] != "active" and not (unit in there and unit not in down):
                 raise start_failure(unit, now[unit])
     changed = bool(down)
     if params["invocation"] is not None:
@@ -135,21 +152,21 @@ def start(params, check):
     name = params["names"][0]
     if name not in settings:
         return {"worker": {"name": name, "unit": units[0], "state": "absent"}, "changed": True}
-    return {"worker": record(name, settings[name], now[units[0]]), "changed": changed}
+    return {"worker": record(name, settings[name], now[units[0]], name in sockets), "changed": changed}
 
 
 def stop(params, check):
     known(params["names"], params["etc_dir"])
     units = [worker_unit(n) for n in params["names"]]
     alive = [u for u, p in show(*units).items() if running(p)]
+    alive += [p["Id"] for n, p in worker_sockets(params["etc_dir"]).items() if n in params["names"] and listening(p)]
     if alive and not check:
-        sockets = [u for u in show(*[u.replace(".service", ".socket") for u in units]).values() if u["ActiveState"] == "active"]
-        run("systemctl", "stop", *[s["Id"] for s in sockets], *alive, check=True)
+        run("systemctl", "stop", *alive, check=True)
         now = wait_until(alive, lambda p: not running(p), params["timeout_s"])
         left = [u for u, p in now.items() if running(p)]
         if left:
             raise NodeError("PLAYBOOK_FAILED", f"still running: {', '.join(left)}", f"systemctl status {left[0]}", units=left)
-    stopped = [n for n in params["names"] if worker_unit(n) in alive]
+    stopped = [n for n in params["names"] if worker_unit(n) in alive or socket_unit(n) in alive]
     return {"stopped": stopped, "already_stopped": [n for n in params["names"] if n not in stopped], "changed": bool(alive)}
 
 
@@ -160,6 +177,7 @@ def main():
             "state": {"type": "str", "choices": ["started", "stopped"], "required": True},
             "wait": {"type": "bool", "default": True},
             "restart": {"type": "bool", "default": False},
+            "wake": {"type": "bool", "default": False},
             "invocation": {"type": "str"},
             "timeout_s": {"type": "float", "default": 330.0},
             "etc_dir": {"type": "path", "default": "/etc/rbee"},

@@ -90,6 +90,11 @@ def worker_unit(name):
     return f"rbee-worker@{name}.service"
 
 
+def socket_unit(name):
+    """Return the socket of an instance."""
+    return f"rbee-worker@{name}.socket"
+
+
 def unit_instance(unit):
     """Return the instance name of a worker's unit."""
     return unit.split("@", 1)[1].rsplit(".", 1)[0]
@@ -99,6 +104,19 @@ def worker_units(etc_dir):
     """Return {unit id: properties} of all worker services: of every settings file, and whatever else systemd has loaded."""
     named = [worker_unit(n) for n in instances(etc_dir)]
     return {k: v for k, v in show("rbee-worker@*.service", *named).items() if k != TEMPLATE}
+
+
+def worker_sockets(etc_dir):
+    """Return {instance: properties} of the sockets of all instances that have one."""
+    named = [socket_unit(n) for n in instances(etc_dir)]
+    found = show("rbee-worker@*.socket", *named)
+    # A template without an address is no socket: only an instance's drop-in makes it one.
+    return {unit_instance(k): v for k, v in found.items() if v["LoadState"] == "loaded" and not k.startswith("rbee-worker@.")}
+
+
+def listening(props):
+    """Return whether a socket waits for connections, or has started its service."""
+    return props.get("ActiveState") in ("active", "activating")
 
 
 def require_hive(props, host_hint):

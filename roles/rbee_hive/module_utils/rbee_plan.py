@@ -16,6 +16,8 @@ MEMORY_FACTOR = 1.2
 BY_HAND = "# made by worker_start"
 #: Settings that a request may give; one that is not given keeps its present or default value.
 OPTIONAL = ("slots", "context_tokens", "threads", "port")
+#: What an inventory may say of an instance besides, and a request does not speak of.
+DECLARED_ONLY = ("socket", "memory_max", "cpu_affinity", "cpu_quota", "cpu_weight", "settings")
 
 
 def mb(size):
@@ -103,6 +105,12 @@ def check_memory(model, device, available_bytes):
 def declared_names(workers):
     """Return the instance names of an inventory's ``rbee_workers``."""
     return [w.get("name") or f"{w['backend']}{w.get('device', 0)}" for w in workers]
+
+
+def declared_extras(workers, name):
+    """Return what the inventory says of an instance beyond what a request may: it stays in force."""
+    entry = dict(zip(declared_names(workers), workers, strict=True)).get(name, {})
+    return {k: entry[k] for k in DECLARED_ONLY if entry.get(k) is not None}
 
 
 def choose_name(request, model_id, instances, by_hand, declared):
