@@ -11,6 +11,7 @@ import asyncio
 import fcntl
 import logging
 import socket
+import ssl
 import struct
 import termios
 from collections.abc import Callable, Sequence
@@ -26,8 +27,13 @@ _SHORTAGE_S = 1.0
 class Acceptor:
     """Takes connections of ``sockets`` from ``resume`` to ``pause``. Belongs to one event loop."""
 
-    def __init__(self, sockets: Sequence[socket.socket], make_protocol: Callable[[], asyncio.Protocol]) -> None:
-        self._sockets, self._make_protocol = sockets, make_protocol
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        make_protocol: Callable[[], asyncio.Protocol],
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._sockets, self._make_protocol, self._tls = sockets, make_protocol, tls
         self._loop = asyncio.get_running_loop()
         self._arriving: set[asyncio.Task[None]] = set()
         self._accepting = False
@@ -83,8 +89,8 @@ class Acceptor:
 
     async def _hand_over(self, connection: socket.socket) -> None:
         try:
-            await self._loop.connect_accepted_socket(self._make_protocol, connection)
-        except OSError as e:  # gone before it was here
+            await self._loop.connect_accepted_socket(self._make_protocol, connection, ssl=self._tls)
+        except OSError as e:  # gone before it was here, or it speaks no TLS
             connection.close()
             logger.debug("a connection ended at once", extra={"reason": str(e)})
 

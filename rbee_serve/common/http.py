@@ -13,6 +13,7 @@ import re
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -31,14 +32,18 @@ from rbee_serve.common.log import correlation
 from rbee_serve.contract.api import CORRELATION_HEADER
 from rbee_serve.contract.errors import (
     BodyTooLarge,
+    HeadersTooLarge,
     InvalidApiKey,
     InvalidRequest,
     MethodNotAllowed,
     MissingApiKey,
+    Overloaded,
     RbeeError,
     RequestCanceled,
+    RequestTimeout,
     RouteNotFound,
 )
+from rbee_serve.contract.settings import Settings
 
 # Draining is ours (serving.py): at SIGTERM sse-starlette would cut running streams (measured: 5 of 30 events arrived).
 AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
@@ -178,19 +183,36 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, _T] | asyn
             await asyncio.wait((task,))
 
 
+@dataclass(frozen=True, slots=True)
+class RequestLimits:
+    """What a request may be. ``receive_timeout_s``: for the whole body; the head is the server's to watch (serving.py)."""
+
+    body_max_bytes: int
+    headers_max_bytes: int
+    receive_timeout_s: float
+    requests_max: int
+
+    @classmethod
+    def of(cls, settings: Settings) -> RequestLimits:
+        """Take the limits from a service's settings."""
+        s = settings
+        return cls(s.body_max_bytes, s.headers_max_bytes, s.receive_timeout_s, s.requests_max)
+
+
 class _Gate:
-    """Outermost middleware: correlation id, authentication, body limit, and the answer to whatever went wrong."""
+    """Outermost middleware: correlation id, authentication, limits, and the answer to whatever went wrong."""
 
     def __init__(
         self,
         app: ASGIApp,
         authenticate: Authenticator | None,
         public: frozenset[str],
-        body_max_bytes: int,
+        limits: RequestLimits,
         error_shapes: Mapping[str, ErrorShape],
     ) -> None:
-        self._app, self._authenticate, self._public, self._limit = app, authenticate, public, body_max_bytes
+        self._app, self._authenticate, self._public, self._limits = app, authenticate, public, limits
         self._shapes = tuple(error_shapes.items())
+        self._in_progress = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; lifespan passes through."""
@@ -210,6 +232,7 @@ class _Gate:
                 message["headers"] = [*message.get("headers", ()), (_CORRELATION_KEY, ident.encode())]
             await send(message)
 
+        self._in_progress += 1
         try:
             self._check(scope, headers)
             await self._app(scope, self._limited(receive), send_with_id)
@@ -226,6 +249,7 @@ class _Gate:
             error = RbeeError("internal error; the log of the service has the details under this correlation id")
             await error_response(error, self._shape(scope["path"]))(scope, receive, send_with_id)
         finally:
+            self._in_progress -= 1
             correlation.reset(reset)
 
     def _shape(self, path: str) -> ErrorShape | None:
@@ -235,29 +259,53 @@ class _Gate:
         return None
 
     def _check(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+        limits = self._limits
+        head = len(scope.get("raw_path") or b"") + len(scope["query_string"]) + sum(len(k) + len(v) for k, v in scope["headers"])
+        if head > limits.headers_max_bytes:
+            raise HeadersTooLarge(
+                f"request line and headers of {head} bytes, at most {limits.headers_max_bytes} are accepted",
+                limit_bytes=limits.headers_max_bytes,
+            )
         if scope["path"] not in self._public and self._authenticate is not None:
             token = _token(headers)
             caller = self._authenticate(token, scope["path"])
             if not caller:
                 raise InvalidApiKey("the API key is not known here", hint="see api_key_file in `rbee-ctl config show`")
             scope.setdefault("state", {})["caller"] = caller
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._limit:
-            raise BodyTooLarge(f"body of {int(length)} bytes, at most {self._limit} are accepted", limit_bytes=self._limit)
+        if self._in_progress > limits.requests_max and scope["path"] not in self._public:
+            raise Overloaded(
+                f"{limits.requests_max} requests are in progress, which is the limit",
+                hint="try again in a moment, or raise requests_max (docs/settings.md)",
+                limit=limits.requests_max,
+                retry_after_s=1,
+            )
+        length, largest = headers.get(b"content-length", b"0"), limits.body_max_bytes
+        if length.isdigit() and int(length) > largest:
+            raise BodyTooLarge(f"body of {int(length)} bytes, at most {largest} are accepted", limit_bytes=largest)
 
     def _limited(self, receive: Receive) -> Receive:
-        """Count the bytes of the body: a chunked one has no length that a header tells.
+        """Count the bytes of the body, a chunked one has no length that a header tells, and the time that it takes.
 
         Not Starlette's max_body_size: that answers in plain text, and 413 to whoever sends a large body without a key.
         """
-        seen = 0
+        limits, seen, whole = self._limits, 0, False
+        until = asyncio.get_running_loop().time() + limits.receive_timeout_s
 
         async def counted() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            if whole:  # what comes now is the client's leaving, which may take as long as it likes
+                return await receive()
+            try:
+                async with asyncio.timeout_at(until):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestTimeout(
+                    f"the body did not arrive within {limits.receive_timeout_s:g} s", limit_s=limits.receive_timeout_s
+                ) from None
             seen += len(message.get("body", b""))
-            if seen > self._limit:
-                raise BodyTooLarge(f"body of more than {self._limit} bytes", limit_bytes=self._limit)
+            if seen > limits.body_max_bytes:
+                raise BodyTooLarge(f"body of more than {limits.body_max_bytes} bytes", limit_bytes=limits.body_max_bytes)
+            whole = not message.get("more_body", False)
             return message
 
         return counted
@@ -310,7 +358,7 @@ def create_base_app(
     routes: Sequence[BaseRoute],
     *,
     authenticate: Authenticator | None,
-    body_max_bytes: int,
+    limits: RequestLimits,
     lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None = None,
     public_paths: frozenset[str] = PUBLIC_PATHS,
     error_shapes: Mapping[str, ErrorShape] | None = None,
@@ -321,11 +369,7 @@ def create_base_app(
     on what is under it; the first that fits counts.
     """
     gate = Middleware(
-        _Gate,
-        authenticate=authenticate,
-        public=public_paths,
-        body_max_bytes=body_max_bytes,
-        error_shapes=error_shapes or {},
+        _Gate, authenticate=authenticate, public=public_paths, limits=limits, error_shapes=error_shapes or {}
     )
     app = Starlette(
         routes=list(routes),

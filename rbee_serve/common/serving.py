@@ -9,6 +9,7 @@ Divergences from plain uvicorn, each with its reason:
 4. The watchdog is fed from the event loop, and only while ``alive()`` says that the work behind it moves.
 5. Connections are accepted here (acceptor.py). A service with nothing to do can leave its socket to systemd, and nobody who
    connects meanwhile is refused or cut off: it stops accepting first, looks once more, goes on if anybody is there.
+6. A request's head may neither grow nor take its time without end: plain uvicorn would collect it for ever (protocol.py).
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +30,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from rbee_serve.common.acceptor import Acceptor, unread_bytes
+from rbee_serve.common.http import RequestLimits
+from rbee_serve.common.protocol import limited
 from rbee_serve.common.sdnotify import Notifier, listen_sockets
 from rbee_serve.contract.errors import ConfigInvalid
 
@@ -73,7 +78,7 @@ class Server(uvicorn.Server):
         """Begin to serve, then tell the application."""
         await super().startup([])
         if self.started:
-            self._acceptor = Acceptor(sockets or [], self._protocol)
+            self._acceptor = Acceptor(sockets or [], self._protocol, self.config.ssl)
             self._acceptor.resume()
         if self.started and self._on_started is not None:
             await self._on_started()
@@ -187,6 +192,8 @@ def run(
     on_server: Callable[[Server], None] | None = None,
     leave: Leave | None = None,
     leave_unwatched: bool = False,
+    limits: RequestLimits,
+    tls: tuple[Path, Path] | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT (or ``server.should_exit``); returns when everything is closed.
 
@@ -194,7 +201,8 @@ def run(
     accepted; then running responses have ``graceful_timeout_s``.
     ``on_server`` gets the server before it starts, so that the application can end it.
     ``leave``: end when there is nothing to do, provided that systemd holds the socket and starts the service again, or
-    ``leave_unwatched``.
+    ``leave_unwatched``. ``tls``: certificate chain and key (PEM). Raises ConfigInvalid for an address or a certificate that
+    can not be used.
     """
     handed_over = listen_sockets()
     sockets = handed_over or [bind(host, port)]
@@ -202,6 +210,9 @@ def run(
         leave = None
     config = uvicorn.Config(
         app,
+        http=limited(limits.headers_max_bytes, limits.receive_timeout_s),
+        ssl_certfile=tls[0] if tls else None,
+        ssl_keyfile=tls[1] if tls else None,
         log_config=None,
         access_log=False,
         server_header=False,
@@ -210,6 +221,12 @@ def run(
         timeout_graceful_shutdown=max(1, round(graceful_timeout_s)),
         timeout_keep_alive=75,
     )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as e:
+        raise ConfigInvalid(
+            f"cannot use the TLS certificate {tls and tls[0]}: {e}", hint="a PEM chain and its key: tls_cert_file, tls_key_file"
+        ) from e
     server = Server(config, notifier=notifier, alive=alive, on_started=on_started, on_shutdown=on_shutdown, leave=leave)
     if on_server is not None:
         on_server(server)

@@ -9,7 +9,7 @@
     │   ├── ModelInUse, WorkerBinaryInUse, ConfirmationRequired
     │   └── RequestTimeout, RequestCanceled
     ├── CapacityError              nothing free or too small 503, 507
-    │   ├── AllSlotsBusy, WorkerDraining, WorkerLoading, NoWorkerAvailable, BackendUnavailable
+    │   ├── AllSlotsBusy, Overloaded, WorkerDraining, WorkerLoading, NoWorkerAvailable, BackendUnavailable
     │   └── InsufficientRam, InsufficientVram, InsufficientDisk, GpuTooHot
     ├── UpstreamError              a worker or a node failed 502, 504
     │   ├── WorkerCrashed, MalformedResponse, ConnectionTimeout, VersionMismatch, InferenceFailed
@@ -265,6 +265,12 @@ class AllSlotsBusy(CapacityError):
     """Every slot (and the queue) is taken: ``details`` has slots_total and slots_busy."""
 
     code = "ALL_SLOTS_BUSY"
+
+
+class Overloaded(CapacityError):
+    """More requests are in progress than the service takes at a time."""
+
+    code = "OVERLOADED"
 
 
 class WorkerDraining(CapacityError):

@@ -42,6 +42,9 @@ class Settings(BaseModel):
         "default: fleet-token in $CREDENTIALS_DIRECTORY (systemd LoadCredential=)",
     )
     body_max_bytes: int = Field(1_048_576, ge=1024, description="largest request body accepted (SPEC 3.8)")
+    headers_max_bytes: int = Field(32_768, ge=1024, description="largest request head (request line and headers) accepted")
+    receive_timeout_s: Seconds = Field(30.0, description="time that a client has to send a request's head, and then its body")
+    requests_max: int = Field(1000, ge=1, description="requests in progress at a time; beyond it: 503 OVERLOADED")
     ping_interval_s: Seconds = Field(10.0, description="pause between comment pings on a silent stream (<= 15 s, SPEC 3.5)")
 
     @classmethod
@@ -110,6 +113,7 @@ class WorkerSettings(Settings):
     max_tokens_limit: int = Field(2048, ge=1, description="largest max_tokens that a request may ask for (SPEC 3.8)")
 
     queen_url: str | None = Field(None, description="queen to send heartbeats to; none: stand-alone")
+    queen_ca_file: Path | None = Field(None, description="certificates (PEM) to trust for an https queen; default: the system's")
     heartbeat_interval_s: Seconds = Field(
         10.0, description="pause between heartbeats (SPEC X-09); each change of state beats at once"
     )
@@ -147,6 +151,8 @@ class QueenSettings(Settings):
         None,
         description="client API keys, hashed; default: client-keys in $CREDENTIALS_DIRECTORY. None on loopback: no key asked for",
     )
+    tls_cert_file: Path | None = Field(None, description="certificate chain (PEM); with tls_key_file: https instead of http")
+    tls_key_file: Path | None = Field(None, description="key of the certificate; default: tls-key in $CREDENTIALS_DIRECTORY")
     stale_after_s: Seconds = Field(30.0, description="a worker silent for longer is not routed to (SPEC X-09)")
     forget_after_s: Seconds = Field(120.0, description="a worker silent for longer is forgotten (SPEC X-09)")
     connect_timeout_s: Seconds = Field(5.0, description="time to connect to a worker (SPEC 3.8)")

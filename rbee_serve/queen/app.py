@@ -10,7 +10,7 @@ from starlette.applications import Starlette
 
 from rbee_serve.common.apis import openai_api
 from rbee_serve.common.credentials import ClientKeys
-from rbee_serve.common.http import create_base_app
+from rbee_serve.common.http import RequestLimits, create_base_app
 from rbee_serve.contract.errors import InvalidApiKey
 from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
@@ -63,7 +63,7 @@ def create_app(
     app = create_base_app(
         [*native_api.routes(queen), *openai_api.routes(FleetBackend(queen))],
         authenticate=authenticate if client_keys is not None else None,
-        body_max_bytes=settings.body_max_bytes,
+        limits=RequestLimits.of(settings),
         lifespan=lifespan,
         error_shapes=openai_api.ERROR_SHAPES,
     )

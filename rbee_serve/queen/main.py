@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rbee_serve import __version__
 from rbee_serve.common.credentials import ClientKeys, credential_path, load_secret, require_auth_for_bind
+from rbee_serve.common.http import RequestLimits
 from rbee_serve.common.log import setup_logging
 from rbee_serve.common.sdnotify import Notifier
 from rbee_serve.common.serving import run
@@ -35,6 +36,17 @@ def load_secrets(settings: QueenSettings) -> tuple[ClientKeys | None, str | None
     require_auth_for_bind(settings.host, keys is not None and len(keys) > 0, "client keys (client_keys_file)")
     require_auth_for_bind(settings.host, token is not None, "a fleet token (fleet_token_file)")
     return keys, token
+
+
+def tls_files(settings: QueenSettings) -> tuple[Path, Path] | None:
+    """Return certificate and key, None for plain http; raises ConfigInvalid for one without the other."""
+    key = credential_path(settings.tls_key_file, "tls-key")
+    if settings.tls_cert_file is not None and key is not None:
+        return settings.tls_cert_file, key
+    if settings.tls_cert_file is None and settings.tls_key_file is None:
+        return None
+    missing = "tls_cert_file" if settings.tls_cert_file is None else "tls_key_file"
+    raise ConfigInvalid(f"TLS needs a certificate and its key: {missing} is not set", hint=f"set {missing} (docs/settings.md)")
 
 
 def reload_secrets(queen: Queen, environ: Mapping[str, str] = os.environ) -> None:
@@ -75,11 +87,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings = QueenSettings.load(args.config)
         keys, token = load_secrets(settings)
+        tls_files(settings)
         if args.check_config:
             sys.stdout.write(f"{args.config}: ok\n")
             return ExitCode.OK
         setup_logging(settings.log_level)
-        where = f"http://{settings.host}:{settings.port}"
+        where = f"{'http' if tls_files(settings) is None else 'https'}://{settings.host}:{settings.port}"
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one that comes before `started` must not end the process
 
         async def started() -> None:
@@ -102,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             on_started=started,
             on_shutdown=drain,
             graceful_timeout_s=_CLOSE_S,
+            limits=RequestLimits.of(settings),
+            tls=tls_files(settings),
         )
     except ConfigInvalid as e:
         notifier.status(e.message)

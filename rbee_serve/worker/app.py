@@ -14,7 +14,7 @@ from starlette.types import ASGIApp
 from rbee_serve import __version__
 from rbee_serve.common.apis import openai_api
 from rbee_serve.common.credentials import same
-from rbee_serve.common.http import JsonResponse, create_base_app, read_json, sse
+from rbee_serve.common.http import JsonResponse, RequestLimits, create_base_app, read_json, sse
 from rbee_serve.common.sdnotify import Notifier
 from rbee_serve.contract import events
 from rbee_serve.contract.api import API_VERSION, SERVICE_NAME, Message, WorkerState, parse
@@ -59,7 +59,7 @@ def create_app(
     app = create_base_app(
         _routes(worker, lifecycle),
         authenticate=authenticate if fleet_token is not None else None,
-        body_max_bytes=settings.body_max_bytes,
+        limits=RequestLimits.of(settings),
         lifespan=lambda _: lifecycle.run(),
         error_shapes=openai_api.ERROR_SHAPES,
     )

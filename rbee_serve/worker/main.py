@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rbee_serve import __version__
 from rbee_serve.common.credentials import is_loopback, load_secret, require_auth_for_bind
+from rbee_serve.common.http import RequestLimits
 from rbee_serve.common.log import setup_logging
 from rbee_serve.common.sdnotify import Notifier
 from rbee_serve.common.serving import Leave, Server, run
@@ -75,6 +76,7 @@ def serve(settings: WorkerSettings, token: str | None, notifier: Notifier) -> in
         on_server=servers.append,
         leave=Leave(lifecycle.idle_exit_due, lifecycle.fall_dormant),
         leave_unwatched=settings.idle_exit_without_socket,
+        limits=RequestLimits.of(settings),
     )
     return lifecycle.exit_code
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import hashlib
+import ipaddress
 import json
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from fleet import Fleet, wait_until
 
 pytestmark = pytest.mark.integration
@@ -157,3 +166,82 @@ def test_keys_and_token_change_on_sighup_and_what_can_not_be_taken_changes_nothi
         assert (status(fleet.key), beat(fleet.token), beat("another-token")) == (401, 401, 400)
     finally:
         assert fleet.queen.stop() == 0
+
+
+def certificate(directory: Path) -> tuple[Path, Path]:
+    """Write a certificate for 127.0.0.1 and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "rbee")])
+    now = datetime.datetime.now(datetime.UTC)
+    made = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    chain, private = directory / "tls.pem", directory / "tls.key"
+    chain.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    private.touch(0o600)
+    private.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return chain, private
+
+
+def test_with_a_certificate_the_queen_speaks_https_alone(tmp_path: Path) -> None:
+    chain, private = certificate(tmp_path)
+    fleet = Fleet(tmp_path, Path("unused"), queen_settings={"tls_cert_file": str(chain), "tls_key_file": str(private)})
+    url = fleet.queen.url.replace("http:", "https:")
+    trusted = ssl.create_default_context(cafile=str(chain))
+    fleet.queen.start()
+    try:
+        with httpx.Client(verify=trusted, trust_env=False) as client:
+
+            def answers() -> bool:
+                with contextlib.suppress(httpx.TransportError):
+                    return client.get(f"{url}/health").status_code == 200
+                return False
+
+            wait_until(answers, f"https answers\n{fleet.queen.log}")
+            assert client.get(f"{url}/v1/workers").status_code == 401
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{fleet.queen.url}/health", trust_env=False)
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            httpx.get(f"{url}/health", trust_env=False)
+    finally:
+        assert fleet.queen.stop() == 0
+
+
+@pytest.mark.parametrize(("lines", "said"), [(1, "tls_key_file is not set"), (2, "cannot use the TLS certificate")])
+def test_a_certificate_that_can_not_be_used_ends_with_78(fleet: Fleet, lines: int, said: str) -> None:
+    junk = fleet.directory / "junk.pem"
+    junk.write_text("no certificate", encoding="utf-8")
+    append(fleet, "\n".join([f'tls_cert_file = "{junk}"', f'tls_key_file = "{junk}"'][:lines]))
+
+    done = rbee_queen("--config", fleet.queen.config)
+
+    assert done.returncode == 78
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_head_without_end_is_cut_off_in_size_and_in_time(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, Path("unused"), queen_settings={"headers_max_bytes": 2048, "receive_timeout_s": 0.5})
+    fleet.start_queen()
+    try:
+        with socket.create_connection(("127.0.0.1", fleet.queen.port), timeout=20) as large:
+            large.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: ")
+            with contextlib.suppress(ConnectionError):
+                for _ in range(64):
+                    large.sendall(b"x" * 1024)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                answer = large.recv(4096)
+        with socket.create_connection(("127.0.0.1", fleet.queen.port), timeout=20) as slow:
+            slow.sendall(b"GET /health HTTP/1.1\r\n")
+            assert slow.recv(4096) == b"", "the connection is closed"
+        with fleet.client() as client:
+            assert [client.get("/health").status_code for _ in range(3)] == [200] * 3
+    finally:
+        assert fleet.queen.stop() == 0
+
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")

@@ -16,8 +16,16 @@ class Exchange:
     """Begin with ``start``; ``leave`` is what the server sees when the client closes its connection."""
 
     def __init__(
-        self, app: ASGIApp, method: str, path: str, *, headers: Mapping[str, str] | None = None, body: list[bytes] | None = None
+        self,
+        app: ASGIApp,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: list[bytes] | None = None,
+        more_body: bool = False,
     ) -> None:
+        """``more_body``: the client says that more comes, and sends nothing."""
         raw = [(k.lower().encode(), v.encode("latin-1")) for k, v in (headers or {}).items()]
         self._scope = {
             "type": "http",
@@ -33,7 +41,7 @@ class Exchange:
             "client": ("127.0.0.1", 1),
             "server": ("127.0.0.1", 2),
         }
-        self._app, self._body = app, body or [b""]
+        self._app, self._body, self._more_body = app, body or [b""], more_body
         self._left = asyncio.Event()
         self.sent: list[Message] = []
         self.task: asyncio.Task[None] | None = None
@@ -55,7 +63,7 @@ class Exchange:
     async def _receive(self) -> Message:
         if self._body:
             piece = self._body.pop(0)
-            return {"type": "http.request", "body": piece, "more_body": bool(self._body)}
+            return {"type": "http.request", "body": piece, "more_body": bool(self._body) or self._more_body}
         await self._left.wait()
         return {"type": "http.disconnect"}
 

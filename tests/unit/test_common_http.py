@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from rbee_serve.common.http import JsonResponse, correlation_id, create_base_app, read_json, sse, while_connected
+from rbee_serve.common.http import JsonResponse, RequestLimits, correlation_id, create_base_app, read_json, sse, while_connected
 from rbee_serve.contract.errors import AllSlotsBusy, RequestCanceled
 
 AUTH = {"Authorization": "Bearer good"}
@@ -41,7 +41,7 @@ async def breaks_off(_: Request) -> Response:
     return StreamingResponse(body())
 
 
-def make_app(*more: Route, key: str | None = "good", limit: int = 1024) -> Starlette:
+def make_app(*more: Route, key: str | None = "good", limit: int = 1024, **limits: Any) -> Starlette:
     routes = [
         Route("/echo", echo, methods=["POST"]),
         Route("/busy", busy),
@@ -50,7 +50,8 @@ def make_app(*more: Route, key: str | None = "good", limit: int = 1024) -> Starl
         Route("/health", lambda _: JsonResponse({})),
         *more,
     ]
-    return create_base_app(routes, authenticate=None if key is None else lambda token, _: token == key, body_max_bytes=limit)
+    accepted = RequestLimits(limit, **({"headers_max_bytes": 1024, "receive_timeout_s": 30.0, "requests_max": 10} | limits))
+    return create_base_app(routes, authenticate=None if key is None else lambda token, _: token == key, limits=accepted)
 
 
 def ask(method: str, path: str, body: bytes | list[bytes] = b"", *, headers: Mapping[str, str] = AUTH, **app: Any) -> Exchange:
@@ -302,3 +303,43 @@ def test_records_of_a_request_carry_its_id(capsys: pytest.CaptureFixture[str]) -
     assert len(line) == 1
     assert line[0].startswith("<3>error rbee_serve.common.http: request failed method=GET path=/broken [find-me]")
     assert "hunter2" in line[0]
+
+
+def test_a_head_over_the_limit_is_refused_before_the_key_is_looked_at() -> None:
+    answer = ask("GET", "/busy", headers={"X-Long": "x" * 1100})
+
+    assert (answer.status, answer.json()["error"]["code"]) == (431, "HEADERS_TOO_LARGE")
+
+
+def test_a_body_that_does_not_arrive_is_given_up() -> None:
+    async def exchange() -> Exchange:
+        waiting = Exchange(make_app(receive_timeout_s=0.05), "POST", "/echo", headers=AUTH, body=[b"{"], more_body=True)
+        return await waiting.finish()
+
+    answer = asyncio.run(exchange())
+
+    assert (answer.status, answer.json()["error"]["code"]) == (408, "REQUEST_TIMEOUT")
+
+
+def test_requests_over_the_limit_are_refused_and_health_is_not() -> None:
+    async def check() -> None:
+        entered, leave = asyncio.Event(), asyncio.Event()
+
+        async def hold(_: Request) -> Response:
+            entered.set()
+            await leave.wait()
+            return JsonResponse({})
+
+        app = make_app(Route("/hold", hold), requests_max=1)
+        held = asyncio.create_task(Exchange(app, "GET", "/hold", headers=AUTH, body=[b""]).finish())
+        await entered.wait()
+        refused = await Exchange(app, "GET", "/busy", headers=AUTH, body=[b""]).finish()
+        health = await Exchange(app, "GET", "/health", headers={}, body=[b""]).finish()
+        leave.set()
+
+        assert (refused.status, refused.json()["error"]["code"]) == (503, "OVERLOADED")
+        assert refused.headers["retry-after"] == "1"
+        assert (health.status, (await held).status) == (200, 200)
+        assert (await Exchange(app, "GET", "/hold", headers=AUTH, body=[b""]).finish()).status == 200
+
+    asyncio.run(check())
