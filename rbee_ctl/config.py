@@ -1,8 +1,9 @@
 """Settings of rbee-ctl: which inventory, which state folder, which queen, which key; each value knows its source.
 
 File: ``$RBEE_CONFIG``, else ``./.lab/config.toml`` (a lab that is up), else ``~/.config/rbee/config.toml``, else
-``/etc/rbee/config.toml``. ``RBEE_INVENTORY``, ``RBEE_STATE_DIR``, ``RBEE_QUEEN_URL`` and ``RBEE_API_KEY_FILE`` override it;
-``queen_url`` and ``api_key_file`` come from ``<state_dir>/client.toml``, written by ``site.yml``, where nothing names them.
+``/etc/rbee/config.toml``. ``RBEE_INVENTORY``, ``RBEE_STATE_DIR``, ``RBEE_QUEEN_URL`` and ``RBEE_API_KEY_FILE`` override
+it, ``RBEE_QUEEN_CA_FILE`` names the certificates to trust for an https queen; all but the first two come from
+``<state_dir>/client.toml``, written by ``site.yml``, where nothing names them.
 Relative paths count from the file that holds them.
 """
 
@@ -17,8 +18,8 @@ from typing import Any
 
 from rbee_serve.contract.errors import ConfigInvalid
 
-KEYS = ("inventory", "state_dir", "queen_url", "api_key_file")
-_PATHS = frozenset({"inventory", "state_dir", "api_key_file"})
+KEYS = ("inventory", "state_dir", "queen_url", "queen_ca_file", "api_key_file")
+_PATHS = frozenset({"inventory", "state_dir", "queen_ca_file", "api_key_file"})
 CLIENT_FILE = "client.toml"
 
 
@@ -38,6 +39,7 @@ class Settings:
     inventory: Setting
     state_dir: Setting
     queen_url: Setting
+    queen_ca_file: Setting
     api_key_file: Setting
 
     @property
@@ -130,7 +132,7 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
         found["state_dir"] = Setting(str(home / ".local/state/rbee"), "default")
     client = Path(found["state_dir"].value or "") / CLIENT_FILE
     if client.is_file():
-        for key, value in _read(client, ("queen_url", "api_key_file")).items():
+        for key, value in _read(client, ("queen_url", "queen_ca_file", "api_key_file")).items():
             found.setdefault(key, Setting(value, str(client)))
     unset = Setting(None, "not set")
     return Settings(file, **{key: found.get(key, unset) for key in KEYS})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import ssl
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, Self
 import httpx
 
 from rbee_serve.contract.errors import (
+    ConfigInvalid,
     ConnectionTimeout,
     InvalidApiKey,
     MalformedResponse,
@@ -76,10 +78,23 @@ def _event(payload: str) -> dict[str, Any]:
     return event
 
 
+def _trust(base_url: str, ca_file: str | None) -> ssl.SSLContext | bool:
+    """Return what proves the queen's identity. Reading all root certificates takes 50 ms: only where TLS is used."""
+    if not base_url.startswith("https:"):
+        return False
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except (OSError, ssl.SSLError) as e:
+        raise ConfigInvalid(f"queen_ca_file: cannot use {ca_file}: {e}", hint="rbee-ctl config show") from e
+
+
 class QueenClient:
     """One queen. Use as a context manager."""
 
-    def __init__(self, base_url: str, api_key: str | None, timeouts: Timeouts | None = None) -> None:
+    def __init__(
+        self, base_url: str, api_key: str | None, timeouts: Timeouts | None = None, *, ca_file: str | None = None
+    ) -> None:
+        """``ca_file``: certificates to trust for an https queen instead of the system's; raises ConfigInvalid for a bad one."""
         self.base_url = base_url
         self.timeouts = timeouts or Timeouts()
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
@@ -89,7 +104,7 @@ class QueenClient:
             headers=headers,
             timeout=httpx.Timeout(self.timeouts.total_s, connect=self.timeouts.connect_s),
             trust_env=False,
-            verify=base_url.startswith("https:"),  # reading all root certificates takes 50 ms: only where TLS is used
+            verify=_trust(base_url, ca_file),
         )
 
     def __enter__(self) -> Self:

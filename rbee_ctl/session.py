@@ -58,7 +58,7 @@ class Session:
         """Return a client for the queen; close it."""
         from rbee_ctl.queen_client import QueenClient
 
-        return QueenClient(self.settings.queen, self.settings.api_key())
+        return QueenClient(self.settings.queen, self.settings.api_key(), ca_file=self.settings.queen_ca_file.value)
 
     def play(
         self,

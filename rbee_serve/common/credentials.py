@@ -30,18 +30,26 @@ def credential_path(path: Path | None, name: str, environ: Mapping[str, str] = o
     return candidate if candidate is not None and candidate.exists() else None
 
 
-def _read_private(path: Path, environ: Mapping[str, str]) -> str:
-    """Read a file that nobody but its owner may read. systemd's credentials are private by their directory."""
+def check_private(path: Path, environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ConfigInvalid unless nobody but its owner may read the file. systemd's credentials are private by their
+    directory."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
     delivered = bool(directory) and path.parent == Path(directory or "/")
     try:
         mode = path.stat().st_mode
-        if not delivered and stat.S_IMODE(mode) & 0o077:
-            raise ConfigInvalid(
-                f"{path} can be read by others (mode {stat.S_IMODE(mode):04o}), expected 0600",
-                hint=f"chmod 600 {path}",
-                path=str(path),
-            )
+    except OSError as e:
+        raise ConfigInvalid(f"cannot read secret file {path}: {e.strerror}", path=str(path)) from e
+    if not delivered and stat.S_IMODE(mode) & 0o077:
+        raise ConfigInvalid(
+            f"{path} can be read by others (mode {stat.S_IMODE(mode):04o}), expected 0600",
+            hint=f"chmod 600 {path}",
+            path=str(path),
+        )
+
+
+def _read_private(path: Path, environ: Mapping[str, str]) -> str:
+    check_private(path, environ)
+    try:
         return path.read_text(encoding="utf-8")
     except OSError as e:
         raise ConfigInvalid(f"cannot read secret file {path}: {e.strerror}", path=str(path)) from e

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rbee_serve import __version__
-from rbee_serve.common.credentials import ClientKeys, credential_path, load_secret, require_auth_for_bind
+from rbee_serve.common.credentials import ClientKeys, check_private, credential_path, load_secret, require_auth_for_bind
 from rbee_serve.common.http import RequestLimits
 from rbee_serve.common.log import setup_logging
 from rbee_serve.common.sdnotify import Notifier
@@ -42,6 +42,7 @@ def tls_files(settings: QueenSettings) -> tuple[Path, Path] | None:
     """Return certificate and key, None for plain http; raises ConfigInvalid for one without the other."""
     key = credential_path(settings.tls_key_file, "tls-key")
     if settings.tls_cert_file is not None and key is not None:
+        check_private(key)
         return settings.tls_cert_file, key
     if settings.tls_cert_file is None and settings.tls_key_file is None:
         return None
