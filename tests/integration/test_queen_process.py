@@ -187,9 +187,9 @@ def certificate(directory: Path) -> tuple[Path, Path]:
     return chain, private
 
 
-def test_with_a_certificate_the_queen_speaks_https_alone(tmp_path: Path) -> None:
+def test_with_a_certificate_the_queen_speaks_https_alone_and_workers_find_it(tmp_path: Path, model_path: Path) -> None:
     chain, private = certificate(tmp_path)
-    fleet = Fleet(tmp_path, Path("unused"), queen_settings={"tls_cert_file": str(chain), "tls_key_file": str(private)})
+    fleet = Fleet(tmp_path, model_path, queen_settings={"tls_cert_file": str(chain), "tls_key_file": str(private)})
     url = fleet.queen.url.replace("http:", "https:")
     trusted = ssl.create_default_context(cafile=str(chain))
     fleet.queen.start()
@@ -203,11 +203,16 @@ def test_with_a_certificate_the_queen_speaks_https_alone(tmp_path: Path) -> None
 
             wait_until(answers, f"https answers\n{fleet.queen.log}")
             assert client.get(f"{url}/v1/workers").status_code == 401
+            fleet.add_worker("lab1", queen_url=url, queen_ca_file=str(chain))
+            headers = {"Authorization": f"Bearer {fleet.key}"}
+            wait_until(lambda: client.get(f"{url}/v1/workers", headers=headers).json()["workers"], "the worker beats by https")
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{fleet.queen.url}/health", trust_env=False)
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
             httpx.get(f"{url}/health", trust_env=False)
     finally:
+        for worker in fleet.workers.values():
+            worker.kill()
         assert fleet.queen.stop() == 0
 
 
