@@ -220,6 +220,7 @@ def test_with_a_certificate_the_queen_speaks_https_alone_and_workers_find_it(tmp
 def test_a_certificate_that_can_not_be_used_ends_with_78(fleet: Fleet, lines: int, said: str) -> None:
     junk = fleet.directory / "junk.pem"
     junk.write_text("no certificate", encoding="utf-8")
+    junk.chmod(0o600)
     append(fleet, "\n".join([f'tls_cert_file = "{junk}"', f'tls_key_file = "{junk}"'][:lines]))
 
     done = rbee_queen("--config", fleet.queen.config)
