@@ -368,9 +368,7 @@ def create_base_app(
     ``authenticate`` None opens everything (loopback without keys). ``error_shapes``: path -> shape of the errors on it and
     on what is under it; the first that fits counts.
     """
-    gate = Middleware(
-        _Gate, authenticate=authenticate, public=public_paths, limits=limits, error_shapes=error_shapes or {}
-    )
+    gate = Middleware(_Gate, authenticate=authenticate, public=public_paths, limits=limits, error_shapes=error_shapes or {})
     app = Starlette(
         routes=list(routes),
         middleware=[gate],
