@@ -20,9 +20,15 @@ def start(
     model: Annotated[str, typer.Option("--model", metavar="REF", help="model id, hf:org/repo[:file] or file:///path.gguf")],
     node: Annotated[str, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory")],
     backend: Backend = None,
-    device: Annotated[int, typer.Option("--device", min=0, max=63, help="index of the device within the backend")] = 0,
+    device: Annotated[
+        int | None,
+        typer.Option("--device", min=0, max=63, help="index of the device within the backend; default: most free memory"),
+    ] = None,
     name: Annotated[str | None, typer.Option("--name", help="instance name; default: <backend><device>")] = None,
     slots: Annotated[int | None, typer.Option("--slots", min=1, max=64, help="streams decoded in parallel")] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option("--context-tokens", min=64, help="context of each stream, in tokens")
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
@@ -38,7 +44,7 @@ def start(
     host = s.inventory.get(node)
     backend = host.backend(backend)
     node_facts.check_device(s.settings.state_path, node, backend, device)
-    request = start_request(model, backend, device, name, slots)
+    request = start_request(model, backend, device, name, slots, context_tokens)
     play = s.play("worker_start", limit=node, extra_vars={"rbee_worker_request": request})
     try:
         return OperationResult("worker start", data=dict(one_host(play, node, "worker")), view="worker_started")
@@ -46,10 +52,17 @@ def start(
         raise unknown_model(e, model) from e
 
 
-def start_request(model: str, backend: str, device: int, name: str | None = None, slots: int | None = None) -> dict[str, Any]:
+def start_request(
+    model: str,
+    backend: str,
+    device: int | None,
+    name: str | None = None,
+    slots: int | None = None,
+    context_tokens: int | None = None,
+) -> dict[str, Any]:
     """Return the variable ``rbee_worker_request`` of playbooks/worker_start.yml."""
     wanted = {"backend": backend, "device": device, "model": model, "name": name, "slots": slots}
-    return {k: v for k, v in wanted.items() if v is not None}
+    return {k: v for k, v in {**wanted, "context_tokens": context_tokens}.items() if v is not None}
 
 
 @app.command()

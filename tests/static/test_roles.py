@@ -70,7 +70,18 @@ def test_roles_use_builtin_modules_and_our_own_alone() -> None:
         p.stem for p in (ROOT / "roles").glob("*/action_plugins/*.py")
     }
     words = {"name", "when", "vars", "register", "loop", "loop_control", "block", "rescue", "always", "notify", "listen", "tags"}
-    words |= {"become", "delegate_to", "run_once", "no_log", "changed_when", "failed_when", "check_mode", "until", "retries"}
+    words |= {
+        "become",
+        "delegate_to",
+        "ignore_unreachable",
+        "run_once",
+        "no_log",
+        "changed_when",
+        "failed_when",
+        "check_mode",
+        "until",
+        "retries",
+    }
     words |= {"delay", "environment", "apply", "any_errors_fatal", "throttle"}
 
     def modules(tasks: list[dict[str, object]]) -> set[str]:

@@ -123,7 +123,9 @@ def test_nvidia_devices_with_and_without_free_memory() -> None:
     assert (first["id"], first["memory_bytes"], first["memory_free_bytes"]) == ("cuda:0", 143771 << 20, 2000 << 20)
     assert (second["id"], second["memory_bytes"], second["compute_capability"]) == ("cuda:1", None, "12.1")
     (old,) = rbee_devices.parse_nvidia("0, GPU-1, NVIDIA H200, 143771, 570.86.15, 9.0\n")
-    assert (old["driver"], old["memory_free_bytes"]) == ("570.86.15", None)
+    assert (old["driver"], old["memory_free_bytes"], old["temperature_celsius"]) == ("570.86.15", None, None)
+    (hot,) = rbee_devices.parse_nvidia("0, GPU-1, NVIDIA H200, 143771, 2000, 570.86.15, 9.0, 91\n")
+    assert hot["temperature_celsius"] == 91
     assert rbee_devices.parse_nvidia("NVIDIA-SMI has failed because it couldn't communicate\n") == []
 
 

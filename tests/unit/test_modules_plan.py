@@ -11,11 +11,13 @@ from ansible.module_utils.rbee_plan import (
     check_device,
     check_memory,
     check_runtime,
+    check_temperature,
     choose_name,
     choose_port,
     declared_names,
     instance,
     is_identical,
+    preferred_device,
 )
 
 CPU = {"id": "cpu:0", "backend": "cpu", "device": 0, "name": "Xeon"}
@@ -54,22 +56,95 @@ def test_no_accelerator_request_falls_back_to_the_cpu() -> None:
     assert refusal(check_device, request(backend="cuda", device=0), [GPU, CPU]).details == {"device": 0, "available": [1]}
 
 
-def test_memory_needs_one_point_two_times_the_file() -> None:
+def test_a_request_without_a_device_gets_the_one_with_most_free_memory() -> None:
+    """SPEC E-12."""
+    small, large = {**GPU, "device": 0, "memory_free_bytes": 1}, {**GPU, "device": 3, "memory_free_bytes": 9}
+    assert check_device(request(backend="cuda", device=None), [small, large, GPU, CPU]) is GPU
+    assert check_device(request(backend="cuda", device=None), [small, large, CPU]) is large
+    unknown = [{**GPU, "device": n, "memory_free_bytes": None} for n in (0, 1)]
+    assert check_device(request(backend="cuda", device=None), unknown)["device"] == 0
+    there = {"cuda0": settings(backend="cuda", device=0)}
+    assert preferred_device(request(backend="cuda", device=None), there, "m") == 0
+    assert preferred_device(request(backend="cuda", device=None), there, "other") is None
+
+
+def test_a_device_over_the_limit_takes_no_new_worker() -> None:
+    """SPEC E-14."""
+    error = refusal(check_temperature, {**GPU, "temperature_celsius": 90}, 87)
+    assert (error.code, error.details) == ("GPU_TOO_HOT", {"temperature_celsius": 90, "limit_celsius": 87})
+    assert check_temperature({**GPU, "temperature_celsius": 86}, 87) == "cuda:1 is at 86 C"
+    assert check_temperature(GPU, 87) is None
+
+
+def test_a_model_without_figures_needs_one_point_two_times_the_file() -> None:
     said = check_memory(MODEL, CPU, 1_200_000_000)
-    assert said == "RAM: needs 1200 MB (1.2 x 1000 MB), 1200 MB available"
+    assert said == ("RAM: needs 1200 MB (1.2 x 1000 MB), 1200 MB available", 1_200_000_000, 1_200_000_000)
     error = refusal(check_memory, MODEL, CPU, 1_199_999_999)
     assert error.code == "INSUFFICIENT_RAM"
     assert error.details == {
         "required_bytes": 1_200_000_000,
         "available_bytes": 1_199_999_999,
         "model_size_bytes": 1_000_000_000,
+        "elsewhere": [],
     }
 
 
+#: SmolLM2-135M: the figures of its header.
+FIGURES = {
+    "layers": 30,
+    "context_trained": 8192,
+    "vocab_size": 49152,
+    "parameters": 134_515_008,
+    "quantization": "Q8_0",
+    "memory": {
+        "weight_bytes": 143_000_000,
+        "embedding_bytes": 30_000_000,
+        "tied": True,
+        "embedding_length": 576,
+        "feed_forward_length": 1536,
+        "heads": 9,
+        "heads_kv": 3,
+    },
+}
+REAL = {"id": "q8", "size_bytes": 145_000_000, "status": "Ready", "metadata": FIGURES}
+SMALLER = {
+    **REAL,
+    "id": "q4",
+    "size_bytes": 90_000_000,
+    "metadata": {**FIGURES, "quantization": "Q4_0", "memory": {**FIGURES["memory"], "weight_bytes": 88_000_000}},  # type: ignore[dict-item]
+}
+
+
+def test_slots_and_context_count_by_the_model_s_own_figures() -> None:
+    kv = 30 * 4096 * 3 * 64 * 2 * 2  # layers, context, KV heads, head, key and value, f16: of one slot
+    words, four, _ = check_memory(REAL, CPU, 10**10)
+    _, one, _ = check_memory(REAL, CPU, 10**10, {"slots": 1})
+    assert 3 * kv <= four - one < 3 * kv + 1_000_000
+    assert "KV cache of 4 x 4096 tokens 377 MB" in words
+    assert "at least 1.2 x 145 MB" in words
+    _, half, _ = check_memory(REAL, CPU, 10**10, {"kv_type": "q8_0"})
+    assert kv < four - half < 2 * kv
+    _, cut, _ = check_memory(REAL, CPU, 10**10, {"context_tokens": 100_000, "slots": 1})
+    _, trained, _ = check_memory(REAL, CPU, 10**10, {"context_tokens": 8192, "slots": 1})
+    assert cut == trained  # a context is never longer than the model's own
+
+
+def test_a_refusal_names_only_what_would_work() -> None:
+    _, four, _ = check_memory(REAL, CPU, 10**10)
+    error = refusal(check_memory, REAL, CPU, four - 1, {}, [REAL, SMALLER], ["node2"])
+    assert "--slots 3 fits" in str(error.hint)
+    assert "--context-tokens 2048 fits" in str(error.hint)
+    assert "--model q4 (Q4_0, 90 MB) fits" in str(error.hint)
+    assert "--node node2 has room" in str(error.hint)
+    nothing = refusal(check_memory, REAL, CPU, 1_000_000, {}, [REAL, SMALLER], [])
+    assert "fits" not in str(nothing.hint)
+    assert "stop another worker" in str(nothing.hint)
+
+
 def test_an_accelerator_is_judged_by_its_own_memory() -> None:
-    assert "2000 MB available" in check_memory(MODEL, GPU, 1)
+    assert "2000 MB available" in check_memory(MODEL, GPU, 1)[0]
     assert refusal(check_memory, {**MODEL, "size_bytes": 3_000_000_000}, GPU, 10**12).code == "VRAM_EXHAUSTED"
-    assert "does not tell" in check_memory(MODEL, {**GPU, "memory_free_bytes": None}, 1)
+    assert "does not tell" in check_memory(MODEL, {**GPU, "memory_free_bytes": None}, 1)[0]
 
 
 def test_a_missing_runtime_names_the_path_that_was_expected() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_devices import devices
+from ansible.module_utils.rbee_gguf import GgufError, facts
 from ansible.module_utils.rbee_node import (
     TARGET,
     NodeError,
@@ -26,20 +27,24 @@ from ansible.module_utils.rbee_plan import (
     check_device,
     check_memory,
     check_runtime,
+    check_temperature,
     choose_name,
     choose_port,
     declared_extras,
     declared_names,
     instance,
     is_identical,
+    mb,
+    preferred_device,
 )
-from ansible.module_utils.rbee_store import READY, CatalogError, find, parse_ref, read
+from ansible.module_utils.rbee_store import READY, CatalogError, find, parse_ref, parts, read
 
 DOCUMENTATION = r"""
 module: rbee_preflight
 short_description: Check a request for a worker against a node
 description:
-  - Checks backend and device, runtime, model, memory (1.2 times the model's file) and port, and settles the instance's name.
+  - Checks backend and device, its temperature, runtime, model, memory (by the model's own figures, and at least 1.2 times its
+    file) and port, and settles the instance's name.
   - Changes nothing; check mode is the same. A refusal is C(rbee_error) with the figures, the same on every run.
 options:
   request:
@@ -48,7 +53,7 @@ options:
     required: true
     suboptions:
       backend: {type: str, description: Accelerator; may be left out where the machine has one kind.}
-      device: {type: int, default: 0, description: Index of the device within the backend.}
+      device: {type: int, description: "Index of the device within the backend; by default the one with most free memory."}
       model: {type: str, required: true, description: "Catalog id, C(hf:org/repo[:file]) or C(file:///path)."}
       name: {type: str, description: Name of the instance.}
       slots: {type: int, description: Streams in parallel.}
@@ -67,6 +72,23 @@ options:
   mem_available_bytes:
     description: Memory to reckon with instead of MemAvailable.
     type: int
+  previous_available_bytes:
+    description: What an earlier check found free; that it shrank is said.
+    type: int
+  gpu_max_celsius:
+    description: Temperature from which on an accelerator takes no new worker.
+    type: int
+    default: 87
+  ask_only:
+    description: >-
+      Return C(fits) instead of refusing, and tell nothing: asked by another machine that has no room. The value is the
+      memory, in bytes, that a model needs which is not here.
+    type: int
+  elsewhere:
+    description: Machines that could take the worker; named in a refusal for want of memory.
+    type: list
+    elements: str
+    default: []
   etc_dir: {type: path, default: /etc/rbee, description: Where the instances' settings are.}
   models_dir: {type: path, default: /var/lib/rbee/models, description: Where the models are.}
   install_path: {type: path, default: /opt/rbee, description: Where the runtimes are.}
@@ -96,6 +118,13 @@ plan:
     target_active: {type: bool, description: "rbee-hive.target is active."}
     invocation: {type: str, description: "Invocation id of the unit as it is now; empty if it does not run."}
     runtime: {type: str, description: "The runtime's directory."}
+    device: {type: dict, description: "The device, as the module rbee_devices tells it."}
+    required_bytes: {type: int, description: "Memory that the worker needs; null for one that runs already."}
+    available_bytes: {type: int, description: "Memory that is free for it, null where nobody tells."}
+fits:
+  description: With I(ask_only), whether the worker could be started here.
+  returned: sometimes
+  type: bool
 narration:
   description: Lines for a person, shown by the action of the same name.
   returned: success
@@ -104,10 +133,9 @@ narration:
 """
 
 
-def find_model(params):
+def find_model(params, entries):
     """Return (entry, reference to download): one of them is None."""
     ref = parse_ref(params["request"]["model"])
-    entries, _ = read(params["models_dir"], any_runtime_python(params["install_path"]))
     entry = find(entries, ref)
     if entry and entry["status"] == READY:
         return entry, None
@@ -136,6 +164,27 @@ def by_hand(etc_dir, names):
     return found
 
 
+def with_figures(entry):
+    """Return an entry that has its header's figures: one that was catalogued before they were kept gets them now."""
+    if (entry.get("metadata") or {}).get("memory"):
+        return entry
+    try:
+        return {**entry, "metadata": {**(entry.get("metadata") or {}), **facts(*[p["path"] for p in parts(entry)])}}
+    except (OSError, GgufError):
+        return entry
+
+
+def memory(params, found, wanted, device, entries):
+    """Return the narration of the memory check and note the figures in ``found``; raises NodeError."""
+    available = params["mem_available_bytes"] or mem_available()
+    words, required, free = check_memory(found["model"], device, available, wanted, entries, params["elsewhere"])
+    found["required_bytes"], found["available_bytes"] = required, free
+    before = params["previous_available_bytes"]
+    if before is not None and free is not None and free < before:
+        words = f"{mb(before - free)} less are free than at the first look; {words}"
+    return words
+
+
 def plan(params):
     """Return (plan, narration); raises NodeError, CatalogError."""
     request, etc_dir = dict(params["request"]), params["etc_dir"]
@@ -149,11 +198,22 @@ def plan(params):
                 "INVALID_REQUEST", f"this machine has {', '.join(kinds)}: say which", f"--backend {kinds[0]}", field="backend"
             )
         request["backend"] = kinds[0]
-    device = check_device(request, present)
-    say = [f"{device['id']}: {device['name']}"]
+    check_device(request, present)
     paths = runtimes(params["install_path"], request["backend"])
     runtime = check_runtime(request["backend"], paths, params["install_path"], params["install_hint"])
-    model, download_ref = find_model(params)
+    entries, _ = read(params["models_dir"], any_runtime_python(params["install_path"]))
+    entries = [with_figures(e) if e["status"] == READY else e for e in entries]
+    model, download_ref = find_model(params, entries)
+    known = instances(etc_dir)
+    chosen = request["device"] is None
+    if chosen and model:
+        request["device"] = preferred_device(request, known, model["id"])
+    device = check_device(request, present)
+    say = [f"{device['id']}: {device['name']}"]
+    if chosen and sum(d["backend"] == device["backend"] for d in present) > 1:
+        why = "has the model already" if request["device"] is not None else "has the most free memory"
+        say = [f"{device['id']} ({device['name']}) chosen: it {why} ({mb(device.get('memory_free_bytes') or 0)} free)"]
+    request["device"] = device["device"]
     found = {
         "model": model,
         "download_ref": download_ref,
@@ -162,22 +222,35 @@ def plan(params):
         "invocation": "",
         "target_active": target["ActiveState"] == "active",
         "runtime": runtime,
+        "device": device,
+        "required_bytes": None,
+        "available_bytes": None,
     }
     if model is None:
         return found, [*say, f"{download_ref} is not on this machine yet"]
-    known = instances(etc_dir)
     declared = declared_names(params["declared"])
     name, settings = choose_name(request, model["id"], known, by_hand(etc_dir, known), declared)
     unit = show(worker_unit(name))[worker_unit(name)]
     found["identical"] = bool(settings) and is_identical(request, settings, model["id"])
     if up(unit):
         found["invocation"] = unit["InvocationID"]
+    extras = declared_extras(params["declared"], name)
     if not (found["identical"] and up(unit)):  # one that runs has its memory already
-        available = params["mem_available_bytes"] or mem_available()
-        say.append(check_memory(model, device, available))
+        say += [w for w in [check_temperature(device, params["gpu_max_celsius"])] if w]
+        asked = {k: v for k, v in request.items() if v is not None}
+        say.append(memory(params, found, {**(settings or {}), **extras.get("settings", {}), **asked}, device, entries))
     port, warning = choose_port(request, settings, known, listening_ports(), declared)
-    found["instance"] = declared_extras(params["declared"], name) | instance(request, model, settings, name, port, declared)
+    found["instance"] = extras | instance(request, model, settings, name, port, declared)
     return found, [*say, *([warning] if warning else [])]
+
+
+def fits(params, found):
+    """Return whether there is room; a model that is not here needs what the asking machine says."""
+    if found["model"] is not None:
+        return True
+    device = found["device"]
+    free = device.get("memory_free_bytes") if device["backend"] != "cpu" else params["mem_available_bytes"] or mem_available()
+    return free is not None and free >= params["ask_only"]
 
 
 def main():
@@ -189,7 +262,7 @@ def main():
                 "required": True,
                 "options": {
                     "backend": {"type": "str"},
-                    "device": {"type": "int", "default": 0},
+                    "device": {"type": "int"},
                     "model": {"type": "str", "required": True},
                     "name": {"type": "str"},
                     **optional,
@@ -198,6 +271,10 @@ def main():
             "declared": {"type": "list", "elements": "dict", "default": []},
             "allow_download": {"type": "bool", "default": False},
             "mem_available_bytes": {"type": "int"},
+            "previous_available_bytes": {"type": "int"},
+            "gpu_max_celsius": {"type": "int", "default": 87},
+            "ask_only": {"type": "int"},
+            "elsewhere": {"type": "list", "elements": "str", "default": []},
             "etc_dir": {"type": "path", "default": "/etc/rbee"},
             "models_dir": {"type": "path", "default": "/var/lib/rbee/models"},
             "install_path": {"type": "path", "default": "/opt/rbee"},
@@ -208,7 +285,11 @@ def main():
     try:
         found, narration = plan(module.params)
     except (NodeError, CatalogError) as e:
+        if module.params["ask_only"] is not None:
+            module.exit_json(changed=False, fits=False)
         fail(module, e)
+    if module.params["ask_only"] is not None:
+        module.exit_json(changed=False, fits=fits(module.params, found))
     module.exit_json(changed=False, plan=found, narration=narration)
 
 

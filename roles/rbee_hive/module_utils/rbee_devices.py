@@ -12,7 +12,7 @@ from pathlib import Path
 BACKENDS = ("cpu", "cuda", "rocm", "vulkan", "metal")
 CPU_FLAGS = frozenset(["avx", "avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "f16c", "fma", "bmi2"])
 _PATH = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/opt/rocm/bin:/usr/lib/wsl/lib"
-_NVIDIA_QUERY = "index,uuid,name,memory.total,memory.free,driver_version,compute_cap"
+_NVIDIA_QUERY = "index,uuid,name,memory.total,memory.free,driver_version,compute_cap,temperature.gpu"
 
 
 def _run(*argv):
@@ -34,13 +34,16 @@ def _mib(text):
 
 
 def parse_nvidia(text):
-    """Parse nvidia-smi's CSV of index, uuid, name, memory.total[, memory.free], driver_version, compute_cap (MiB, no units)."""
+    """Parse nvidia-smi's CSV of index, uuid, name, memory.total[, memory.free], driver_version, compute_cap[,
+    temperature.gpu] (MiB and degrees Celsius, no units)."""
     found = []
     for line in text.splitlines():
         f = [x.strip() for x in line.split(",")]
         if len(f) == 6:
             f.insert(4, "")
-        if len(f) == 7 and f[0].isdigit():
+        if len(f) == 7:
+            f.append("")
+        if len(f) == 8 and f[0].isdigit():
             found.append(
                 {
                     "id": f"cuda:{f[0]}",
@@ -52,6 +55,7 @@ def parse_nvidia(text):
                     "memory_free_bytes": _mib(f[4]),
                     "driver": f[5],
                     "compute_capability": f[6],
+                    "temperature_celsius": int(f[7]) if f[7].isdigit() else None,
                 }
             )
     return found
