@@ -49,6 +49,7 @@ def root(
     config: Annotated[str | None, typer.Option("--config", metavar="FILE", help="settings file (see `config show`)")] = None,
     inventory: Annotated[str | None, typer.Option("--inventory", "-i", metavar="FILE", help="Ansible inventory")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no narration on stderr")] = False,
+    events: Annotated[bool, typer.Option("--events", help="one JSON object a line on stdout, for programs", hidden=True)] = False,
     show_version: Annotated[bool, typer.Option("--version", help="show the version")] = False,
 ) -> OperationResult | None:
     """One private LLM service out of several Linux machines: Ansible in control, systemd in charge, llama.cpp underneath."""
@@ -59,6 +60,7 @@ def root(
         os.environ["RBEE_INVENTORY"] = inventory
     session: Session = ctx.obj
     session.ui.quiet = quiet
+    session.ui.events = events
     if show_version:
         return overview.version(ctx)
     return None
@@ -81,6 +83,7 @@ def run(args: Sequence[str], ui: Ui) -> OperationResult:
         value = app(args=list(args), prog_name="rbee-ctl", standalone_mode=False, obj=Session(ui))
     except typer.TyperException as e:
         ui.json = "--json" in args  # parsing ended before the command could say so
+        ui.events = args[:1] == ["--events"]
         return _usage_error(args, e)
     except RbeeError as e:
         return failure(command_name(args), e)

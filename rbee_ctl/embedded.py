@@ -26,8 +26,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-from rbee_ctl import process_tree
 from rbee_ctl.render import Ui
+from rbee_serve import process_tree
 from rbee_serve.contract.errors import (
     ConfigInvalid,
     ConnectionTimeout,

@@ -27,6 +27,14 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class StillRunning:
+    """Nothing else has come for a second: the task that runs, and for how long."""
+
+    task: str
+    seconds: float
+
+
+@dataclass(frozen=True)
 class TaskDone:
     """One host finished one task; ``status`` is ok, failed, unreachable or skipped."""
 
@@ -55,7 +63,7 @@ class Stats:
     changed: dict[str, int]
 
 
-Event = TaskStarted | Progress | TaskDone | Output | Stats
+Event = TaskStarted | Progress | StillRunning | TaskDone | Output | Stats
 OnEvent = Callable[[Event], None]
 
 _DONE = {

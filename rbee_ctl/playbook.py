@@ -14,13 +14,14 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rbee_ctl import content, process_tree
-from rbee_ctl.events import OnEvent, Output, Stats, TaskDone, translate
+from rbee_ctl import content
+from rbee_ctl.events import OnEvent, Output, Stats, StillRunning, TaskDone, TaskStarted, translate
+from rbee_serve import process_tree
 from rbee_serve.contract.errors import (
     BY_CODE,
     ExitCode,
@@ -131,7 +132,7 @@ def run_playbook(
         env = environment(state_dir=state_dir) | dict(environ or {})
         runner = _prepare(private, path, inventory, limit, extra_vars, env, verbose, check)
         runner.event_handler = collector.handle
-        runner.cancel_callback = cancellation.check
+        runner.cancel_callback = _polled(collector, cancellation)
         try:
             runner.run()
         finally:
@@ -139,6 +140,16 @@ def run_playbook(
         if cancellation.requested:
             raise KeyboardInterrupt
         return collector.conclude(runner.rc if isinstance(runner.rc, int) else 1, path)
+
+
+def _polled(collector: _Collector, cancellation: _Cancellation) -> Callable[[], bool]:
+    """Return what the runner calls every ``_POLL_S``: it says whether to end."""
+
+    def poll() -> bool:
+        collector.tick()
+        return cancellation.check()
+
+    return poll
 
 
 def _prepare(
@@ -255,10 +266,21 @@ class _Collector:
         self._seen: dict[str, None] = {}
         self._stats: Stats | None = None
         self._output: list[str] = []
+        self._task, self._task_at, self._event_at = "Ansible starts", time.monotonic(), time.monotonic()
+
+    def tick(self) -> None:
+        """Say that a task still runs when nothing has come for a second (SPEC N-05)."""
+        now = time.monotonic()
+        if self._on_event is not None and now - self._event_at >= 1.0:
+            self._event_at = now
+            self._on_event(StillRunning(self._task, now - self._task_at))
 
     def handle(self, raw: dict[str, Any]) -> bool:
         """Take one of ansible-runner's events; False: it is not to be written to disk."""
         for event in translate(raw):
+            self._event_at = time.monotonic()
+            if isinstance(event, TaskStarted):
+                self._task, self._task_at = event.task, self._event_at
             if isinstance(event, TaskDone):
                 self._task_done(event)
             elif isinstance(event, Stats):

@@ -12,20 +12,15 @@ from typing import TYPE_CHECKING, Any, TextIO
 from rbee_ctl import events
 from rbee_ctl.result import ErrorItem, OperationResult
 from rbee_serve.contract.errors import ConfirmationRequired
+from rbee_serve.contract.events import narration_line
 
 if TYPE_CHECKING:
     from rbee_ctl.views import Table
 
-ACTOR_WIDTH, ACTION_WIDTH = 10, 15
 #: Seconds between two lines of progress that differ in their figures alone, where stderr is no terminal.
 PROGRESS_PAUSE_S = 1.0
 _FIGURES = re.compile(r"[\d.]+")
 _DIM, _RED, _RESET = "\x1b[2m", "\x1b[31m", "\x1b[0m"
-
-
-def narration_line(actor: str, action: str, text: str) -> str:
-    """Return ``[actor     ] action         : text`` (SPEC 3.5); what is too long is cut."""
-    return f"[{actor[:ACTOR_WIDTH]:<{ACTOR_WIDTH}}] {action[:ACTION_WIDTH]:<{ACTION_WIDTH}}: {text}"
 
 
 class Ui:
@@ -36,6 +31,7 @@ class Ui:
         self.json = False
         self.verbose = False
         self.quiet = False
+        self.events = False  # one JSON object a line on stdout, for programs that follow: jobs of the queen
         self._tty_out, self._tty_err = self.out.isatty(), self.err.isatty()
         self._colour = self._tty_err and not os.environ.get("NO_COLOR")
         self._open_line = False  # stdout stands in the middle of a line
@@ -48,7 +44,9 @@ class Ui:
 
     def token(self, text: str) -> None:
         """Write generated text to stdout at once."""
-        if text:
+        if self.events:
+            self._event("token", t=text)
+        elif text:
             self.out.write(text)
             self.out.flush()
             self._open_line = not text.endswith("\n")
@@ -62,7 +60,9 @@ class Ui:
 
     def narrate(self, actor: str, action: str, text: str) -> None:
         """Say on stderr what is happening."""
-        if not self.quiet:
+        if self.events:
+            self._event("narration", actor=actor, action=action, human=text)
+        elif not self.quiet:
             line = narration_line(actor, action, text)
             self.note(f"{_DIM}{line}{_RESET}" if self._colour else line)
 
@@ -72,6 +72,9 @@ class Ui:
         if self.quiet or text == self._last_progress:
             return
         self._last_progress = text
+        if self.events:
+            self._event("progress", actor=actor, action=action, human=text)
+            return
         line = narration_line(actor, action, text)
         if self._tty_err:
             self.err.write(f"\r\x1b[K{_DIM if self._colour else ''}{line}{_RESET if self._colour else ''}")
@@ -85,6 +88,9 @@ class Ui:
 
     def note(self, text: str) -> None:
         """Write a line to stderr."""
+        if self.events:
+            self._event("note", text=text)
+            return
         if self._progress_shown:
             self.err.write("\r\x1b[K")
             self._progress_shown = False
@@ -93,6 +99,10 @@ class Ui:
             self._open_line = False
         self.err.write(f"{text}\n")
         self.err.flush()
+
+    def _event(self, kind: str, **fields: Any) -> None:
+        self.out.write(json.dumps({"type": kind, **fields}, ensure_ascii=False, default=str) + "\n")
+        self.out.flush()
 
     def narrator(self, actor: str, action: str) -> events.OnEvent:
         """Return a listener that narrates a playbook; with ``verbose`` it shows Ansible's own output instead.
@@ -112,6 +122,9 @@ class Ui:
                 waiting[:] = [event.task.rpartition(" : ")[2]]  # without the role's name
                 if self._tty_err:
                     self.progress(actor, action, waiting[0])
+            elif isinstance(event, events.StillRunning):
+                if self._tty_err or self.events:
+                    self.progress(actor, action, f"{event.task.rpartition(' : ')[2]}: {event.seconds:.0f} s")
             elif isinstance(event, events.Progress):
                 self._say(waiting, actor, action)
                 self.progress(actor, action, event.text)
@@ -145,6 +158,9 @@ class Ui:
 
     def finish(self, result: OperationResult) -> None:
         """Print the result: one JSON envelope, or tables on stdout with messages and errors on stderr."""
+        if self.events:
+            self._event("result", **result.envelope())
+            return
         if self.json:
             self.out.write(json.dumps(result.envelope(), ensure_ascii=False, default=str) + "\n")
             self.out.flush()

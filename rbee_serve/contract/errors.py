@@ -3,7 +3,7 @@
     RbeeError                      INTERNAL_ERROR            500
     ├── RequestError               what the caller sent      4xx
     │   ├── InvalidRequest, InvalidModelRef, InvalidBackend, DeviceOutOfRange, PromptTooLong
-    │   ├── MissingApiKey, InvalidApiKey, ModelAccessDenied
+    │   ├── MissingApiKey, InvalidApiKey, ModelAccessDenied, OperationNotAllowed
     │   ├── NodeNotFound, ModelNotFound, WorkerNotFound, WorkerBinaryNotFound, RouteNotFound, MethodNotAllowed
     │   ├── NodeExists, WorkerAlreadyRegistered, JobNotFound, BodyTooLarge, HeadersTooLarge, RateLimited
     │   ├── ModelInUse, WorkerBinaryInUse, ConfirmationRequired
@@ -126,6 +126,13 @@ class ModelAccessDenied(RequestError):
     """The key or the hub account may not use this model."""
 
     code = "MODEL_ACCESS_DENIED"
+    status = 403
+
+
+class OperationNotAllowed(RequestError):
+    """The key may infer, but not run operations of the fleet."""
+
+    code = "OPERATION_NOT_ALLOWED"
     status = 403
 
 

@@ -15,6 +15,9 @@ from rbee_serve.contract.errors import RbeeError
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
+#: Widths of a narration line's first two columns (SPEC 3.5).
+ACTOR_WIDTH, ACTION_WIDTH = 10, 15
+
 Event = dict[str, Any]
 Logprobs = dict[str, Any]
 
@@ -81,6 +84,11 @@ def error(err: RbeeError, correlation_id: str | None = None) -> Event:
 def narration(actor: str, action: str, human: str) -> Event:
     """What is happening, for a person."""
     return {"type": "narration", "actor": actor, "action": action, "human": human}
+
+
+def narration_line(actor: str, action: str, text: str) -> str:
+    """Return ``[actor     ] action         : text`` (SPEC 3.5); what is too long is cut."""
+    return f"[{actor[:ACTOR_WIDTH]:<{ACTOR_WIDTH}}] {action[:ACTION_WIDTH]:<{ACTION_WIDTH}}: {text}"
 
 
 def loading(stage: str, **figures: Any) -> Event:

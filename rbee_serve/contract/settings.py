@@ -153,6 +153,11 @@ class QueenSettings(Settings):
     )
     tls_cert_file: Path | None = Field(None, description="certificate chain (PEM); with tls_key_file: https instead of http")
     tls_key_file: Path | None = Field(None, description="key of the certificate; default: tls-key in $CREDENTIALS_DIRECTORY")
+    ctl_command: str | None = Field(
+        None,
+        min_length=1,
+        description="program that runs the fleet operations of jobs; default: rbee-ctl beside rbee-queen, or on PATH",
+    )
     stale_after_s: Seconds = Field(30.0, description="a worker silent for longer is not routed to (SPEC X-09)")
     forget_after_s: Seconds = Field(120.0, description="a worker silent for longer is forgotten (SPEC X-09)")
     connect_timeout_s: Seconds = Field(5.0, description="time to connect to a worker (SPEC 3.8)")

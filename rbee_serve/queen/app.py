@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from starlette.applications import Starlette
+from starlette.routing import Router
 
 from rbee_serve.common.apis import openai_api
 from rbee_serve.common.credentials import ClientKeys
@@ -14,8 +15,11 @@ from rbee_serve.common.http import RequestLimits, create_base_app
 from rbee_serve.contract.errors import InvalidApiKey
 from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
-from rbee_serve.queen import native_api
+from rbee_serve.queen import job_commands, jobs_api, native_api
 from rbee_serve.queen.backend import FleetBackend
+from rbee_serve.queen.internal import Internal
+from rbee_serve.queen.job_runner import JobRunner
+from rbee_serve.queen.jobs import Jobs
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Relay
@@ -47,6 +51,7 @@ def create_app(
         try:
             yield
         finally:
+            await jobs.close()
             await client.aclose()
 
     def authenticate(token: str, path: str) -> ClientKey | bool:
@@ -60,8 +65,10 @@ def create_app(
             )
         return key or False
 
+    native = native_api.routes(queen)
+    jobs = Jobs(JobRunner(settings, Internal(Router(native))).run, job_commands.lane)
     app = create_base_app(
-        [*native_api.routes(queen), *openai_api.routes(FleetBackend(queen))],
+        [*native, *jobs_api.routes(queen, jobs), *openai_api.routes(FleetBackend(queen))],
         authenticate=authenticate if client_keys is not None else None,
         limits=RequestLimits.of(settings),
         lifespan=lifespan,

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from rbee_ctl import content, events, process_tree
+from rbee_ctl import content, events
 from rbee_ctl.playbook import run_playbook
+from rbee_serve import process_tree
 from rbee_serve.contract.errors import MissingDependency
 
 pytestmark = pytest.mark.integration

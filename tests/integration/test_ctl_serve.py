@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rbee_ctl import process_tree
+from rbee_serve import process_tree
 
 pytestmark = pytest.mark.integration
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from rbee_ctl import events, process_tree
+from rbee_ctl import events
 from rbee_ctl.playbook import HostOutcome, PlaybookResult, _Collector, environment, task_error, unreachable
+from rbee_serve import process_tree
 from rbee_serve.contract.errors import InsufficientRam, NodeUnreachable, PlaybookFailed, RbeeError, SshAuthFailed, SshTimeout
 
 
