@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbee_ctl.commands import hive, infer, key, lab, model, overview, serve, setup, worker
+from rbee_ctl.commands import hive, infer, key, lab, model, overview, queen, serve, setup, worker
 from rbee_ctl.render import Ui
 from rbee_ctl.result import ErrorItem, OperationResult, failure
 from rbee_ctl.session import Session
@@ -29,6 +29,8 @@ app.command("infer")(infer.infer)
 app.command("status")(overview.status)
 app.add_typer(setup.app, name="setup")
 app.add_typer(hive.app, name="hive")
+app.add_typer(queen.app, name="queen")
+app.add_typer(queen.daemon, name="daemon", hidden=True)
 app.add_typer(worker.app, name="worker")
 app.add_typer(worker.plural, name="workers", hidden=True)
 app.add_typer(model.app, name="model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,7 +196,14 @@ def hosts(data: Data) -> View:
     for host, outcome in data["hosts"].items():
         done = outcome["status"] if outcome["status"] != "ok" else ("changed" if outcome.get("changed") else "unchanged")
         rows.append((host, done, outcome.get("target")))
-    return [_table(("node", "outcome", "hive"), rows)]
+    yield _table(("node", "outcome", "hive"), rows)
+    for host, outcome in data["hosts"].items():
+        yield from _killed(host, outcome)
+
+
+def _killed(host: str, outcome: Data) -> Iterator[str]:
+    for kill in outcome.get("forced", []):
+        yield f"{host}-{kill['name']}: killed (pid {kill['pid']}, {kill['signal']}): {kill['reason']}"
 
 
 def worker_started(data: Data) -> View:
@@ -213,6 +220,7 @@ def workers_stopped(data: Data) -> View:
         for verb, key in (("stopped", "stopped"), ("was not running", "already_stopped")):
             for name in outcome.get(key, []):
                 yield f"{host}-{name}: {verb}"
+        yield from _killed(host, outcome)
 
 
 def models(data: Data) -> View:

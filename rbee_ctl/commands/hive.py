@@ -38,7 +38,7 @@ def _run(ctx: typer.Context, verb: str, node: str | None, json: bool, verbose: b
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
-    return per_host(f"hive {verb}", s.play(verb, limit=node), "hosts")
+    return per_host(f"hive {verb}", s.play(f"hive_{verb}", limit=node), "hosts")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from ansible.module_utils.rbee_node import (
     TARGET,
     NodeError,
     fail,
+    killed,
     listening,
     require_hive,
     run,
@@ -36,7 +37,9 @@ options:
     choices: [started, stopped]
     required: true
   wait:
-    description: When starting, wait until every enabled worker is ready or failed.
+    description: >-
+      When starting, wait until every enabled worker is ready or failed; when stopping, until nothing runs. The action of
+      the same name waits for a stop on the controller and shows how many units have stopped.
     type: bool
     default: true
   timeout_s:
@@ -64,7 +67,9 @@ EXAMPLES = r"""
 
 RETURN = r"""
 rbee_result:
-  description: What is now. C(forced) names the workers that had to be killed.
+  description: >-
+    What is now. C(forced) are the workers that had to be killed. Without I(wait), C(stopping) maps the units that are being
+    stopped to their main processes.
   returned: success
   type: dict
   sample: {target: inactive, changed: true, workers: [cpu0], forced: []}
@@ -104,6 +109,10 @@ def stop(params, check):
     result = {"target": "inactive", "changed": changed, "workers": sorted(map(unit_instance, alive)), "forced": []}
     if check or not changed:
         return result
+    stopping = {u: int(p["MainPID"]) for u, p in show(*alive).items()} if alive else {}
+    if not params["wait"]:
+        run("systemctl", "stop", "--no-block", TARGET, *sockets, *alive, check=True)
+        return {**result, "stopping": {**stopping, **dict.fromkeys(sockets, 0)}}
     # One job for all, so they drain in parallel; the sockets too, or the next connection would revive a worker (N-01).
     run("systemctl", "stop", TARGET, *sockets, *alive, check=True)
     now = wait_until([*worker_units(params["etc_dir"]), *sockets], lambda p: not running(p), params["timeout_s"])
@@ -115,7 +124,7 @@ def stop(params, check):
             f"systemctl status {left[0]}",
             units=left,
         )
-    result["forced"] = [unit_instance(u) for u in alive if now.get(u, {}).get("Result") == "timeout"]
+    result["forced"] = [killed(u, pid) for u, pid in stopping.items() if now.get(u, {}).get("Result") == "timeout"]
     return result
 
 

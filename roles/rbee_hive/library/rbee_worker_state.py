@@ -8,6 +8,7 @@ from ansible.module_utils.rbee_node import (
     NodeError,
     fail,
     instances,
+    killed,
     listening,
     run,
     running,
@@ -81,7 +82,9 @@ EXAMPLES = r"""
 
 RETURN = r"""
 rbee_result:
-  description: For C(stopped) the two lists of names; for C(started) the worker (the first of I(names)) and whether it changed.
+  description: >-
+    For C(stopped) the lists of names, and C(forced), those that had to be killed; for C(started) the worker (the first of
+    I(names)) and whether it changed.
   returned: success
   type: dict
   sample:
@@ -159,15 +162,18 @@ def stop(params, check):
     known(params["names"], params["etc_dir"])
     units = [worker_unit(n) for n in params["names"]]
     alive = [u for u, p in show(*units).items() if running(p)]
+    pids, forced = {u: show(u)[u]["MainPID"] for u in alive}, []
     alive += [p["Id"] for n, p in worker_sockets(params["etc_dir"]).items() if n in params["names"] and listening(p)]
     if alive and not check:
         run("systemctl", "stop", *alive, check=True)
         now = wait_until(alive, lambda p: not running(p), params["timeout_s"])
+        forced = [killed(u, pids[u]) for u, p in now.items() if p.get("Result") == "timeout" and u in pids]
         left = [u for u, p in now.items() if running(p)]
         if left:
             raise NodeError("PLAYBOOK_FAILED", f"still running: {', '.join(left)}", f"systemctl status {left[0]}", units=left)
     stopped = [n for n in params["names"] if worker_unit(n) in alive or socket_unit(n) in alive]
-    return {"stopped": stopped, "already_stopped": [n for n in params["names"] if n not in stopped], "changed": bool(alive)}
+    already = [n for n in params["names"] if n not in stopped]
+    return {"stopped": stopped, "already_stopped": already, "forced": forced, "changed": bool(alive)}
 
 
 def main():

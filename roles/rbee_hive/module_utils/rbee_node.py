@@ -142,6 +142,11 @@ def up(props):
     return running(props) and props.get("SubState") != "auto-restart"
 
 
+def killed(unit, pid):
+    """Return the record of a worker that systemd had to kill (SPEC E-42)."""
+    return {"name": unit_instance(unit), "pid": int(pid), "signal": "SIGKILL", "reason": "it did not end in time after SIGTERM"}
+
+
 def start_failure(unit, props):
     """Return the NodeError for a unit that did not come up (SPEC S-46)."""
     status, result = props.get("ExecMainStatus", ""), props.get("Result", "")
