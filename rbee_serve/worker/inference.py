@@ -137,9 +137,6 @@ class InferenceApi:
                 tool_format = template.tool_format
                 if (forced := forced_call(tools, wanted.tool_choice)) is not None:
                     values["json_schema"], tool_format = forced, LLAMA3
-        for name in ("grammar", "json_schema"):
-            if values[name] is not None:
-                raise InvalidRequest(f"{name}: not supported by this worker", field=name)
         ids = wanted.continue_from.generated_ids if wanted.continue_from else []
         if ids and max(ids) >= info.vocab_size:
             raise InvalidRequest(

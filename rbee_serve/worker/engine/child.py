@@ -152,8 +152,9 @@ def detokenize(model: llama.Model, ids: list[int], *, special: bool) -> str | Rb
 
 def self_test(scheduler: Scheduler) -> None:
     """Generate one token; raises InferenceFailed when that does not work."""
-    params = {"max_tokens": 1, "temperature": 0, "stop": [], "ignore_eos": False}
+    params = {"max_tokens": 1, "temperature": 0, "seed": 0, "stop": [], "ignore_eos": False}
     params |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": None}
+    params |= {"typical_p": 1, "grammar": None, "json_schema": None}
     events = scheduler.submit(GenerateRequest("self-test", "a", False, True, as_params(params)))
     while scheduler.has_work:
         scheduler.step(events.extend)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, PromptTooLong, RbeeError
+from rbee_serve.worker.engine.constraint import Constraint, Constraints
 from rbee_serve.worker.engine.sampling import Sampler
 from rbee_serve.worker.engine.text import TextAssembler
 
@@ -48,6 +49,7 @@ class Generation:
     ids: NDArray[np.int32]  # prompt + what was generated elsewhere: all that must be in the cache first
     text: TextAssembler
     generated: int  # tokens given out, here and elsewhere
+    constraint: Constraint | None = None  # grammar or JSON schema, in the state after what was generated elsewhere
     sampler: Sampler | None = None  # made when the request gets its slot
     done: int = 0  # positions evaluated
     made: list[int] = field(default_factory=list)  # tokens generated here
@@ -83,6 +85,7 @@ class Scheduler:
 
     def __init__(self, model: Model, slots: int) -> None:
         self._model, self._blocks = model, model.blocks
+        self._constraints = Constraints(model)
         self._slots = [Slot(i) for i in range(slots)]
         self._waiting: deque[Generation] = deque()
         self._turn = 0
@@ -135,8 +138,16 @@ class Scheduler:
         text = TextAssembler(request.params.stop)
         for token in request.generated_ids:
             text.push(model.piece(token))
+        constraint = self._constraints.of(request.params)
+        for n, token in enumerate(request.generated_ids if constraint is not None else ()):
+            if constraint is None or not constraint.allows(token):
+                raise InvalidRequest(
+                    f"continue_from.generated_ids: token {n} is not what the grammar allows",
+                    field="continue_from.generated_ids",
+                )
+            constraint.accept(token)
         ids = np.array(prompt + request.generated_ids, np.int32)
-        return Generation(request, ids[: len(prompt)], ids, text, generated=len(request.generated_ids))
+        return Generation(request, ids[: len(prompt)], ids, text, len(request.generated_ids), constraint)
 
     def _ended_elsewhere(self, generation: Generation) -> str | None:
         """Why a continuation has nothing left to generate: the other worker went away between its last token and its end."""
@@ -145,7 +156,8 @@ class Scheduler:
             return None
         if generation.text.stopped:
             return STOP_SEQUENCE
-        if self._model.is_eog(ids[-1]) and not params.ignore_eos:
+        ended = generation.constraint is not None and generation.constraint.must_end
+        if ended or (self._model.is_eog(ids[-1]) and not params.ignore_eos):
             return EOS
         full = len(generation.ids) >= self._model.context_tokens
         return MAX_TOKENS if full or generation.generated >= params.max_tokens else None
@@ -213,7 +225,7 @@ class Scheduler:
         slot.generation, slot.cached, slot.canonical = generation, prompt[:keep], self._blocks.canonical(keep, len(prompt))
         generation.done, generation.began = keep, time.monotonic()
         request = generation.request
-        generation.sampler = Sampler(self._model, request.params, prompt.tolist(), request.generated_ids)
+        generation.sampler = Sampler(self._model, request.params, prompt.tolist(), request.generated_ids, generation.constraint)
         return "started", request.request_id, {"prompt_tokens": len(prompt), "cached_tokens": keep}
 
     # --- one step -----------------------------------------------------------------------------------------------
@@ -255,7 +267,11 @@ class Scheduler:
         if generation.sampler is None:
             raise EngineBroken("a generation without a sampler holds a slot")
         request, text, index = generation.request, generation.text, generation.generated
-        token, logprobs = generation.sampler.choose(row)
+        try:
+            token, logprobs = generation.sampler.choose(row)
+        except RbeeError as e:  # of the request, not of the engine: what the cache holds is as good as before
+            self._release(slot, generation, ERROR)
+            return [("error", request.request_id, e.envelope()["error"])]
         if self._model.is_eog(token):
             tail: list[Event] = []
             if held := text.flush():
@@ -267,6 +283,9 @@ class Scheduler:
         certain, reason = text.push(self._model.piece(token)), None
         if text.stopped:
             reason = STOP_SEQUENCE
+        elif generation.sampler.must_end:
+            reason = EOS
+            certain += text.flush()
         elif generation.generated >= request.params.max_tokens or generation.done >= self._model.context_tokens:
             reason = MAX_TOKENS
             certain += text.flush()

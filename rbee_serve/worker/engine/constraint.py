@@ -1,0 +1,95 @@
+"""Grammars and JSON schemas of requests, made ready for a model's tokens."""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rbee_serve.contract.errors import InvalidRequest
+from rbee_serve.worker.engine import gbnf, json_schema
+from rbee_serve.worker.engine.grammar import Automaton, Matcher, Vocabulary
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from rbee_serve.contract.api import SamplingParams
+    from rbee_serve.worker.engine.llama import Model
+
+#: Automata kept: what one request has worked out helps the next with the same grammar.
+_KEPT_MAX = 16
+
+
+class Constraint:
+    """What one text must follow, in tokens."""
+
+    def __init__(self, constraints: Constraints, automaton: Automaton) -> None:
+        self._constraints, self._model = constraints, constraints.model
+        self._matcher = Matcher(automaton)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the text so far is complete."""
+        return self._matcher.may_end
+
+    @property
+    def must_end(self) -> bool:
+        """Whether the text is complete and nothing can follow."""
+        return self._matcher.must_end
+
+    def allows(self, token: int) -> bool:
+        """Whether ``token`` may come next; raises InvalidRequest when the grammar is too ambiguous to say."""
+        return self._matcher.may_end if self._model.is_eog(token) else self._matcher.allows(self._model.piece(token))
+
+    def accept(self, token: int) -> None:
+        """Go on by ``token``, which must be allowed."""
+        if not self._model.is_eog(token):
+            self._matcher.accept(self._model.piece(token))
+
+    def allowed(self) -> NDArray[np.int64]:
+        """Return all tokens that may come next."""
+        ids = self._matcher.allowed(self._constraints.vocabulary)
+        return np.concatenate([ids, self._model.eog_ids]) if self._matcher.may_end else ids
+
+
+class Constraints:
+    """Automata of the grammars used last, and the model's tokens as a tree."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._automata: OrderedDict[str, Automaton] = OrderedDict()
+        self._vocabulary: Vocabulary | None = None
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """All tokens that are text; built when first asked for."""
+        if self._vocabulary is None:
+            model = self.model
+            pieces = ((i, model.piece(i)) for i in range(model.n_vocab) if not model.is_eog(i))
+            self._vocabulary = Vocabulary((i, piece) for i, piece in pieces if piece)
+        return self._vocabulary
+
+    def of(self, params: SamplingParams) -> Constraint | None:
+        """Return the constraint that a request asks for.
+
+        Raises InvalidRequest: what is wrong with the grammar or the schema, and where.
+        """
+        if params.grammar is None and params.json_schema is None:
+            return None
+        name = "grammar" if params.grammar is not None else "json_schema"
+        key = params.grammar or "\0" + json.dumps(params.json_schema)
+        automaton = self._automata.pop(key, None)
+        if automaton is None or automaton.worn:
+            try:
+                text = params.grammar if params.grammar is not None else json_schema.to_gbnf(params.json_schema)
+                automaton = Automaton(gbnf.parse(text))
+            except gbnf.GrammarError as e:
+                raise InvalidRequest(f"{name}: {e}", field=name) from e
+            except RecursionError as e:
+                raise InvalidRequest(f"{name}: it is nested too deeply", field=name) from e
+        self._automata[key] = automaton
+        while len(self._automata) > _KEPT_MAX:
+            self._automata.popitem(last=False)
+        return Constraint(self, automaton)
