@@ -20,6 +20,9 @@ REQUEST_ID_HEADER = "X-Request-Id"
 DEADLINE_HEADER = "X-Request-Deadline"
 #: Headers by which the queen says what it did.
 WORKER_HEADER = "X-Rbee-Worker"
+PLACEMENT_HEADER = "X-Rbee-Placement"
+QUEUED_HEADER = "X-Rbee-Queued-Ms"
+CACHED_HEADER = "X-Rbee-Cached-Tokens"
 
 PROMPT_MAX_CHARS = 32_768
 
@@ -182,6 +185,12 @@ class InferenceRequest(SamplingParams):
     worker_id: str | None = Field(None, pattern=r"^[A-Za-z0-9.-]{1,128}$")
     labels: dict[str, str] = Field(default_factory=dict, max_length=16, description="labels that the worker must have")
     priority: int = Field(0, ge=-10, le=10, description="greater goes first in the queue")
+    queue_timeout_s: float | None = Field(
+        None,
+        ge=0,
+        le=86_400,
+        description="longest wait for a slot, at most the queen's own; 0: refused at once when all are busy",
+    )
     failover: Literal["auto", "off"] = Field("auto", description="off: a stream broken after its first token ends (SPEC X-14)")
 
     @model_validator(mode="after")

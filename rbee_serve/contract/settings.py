@@ -162,8 +162,19 @@ class QueenSettings(Settings):
     forget_after_s: Seconds = Field(120.0, description="a worker silent for longer is forgotten (SPEC X-09)")
     connect_timeout_s: Seconds = Field(5.0, description="time to connect to a worker (SPEC 3.8)")
     first_byte_timeout_s: Seconds = Field(10.0, description="time until a worker answers with headers")
-    stall_timeout_s: Seconds = Field(60.0, description="longest silence of a worker within a stream (pings count as life)")
+    dead_peer_timeout_s: Seconds = Field(
+        5.0, description="a machine that acknowledges nothing for so long is cut off (TCP keep-alive; SPEC 3.8)"
+    )
+    stall_timeout_s: Seconds = Field(
+        60.0,
+        description="longest time without a token from a worker that decodes, or without a ping from one that reads a prompt",
+    )
     request_timeout_s: Seconds = Field(300.0, description="deadline of a request that names none (SPEC 3.8)")
+    queue_max: int = Field(
+        128, ge=0, le=100_000, description="requests of one model that wait for a slot; beyond it: 503 ALL_SLOTS_BUSY"
+    )
+    queue_timeout_s: Seconds = Field(60.0, description="longest wait for a slot; then ALL_SLOTS_BUSY")
+    load_timeout_s: Seconds = Field(300.0, description="longest wait for a worker that was woken or loads its model (SPEC 3.8)")
     drain_timeout_s: Seconds = Field(
         10.0, description="how long running streams may finish after SIGTERM; TimeoutStopSec= is longer"
     )

@@ -17,6 +17,7 @@ from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen import job_commands, jobs_api, native_api
 from rbee_serve.queen.backend import FleetBackend
+from rbee_serve.queen.http_client import Client, PooledClient
 from rbee_serve.queen.internal import Internal
 from rbee_serve.queen.job_runner import JobRunner
 from rbee_serve.queen.jobs import Jobs
@@ -24,7 +25,7 @@ from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Relay
 from rbee_serve.queen.state import Queen
-from rbee_serve.queen.upstream import Limits, make_client
+from rbee_serve.queen.upstream import Limits
 
 
 def create_app(
@@ -42,8 +43,19 @@ def create_app(
     limits = Limits(settings.connect_timeout_s, settings.first_byte_timeout_s, settings.stall_timeout_s)
     registry = Registry(settings.stale_after_s, settings.forget_after_s)
     metrics = Metrics()
-    client = make_client(limits)
-    relay = Relay(registry, client, fleet_token, limits, metrics, settings.request_timeout_s, clock)
+    client: Client = PooledClient(settings.connect_timeout_s, settings.dead_peer_timeout_s)
+    relay = Relay(
+        registry,
+        client,
+        fleet_token,
+        limits,
+        metrics,
+        settings.request_timeout_s,
+        clock,
+        queue_max=settings.queue_max,
+        queue_timeout_s=settings.queue_timeout_s,
+        load_timeout_s=settings.load_timeout_s,
+    )
     queen = Queen(settings, registry, metrics, relay, clock, fleet_token, client_keys)
 
     @asynccontextmanager
@@ -52,7 +64,7 @@ def create_app(
             yield
         finally:
             await jobs.close()
-            await client.aclose()
+            await relay.aclose()
 
     def authenticate(token: str, path: str) -> ClientKey | bool:
         """Workers hold the fleet token and clients a key; neither opens the other's door (heartbeats look themselves)."""

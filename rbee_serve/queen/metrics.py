@@ -31,11 +31,15 @@ class Metrics:
         self.key_requests = counter("key_requests", "inference requests accepted, by name of the client key", "key")
         self.errors = counter("errors", "errors answered or sent in streams, by code", "code")
         self.dispatches = counter("dispatches", "requests sent to workers, by result", "result")
-        self.failovers = counter("failovers", "requests moved to another worker", "kind")
+        self.failovers = counter(
+            "failovers", "streams moved to another worker, by cause and mode of the continuation", "cause", "mode"
+        )
+        self.prefix = counter("prefix", "requests sent where their prompt's beginning should be cached, by result", "result")
         self.tokens_relayed = counter("tokens_relayed", "token events passed on to clients")
         self.heartbeats = counter("heartbeats", "heartbeats received, by outcome", "outcome")
         self.scheduling_ms = histogram("scheduling_latency_ms", "time to choose a worker, milliseconds")
         self.first_token_ms = histogram("time_to_first_token_ms", "from acceptance to the first token, milliseconds")
+        self.queue_wait_ms = histogram("queue_wait_ms", "time in the queue before the first worker, milliseconds")
         self.connections = Gauge("queen_connections", "inference requests in progress", registry=self.collector)
         self._workers = Gauge("queen_workers", "live workers by state", ["state"], registry=self.collector)
         self._slots = Gauge("queen_slots", "slots of routable workers", ["kind"], registry=self.collector)

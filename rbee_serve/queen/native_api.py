@@ -18,6 +18,9 @@ from rbee_serve.common.credentials import same
 from rbee_serve.common.http import JsonResponse, bearer_token, correlation_id, read_json, sse, while_connected
 from rbee_serve.contract.api import (
     API_VERSION,
+    CACHED_HEADER,
+    PLACEMENT_HEADER,
+    QUEUED_HEADER,
     REQUEST_ID_HEADER,
     SERVICE_NAME,
     WORKER_HEADER,
@@ -58,17 +61,21 @@ def routes(queen: Queen) -> list[Route]:
 
 
 def stream_headers(stream: Stream) -> dict[str, str]:
-    """Return the headers by which the queen says what it did."""
-    worker_id = stream.worker.id if stream.worker else ""
-    return {REQUEST_ID_HEADER: stream.id, WORKER_HEADER: worker_id}
+    """Return the headers by which the queen says what it did: which worker and why, how long the request had to wait, how
+    many tokens of the prompt the worker had in its cache. A stream that still waits has no worker yet."""
+    headers = {REQUEST_ID_HEADER: stream.id}
+    if stream.worker is None or stream.placement is None:
+        return headers | {PLACEMENT_HEADER: "queued"}
+    headers |= {WORKER_HEADER: stream.worker.id, PLACEMENT_HEADER: stream.placement, QUEUED_HEADER: f"{stream.queued_ms:.0f}"}
+    if stream.cached_tokens is not None:
+        headers[CACHED_HEADER] = str(stream.cached_tokens)
+    return headers
 
 
 async def _native_body(stream: Stream) -> AsyncGenerator[bytes]:
     async with aclosing(stream.events()) as batches:
         async for batch in batches:
-            if batch:
-                # The worker's own JSON goes through as it came; only its frame is written anew.
-                yield "".join([f"event: {event['type']}\ndata: {payload}\n\n" for payload, event in batch]).encode()
+            yield b"".join([frame for frame, _ in batch])  # the worker's own frames go through as they came
     yield DONE
 
 
@@ -119,6 +126,8 @@ class NativeApi:
                 "text": text,
                 "tokens_generated": stream.tokens_out,
                 "prompt_tokens": stream.prompt_tokens,
+                "cached_tokens": stream.cached_tokens,
+                "queued_ms": round(stream.queued_ms),
                 "token_ids": stream.ids,
                 "seed": stream.seed,
                 "stop_reason": stream.outcome,
@@ -145,6 +154,8 @@ class NativeApi:
         beat = parse(Heartbeat, await read_json(request))
         outcome = queen.registry.beat(beat, queen.clock())
         queen.metrics.heartbeats.labels(outcome=outcome.value).inc()
+        if (known := queen.registry.known(beat.worker.id)) is not None:
+            queen.relay.heard_of(known)
         if outcome in (BeatOutcome.REGISTERED, BeatOutcome.REMOVED):
             worker = beat.worker
             facts = {"worker_id": worker.id, "model": worker.model_id, "url": worker.url, "state": worker.status.value}

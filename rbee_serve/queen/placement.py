@@ -1,30 +1,51 @@
 """Which worker gets a request. A pure function of what the registry knows (SPEC CAP-92).
 
-model -> filters (node, device, worker id) -> not hidden, failed or full -> preferred class -> not suspect -> least loaded
--> least recently used, which makes equals go round.
+model -> filters (node, backend, device, worker id, labels) -> not hidden, failed or full -> preferred class -> not suspect
+-> has the prompt's beginning in its cache, unless it is much busier than another -> least loaded, failures of late counted
+as load -> least recently used, which makes equals go round. Dormant workers are never chosen here: waking.py wakes them
+when nobody else has room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
+from rbee_serve.contract.api import WorkerState
 from rbee_serve.contract.errors import AllSlotsBusy, InvalidRequest, ModelNotFound, NoWorkerAvailable, RbeeError
 from rbee_serve.queen.registry import Registry, Worker
 
 #: Seconds after which a refused client may try again. A slot frees at no known time; this is a polite pause.
 RETRY_AFTER_S = 1
+#: A worker that knows the prompt's beginning may be busier than the least busy one by this share of its slots. More, and one
+#: popular system prompt would pile all work on one worker.
+AFFINITY_SPREAD = 0.5
+
+Reason = Literal["prefix", "least-loaded", "pinned", "probe"]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A worker and why: ``probe`` means that it is full by its own word, which may be old."""
+
+    worker: Worker
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the request asks for. ``continuation_class``: whose streams it should be able to continue exactly."""
+    """What the request asks for. ``continuation_class``: whose streams it should be able to continue exactly, or must
+    (``exact``)."""
 
     model: str | None = None
     node: str | None = None
+    backend: str | None = None
     device: int | None = None
     worker_id: str | None = None
+    labels: tuple[tuple[str, str], ...] = ()
     continuation_class: str | None = None
+    exact: bool = False
 
     def admits(self, worker: Worker) -> bool:
         """Apply the filters other than the model."""
@@ -32,13 +53,17 @@ class Wanted:
         return (
             (self.worker_id is None or record.id == self.worker_id)
             and (self.node is None or record.hive_id == self.node)
+            and (self.backend is None or record.backend == self.backend)
             and (self.device is None or record.device == self.device)
+            and all(record.labels.get(name) == value for name, value in self.labels)
+            and (not self.exact or record.continuation_class == self.continuation_class)
         )
 
     def filters(self) -> dict[str, str | int]:
         """Return the filters in force, for messages."""
-        named = {"node": self.node, "device": self.device, "worker_id": self.worker_id}
-        return {name: value for name, value in named.items() if value is not None}
+        named = {"node": self.node, "backend": self.backend, "device": self.device, "worker_id": self.worker_id}
+        labels = {f"label {name}": value for name, value in self.labels}
+        return {name: value for name, value in named.items() if value is not None} | labels
 
 
 def serves(worker: Worker, model: str) -> bool:
@@ -88,44 +113,151 @@ def _candidates(workers: list[Worker], wanted: Wanted) -> list[Worker]:
     return workers
 
 
-def choose(registry: Registry, wanted: Wanted, now: float, *, exclude: Collection[Worker] = ()) -> Worker:
-    """Return the worker that should get the request; ``exclude`` are those that have failed it already.
+def resolve(registry: Registry, model: str | None, worker_id: str | None = None) -> str:
+    """Return the id of the model that a request means, by whatever name it has there.
 
-    Raises ModelNotFound (nobody serves it; names the known ones), InvalidRequest (no model named and several served),
-    NoWorkerAvailable (served, but nobody that fits is up) and AllSlotsBusy (with totals). A worker that is full only by
-    its own last word is still tried, after the others: its word may be old, and admission is its own business (E-03).
+    Raises ModelNotFound (nobody serves it; names the known ones), InvalidRequest (no model named and several served) and
+    NoWorkerAvailable (no worker at all).
     """
-    model, wanted_class = wanted.model, wanted.continuation_class
-    if model is None and wanted.worker_id is None:
-        _candidates(list(registry), wanted)  # several models served: which one is the client's to say
-    filtered = bool(wanted.filters())
+    if model is not None and any(w.model_id == model for w in registry):
+        return model
+    candidates = _candidates(list(registry), Wanted(model=model, worker_id=worker_id))
+    pinned = [w for w in candidates if w.id == worker_id]
+    return (pinned or candidates)[0].model_id
+
+
+def pick(
+    registry: Registry,
+    wanted: Wanted,
+    now: float,
+    *,
+    exclude: Collection[Worker] = (),
+    affinity: Mapping[Worker, int] | None = None,
+) -> Choice | None:
+    """Return the worker that should get the request, None when nobody has room.
+
+    ``exclude``: those that have failed it already. ``affinity``: how many blocks of the prompt a worker has seen. A worker
+    that is full only by its own last word is still tried, after the others: its word may be old, and admission is its own
+    business (E-03).
+    """
+    model, wanted_class, stale_after_s = wanted.model, wanted.continuation_class, registry.stale_after_s
+    filtered = wanted.exact or bool(wanted.filters())
     best: Worker | None = None
     best_cost: tuple[bool, bool, bool, float, int, str] | None = None
+    least = 0.0  # load of the best, the number that most candidates fail by
     # One pass without intermediate lists: with 1,000 workers this is what a request pays (goal: p99 <= 1 ms).
     for w in registry:
-        record = w.record
-        if model is not None and record.model_id != model and not serves(w, model):
-            continue
-        total = record.slots_total
-        if w.in_flight >= total or w in exclude or (filtered and not wanted.admits(w)) or not registry.routable(w, now):
+        total = w.slots_total
+        if (
+            w.in_flight >= total
+            or not w.takes
+            or w.failed
+            or now - w.seen_at > stale_after_s
+            or (model is not None and w.model_id != model and not serves(w, model))
+            or w in exclude
+            or (filtered and not wanted.admits(w))
+        ):
             continue
         busy = w.in_flight + w.foreign
-        other_class = wanted_class is not None and record.continuation_class != wanted_class
-        cost = (busy >= total, other_class, w.suspect_until > now, busy / total, w.last_used, record.id)
+        full = busy >= total
+        if full and w.full_until > now:
+            continue
+        load = busy / total
+        if w.failures:
+            load += w.penalty(now)
+        if best_cost is not None and load > least and not best_cost[0] and not best_cost[1] and not best_cost[2]:
+            continue
+        other_class = wanted_class is not None and w.record.continuation_class != wanted_class
+        cost = (full, other_class, w.suspect_until > now, load, w.last_used, w.id)
         if best_cost is None or cost < best_cost:
-            best, best_cost = w, cost
-    if best is None:
-        raise _why_nobody(registry, wanted, now, exclude)
-    return best
+            best, best_cost, least = w, cost, load
+    if best is None or best_cost is None:
+        return None
+    if wanted.worker_id is not None:
+        return Choice(best, "pinned")
+    if best_cost[0]:
+        return Choice(best, "probe")
+    if affinity:
+        knowing = _knowing(registry, wanted, now, exclude, affinity, best_cost)
+        if knowing is not None:
+            return Choice(knowing, "prefix")
+    return Choice(best, "least-loaded")
 
 
-def _why_nobody(registry: Registry, wanted: Wanted, now: float, exclude: Collection[Worker]) -> RbeeError:
+def _knowing(
+    registry: Registry,
+    wanted: Wanted,
+    now: float,
+    exclude: Collection[Worker],
+    affinity: Mapping[Worker, int],
+    best_cost: tuple[bool, bool, bool, float, int, str],
+) -> Worker | None:
+    """Return the worker that knows most of the prompt and is as fit as the best one but for a bounded load."""
+    _, other_class, suspect, least, _, _ = best_cost
+    found: Worker | None = None
+    found_cost: tuple[int, float, int, str] | None = None
+    for w, blocks in affinity.items():
+        if (
+            w.busy >= w.slots_total
+            or not registry.routable(w, now)
+            or registry.known(w.id) is not w
+            or w in exclude
+            or (wanted.model is not None and not serves(w, wanted.model))
+            or not wanted.admits(w)
+        ):
+            continue
+        load = w.busy / w.slots_total + w.penalty(now)
+        foreign_class = wanted.continuation_class is not None and w.record.continuation_class != wanted.continuation_class
+        if load - least > AFFINITY_SPREAD or (foreign_class and not other_class) or (w.suspect_until > now and not suspect):
+            continue
+        cost = (-blocks, load, w.last_used, w.id)
+        if found_cost is None or cost < found_cost:
+            found, found_cost = w, cost
+    return found
+
+
+def choose(
+    registry: Registry,
+    wanted: Wanted,
+    now: float,
+    *,
+    exclude: Collection[Worker] = (),
+    affinity: Mapping[Worker, int] | None = None,
+) -> Worker:
+    """Return what ``pick`` does, or raise why there is none.
+
+    Raises ModelNotFound (nobody serves it; names the known ones), InvalidRequest (no model named and several served),
+    NoWorkerAvailable (served, but nobody that fits is up) and AllSlotsBusy (with totals).
+    """
+    if wanted.model is None and wanted.worker_id is None:
+        _candidates(list(registry), wanted)  # several models served: which one is the client's to say
+    choice = pick(registry, wanted, now, exclude=exclude, affinity=affinity)
+    if choice is None:
+        raise why_nobody(registry, wanted, now, exclude)
+    return choice.worker
+
+
+def worth_waiting_for(registry: Registry, wanted: Wanted, now: float, exclude: Collection[Worker] = ()) -> list[Worker]:
+    """Return the workers that may take the request in time: full ones, those that load, those that can be woken."""
+    return [
+        w
+        for w in registry
+        if w not in exclude
+        and not w.failed
+        and (w.takes or w.record.status in (WorkerState.LOADING, WorkerState.DORMANT))
+        and registry.fresh(w, now)
+        and (wanted.model is None or serves(w, wanted.model))
+        and wanted.admits(w)
+    ]
+
+
+def why_nobody(registry: Registry, wanted: Wanted, now: float, exclude: Collection[Worker]) -> RbeeError:
     """Return the error for a request that nobody can take; raises ModelNotFound and its like for one nobody ever could."""
     candidates = _candidates(list(registry), wanted)
     up = [w for w in candidates if wanted.admits(w) and registry.routable(w, now) and w not in exclude]
     if not up:
         return _nobody(registry, candidates, wanted, now, exclude)
-    total, busy = sum(w.record.slots_total for w in up), sum(min(w.busy, w.record.slots_total) for w in up)
+    total, busy = sum(w.slots_total for w in up), sum(min(w.busy, w.slots_total) for w in up)
     return AllSlotsBusy(
         f"all {total} slots of {len(up)} worker(s) are busy",
         hint="try again later, or start another worker: rbee-ctl worker start --node NODE --model MODEL",

@@ -6,7 +6,7 @@ between machines does no harm.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -15,6 +15,12 @@ from rbee_serve.contract.errors import WorkerAlreadyRegistered, WorkerNotFound
 
 #: (started_at, seq, timestamp): by these the beats of one worker id are ordered.
 BeatOrder = tuple[float, int, float]
+
+
+#: Seconds for which a worker's refusal as busy is believed; its next beat may correct it earlier.
+_FULL_FOR_S = 0.25
+#: A failure counts half as much after so many seconds.
+_FAILURE_HALF_LIFE_S = 60.0
 
 
 class BeatOutcome(StrEnum):
@@ -37,7 +43,33 @@ class Worker:
     foreign: int = 0  # slots taken by others, as far as the last beat tells
     failed: bool = False  # broke a stream or a connection since its last beat
     suspect_until: float = 0.0  # until then others are preferred
+    full_until: float = 0.0  # it has just refused a request as busy: not asked again until then
+    failures: float = 0.0  # decaying count of failures, as of ``failures_at``; outlives the process
+    failures_at: float = 0.0
     last_used: int = 0  # ordinal of the last request given to it: makes ties go round
+    # Out of the record, for the one loop in which every nanosecond counts a thousand times (placement).
+    model_id: str = ""
+    slots_total: int = 0
+    takes: bool = False  # is in a state in which it takes requests
+
+    def __post_init__(self) -> None:
+        self.describe(self.record)
+
+    def describe(self, record: WorkerRecord) -> None:
+        """Take over what the worker says of itself."""
+        self.record, self.model_id, self.slots_total = record, record.model_id, record.slots_total
+        self.takes = record.status in ROUTABLE_STATES
+
+    def penalty(self, now: float) -> float:
+        """How much worse than its load says the worker is to be judged, in shares of its slots (SPEC CAP-92, error rate).
+
+        One failure is an accident, which ``suspect_until`` covers; those that follow it soon are a habit.
+        """
+        return max(0.0, self.failing(now) - 1) / 2 if self.failures else 0.0
+
+    def failing(self, now: float) -> float:
+        """Failures of late: each counts half as much after a minute."""
+        return float(self.failures * 0.5 ** ((now - self.failures_at) / _FAILURE_HALF_LIFE_S))
 
     @property
     def id(self) -> str:
@@ -62,7 +94,7 @@ class Worker:
         """
         if self.failed:
             return WorkerState.FAILED
-        if self.record.status in ROUTABLE_STATES:
+        if self.takes:
             return WorkerState.IDLE if self.slots_free else WorkerState.BUSY
         return self.record.status
 
@@ -74,6 +106,7 @@ class Registry:
     stale_after_s: float = 30.0
     forget_after_s: float = 120.0
     suspect_for_s: float = 30.0
+    on_room: Callable[[], None] = lambda: None  # called whenever a request may find room that did not before
     _workers: dict[str, Worker] = field(default_factory=dict)
     # Ids that said goodbye: a beat that was overtaken on the way must not bring them back.
     _stopped: dict[str, tuple[BeatOrder, float]] = field(default_factory=dict)
@@ -107,10 +140,16 @@ class Registry:
             return BeatOutcome.REMOVED
         self._stopped.pop(record.id, None)
         if known is None or known.record.started_at != record.started_at:
-            self._workers[record.id] = Worker(record, order, now, foreign=record.slots_total - record.slots_available)
+            worker = Worker(record, order, now, foreign=record.slots_total - record.slots_available)
+            if known is not None:  # one that fails again and again is known by its name
+                worker.failures, worker.failures_at = known.failures, known.failures_at
+            self._workers[record.id] = worker
+            self.on_room()
             return BeatOutcome.REGISTERED
-        known.record, known.order, known.seen_at, known.failed = record, order, now, False
+        known.describe(record)
+        known.order, known.seen_at, known.failed, known.full_until = order, now, False, 0.0
         known.foreign = max(0, record.slots_total - record.slots_available - known.in_flight)
+        self.on_room()
         return BeatOutcome.UPDATED
 
     def sweep(self, now: float) -> None:
@@ -132,10 +171,11 @@ class Registry:
 
     def routable(self, worker: Worker, now: float) -> bool:
         """Say whether new requests may go to the worker."""
-        return not worker.failed and worker.record.status in ROUTABLE_STATES and now - worker.seen_at <= self.stale_after_s
+        return worker.takes and not worker.failed and now - worker.seen_at <= self.stale_after_s
 
     def _trusted(self, worker: Worker, now: float) -> bool:
-        return not worker.failed and self.fresh(worker, now)
+        """Whether the order of its beats and its address hold. A dormant one has no process that could be confused."""
+        return not worker.failed and now - worker.seen_at <= self.stale_after_s
 
     def __iter__(self) -> Iterator[Worker]:
         """Yield every worker that is not forgotten, silent ones included."""
@@ -143,6 +183,10 @@ class Registry:
 
     def __len__(self) -> int:
         return len(self._workers)
+
+    def known(self, worker_id: str) -> Worker | None:
+        """Return the worker by this id, silent ones included."""
+        return self._workers.get(worker_id)
 
     def live(self, now: float) -> list[Worker]:
         """Return the workers to show, by id: those silent for longer than ``stale_after_s`` are hidden."""
@@ -171,19 +215,22 @@ class Registry:
     def release(self, worker: Worker) -> None:
         """Count a request as ended."""
         worker.in_flight -= 1
+        self.on_room()
 
     def mark_failed(self, worker: Worker, now: float) -> None:
         """Take the worker out of routing: it broke a stream, refused a connection or hung (SPEC E-05).
 
         Its next beat, or the first one of its successor, brings it back; others are preferred for a while.
         """
+        worker.failures, worker.failures_at = worker.failing(now) + 1, now
         worker.failed = True
         worker.suspect_until = now + self.suspect_for_s
 
-    def mark_full(self, worker: Worker) -> None:
-        """Note that the worker has just refused a request as busy; corrected by its next beat."""
-        worker.foreign = max(worker.foreign, worker.record.slots_total - worker.in_flight)
+    def mark_full(self, worker: Worker, now: float) -> None:
+        """Note that the worker has just refused a request as busy, which is still counted; its next beat corrects it."""
+        worker.foreign = max(worker.foreign, worker.slots_total - worker.in_flight + 1)
+        worker.full_until = now + _FULL_FOR_S
 
     def mark_state(self, worker: Worker, state: WorkerState) -> None:
         """Note a state that the worker told in an answer instead of a beat."""
-        worker.record = worker.record.model_copy(update={"status": state})
+        worker.describe(worker.record.model_copy(update={"status": state}))

@@ -19,6 +19,7 @@ from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen.key_limits import KeyLimits
 from rbee_serve.queen.metrics import Metrics
+from rbee_serve.queen.placement import resolve
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Api, Relay, Stream
 
@@ -42,26 +43,37 @@ class Queen:
         self.limits = KeyLimits(self.clock)
 
     async def open_stream(self, http: Request, request: InferenceRequest, api: Api, correlation_id: str | None) -> Stream:
-        """Open the stream at a worker while watching the client: one that leaves meanwhile costs no worker anything.
+        """Open the stream while watching the client: one that leaves meanwhile costs no worker anything.
 
+        Where ``request.stream`` is true the stream may still wait (for a slot, for a worker that loads) when this returns:
+        ``stream.worker`` is None then, and ``events()`` begins with ``queued`` and ``loading``. Answer the client at once.
         Raises what ``Relay.open`` raises, RequestCanceled when the client has gone and NoWorkerAvailable while draining.
         """
         if self.draining:
             raise NoWorkerAvailable("the queen is shutting down", hint="try again in some seconds", retry_after_s=5)
         key = caller(http)
+        deadline = _deadline(http)
         lease = self.limits.admit(key, request.model) if key is not None else None
-        opening = asyncio.ensure_future(
-            self.relay.open(request, api=api, correlation_id=correlation_id, deadline=_deadline(http))
-        )
+        opening: asyncio.Future[Stream] | None = None
         try:
+            if key is not None and request.model is None:
+                self.limits.check_model(key, resolve(self.registry, None, request.worker_id))
+            opening = asyncio.ensure_future(
+                self.relay.open(
+                    request,
+                    api=api,
+                    correlation_id=correlation_id,
+                    deadline=deadline,
+                    key=key.id if key is not None else "",
+                    patience_s=self.settings.ping_interval_s,
+                )
+            )
             stream = await while_connected(http, opening)
-            if key is not None and lease is not None:
+            if lease is not None:
                 stream.on_close.append(lease.release)
-                if request.model is None:
-                    self.limits.check_model(key, stream.model)
         except BaseException:
             # The stream may have been opened in the very moment in which the client left.
-            if opening.done() and not opening.cancelled() and opening.exception() is None:
+            if opening is not None and opening.done() and not opening.cancelled() and opening.exception() is None:
                 await opening.result().aclose()
             if lease is not None:
                 lease.release()

@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 #: One below llama.cpp's "choose one yourself".
 _SEED_MAX = 2**32 - 2
+#: A step of the engine may take so long, seconds, before pings stop. The queen bears with silence for a while longer.
+_STEP_S = 5.0
 _REQUEST_ID_RE = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -54,7 +56,7 @@ class InferenceApi:
         if wanted.stream:
             body = self._stream(generation, correlation_id())
             ping_s = self._worker.settings.ping_interval_s
-            return _Closing(sse(body, ping_interval_s=ping_s, headers=headers), generation)
+            return _Closing(sse(body, ping_interval_s=ping_s, headers=headers, alive=self._moves), generation)
         try:
             answer = await while_connected(request, self._whole(generation))
         finally:
@@ -79,6 +81,10 @@ class InferenceApi:
     def headers(self, generation: Generation) -> dict[str, str]:
         """Return the headers that go with an answer."""
         return {REQUEST_ID_HEADER: generation.id, WORKER_HEADER: self._worker.settings.worker_id}
+
+    def _moves(self) -> bool:
+        """Whether the engine works: a front that lives must not hide from the queen an engine that hangs."""
+        return self._worker.engine.step_age_s < max(_STEP_S, self._worker.settings.ping_interval_s)
 
     async def cancel(self, request: Request) -> Response:
         """End a running request; 204 also when it has ended or never was."""

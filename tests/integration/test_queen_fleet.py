@@ -24,7 +24,7 @@ SEEDED: dict[str, Any] = {"prompt": STORY, "max_tokens": 60, "temperature": 0.9,
 
 @pytest.fixture(scope="module")
 def running_fleet(tmp_path_factory: pytest.TempPathFactory, model_path: Any) -> Iterator[Fleet]:
-    fleet = Fleet(tmp_path_factory.mktemp("fleet"), model_path)
+    fleet = Fleet(tmp_path_factory.mktemp("fleet"), model_path, queen_settings={"queue_max": 1})
     try:
         fleet.start_queen()
         fleet.add_worker("lab1")
@@ -126,17 +126,26 @@ def test_parallel_requests_use_both_workers(fleet: Fleet, client: httpx.Client) 
     assert all(len(ids_of(s)) == 60 for s in streams)
 
 
-def test_more_requests_than_slots_get_503_with_the_figures(fleet: Fleet, client: httpx.Client) -> None:
+def test_request_without_a_slot_waits_and_is_told_and_one_too_many_gets_503(fleet: Fleet, client: httpx.Client) -> None:
     long = GREEDY | {"max_tokens": 400}
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(5) as pool:
         streams = [pool.submit(generate, client, **long) for _ in range(4)]
         wait_until(lambda: sum(w["in_flight"] for w in fleet.records().values()) == 4, "four requests running")
-        response = client.post("/v1/inference", json=GREEDY)
+        with client.stream("POST", "/v1/inference", json=GREEDY) as waiting:  # headers are here while it waits
+            assert (waiting.status_code, waiting.headers["x-rbee-placement"]) == (200, "queued")
+            later = events_of(waiting)
+            assert (first := next(later)).items() >= {"type": "queued", "position": 1}.items()
+            response = client.post("/v1/inference", json=GREEDY)
+            rest = list(later)
         assert all(len(ids_of(s.result())) == 400 for s in streams)
+
+    started = next(e for e in rest if e["type"] == "started")
+    assert (len(ids_of(rest)), rest[-1]["type"], started["queued_ms"] > first["waited_ms"]) == (60, "end", True)
 
     error = response.json()["error"]
     assert (response.status_code, error["code"], error["slots_total"], error["slots_busy"]) == (503, "ALL_SLOTS_BUSY", 4, 4)
-    assert response.headers["retry-after"] == "1"
+    assert error["details"]["queued"] == 1
+    assert 1 <= int(response.headers["retry-after"]) <= 60
 
 
 def test_prompt_longer_than_the_context_is_400_with_both_numbers(client: httpx.Client) -> None:
@@ -241,12 +250,14 @@ def test_worker_killed_before_the_first_token_is_not_noticed_by_the_client(fleet
 def test_killed_worker_is_not_routed_to_and_is_back_after_its_restart(fleet: Fleet, client: httpx.Client) -> None:
     fleet.workers["lab1-cpu0"].kill()
 
+    assert client.post("/v1/inference", json=GREEDY | {"node": "lab1"}).json()["error"]["code"] == "WORKER_CRASHED"
     used = {generate(client, **GREEDY | {"max_tokens": 2})[0]["worker_id"] for _ in range(4)}
     assert used == {"lab2-cpu0"}
     assert fleet.records()["lab1-cpu0"]["status"] == "failed"
 
     fleet.revive()
-    used = {generate(client, **GREEDY | {"max_tokens": 2})[0]["worker_id"] for _ in range(4)}
+    with ThreadPoolExecutor(4) as pool:
+        used = {s[0]["worker_id"] for s in pool.map(lambda _: generate(client, **GREEDY), range(4))}
     assert used == {"lab1-cpu0", "lab2-cpu0"}
 
 

@@ -69,6 +69,7 @@ def test_stdout_holds_the_tokens_and_nothing_else(queen: QueenStandIn) -> None:
         "seed": 7,
         "stop": ["a"],
         "stream": True,
+        "queue_timeout_s": 0,
     }
 
 

@@ -226,3 +226,23 @@ def test_whatever_the_order_of_arrival_the_newest_beat_wins(beats: list[tuple[fl
     seen = [(w.record.started_at, w.order[1], w.record.pid) for w in registry]
     started_at, seq, stops = newest
     assert seen == ([] if stops else [(started_at, seq, int(started_at))])
+
+
+def test_worker_that_fails_again_and_again_is_judged_by_it_also_after_a_restart_and_not_for_ever() -> None:
+    registry = Registry()
+    registry.beat(beat(), 0.0)
+    penalties = []
+    for n in range(1, 4):
+        registry.mark_failed(registry.get("lab1-cpu0", float(n)), float(n))
+        registry.beat(beat(started_at=1000.0 + n), float(n))
+        penalties.append(registry.get("lab1-cpu0", float(n)).penalty(float(n)))
+
+    assert penalties[0] == 0 < penalties[1] < penalties[2]
+    assert registry.get("lab1-cpu0", 4.0).penalty(300.0) == 0
+
+
+def test_dormant_worker_that_comes_back_with_its_clock_set_back_is_taken() -> None:
+    registry = Registry()
+    registry.beat(beat(status="dormant", started_at=2000.0), 0.0)
+
+    assert registry.beat(beat(started_at=1000.0), 31.0) is BeatOutcome.REGISTERED

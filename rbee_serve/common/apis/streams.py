@@ -41,8 +41,8 @@ class Stream(Protocol):
     def model(self) -> str:
         """Id of the model that answers."""
 
-    def events(self) -> AsyncGenerator[Sequence[tuple[str, Event]], None]:
-        """Yield batches of (payload, event); the payload is the queen's own."""
+    def events(self) -> AsyncGenerator[Sequence[tuple[Any, Event]], None]:
+        """Yield batches of (what the queen passes on, event)."""
 
     async def aclose(self) -> None:
         """Free what it holds. Idempotent."""
