@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbee_ctl.commands import hive, infer, key, lab, model, overview, queen, serve, setup, worker
+from rbee_ctl.commands import audit, hive, infer, key, lab, model, overview, queen, serve, setup, worker
 from rbee_ctl.render import Ui
 from rbee_ctl.result import ErrorItem, OperationResult, failure
 from rbee_ctl.session import Session
@@ -34,6 +34,7 @@ app.add_typer(queen.daemon, name="daemon", hidden=True)
 app.add_typer(worker.app, name="worker")
 app.add_typer(worker.plural, name="workers", hidden=True)
 app.add_typer(model.app, name="model")
+app.add_typer(audit.app, name="audit")
 app.add_typer(key.app, name="key")
 app.add_typer(lab.app, name="lab")
 app.command("serve")(serve.serve)

@@ -75,9 +75,11 @@ class Session:
 
         ``check``: say what would change and touch nothing. ``environ``: added to Ansible's environment.
         """
-        from rbee_ctl import node_facts
+        from rbee_ctl import audit, node_facts
         from rbee_ctl.playbook import run_playbook
 
+        if not check:
+            audit.record(self.settings.state_path, "playbook.start", playbook=name, limit=limit)
         result = run_playbook(
             name,
             inventory=[self.settings.inventory_path, *extra_inventories],
@@ -89,6 +91,9 @@ class Session:
             check=check,
             environ=environ,
         )
+        if not check:
+            outcome_of = {host: outcome.status for host, outcome in result.hosts.items()}
+            audit.record(self.settings.state_path, "playbook.end", playbook=name, status=result.status, hosts=outcome_of)
         for host, outcome in result.hosts.items():
             gone = outcome.error.message if outcome.status == "unreachable" and outcome.error is not None else None
             node_facts.contact(self.settings.state_path, host, gone)

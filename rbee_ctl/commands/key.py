@@ -16,8 +16,10 @@ app = typer.Typer(help="API keys of clients: create, list, revoke, rotate, deliv
 
 def _delivered(s: Session, command: str, data: dict[str, Any], *messages: str, view: str | None = None) -> OperationResult:
     """Bring the list to the queen; what was done on the controller stays when that fails, and the result says so."""
+    from rbee_ctl import audit
     from rbee_ctl.commands.fleet import errors_of
 
+    audit.record(s.settings.state_path, command.replace(" ", "."), **{k: v["name"] for k, v in data.items()})
     play = s.play("keys")
     note = () if play.exit_code == 0 else ("the queen does not know it yet; next: rbee-ctl key deliver",)
     return OperationResult(

@@ -16,7 +16,7 @@
     │   └── NodeUnreachable, SshTimeout, SshAuthFailed, SshKeyNotFound, SshCommandFailed
     └── OperationError             a fleet operation failed  500
         ├── PlaybookFailed, UnitStartFailed, LoadingTimeout, ConfigInvalid, InventoryReadOnly, MissingDependency
-        └── DownloadFailed, DownloadTimeout, ChecksumMismatch, ModelFileInvalid, BuildFailed, BundleInvalid
+        └── DownloadFailed, DownloadTimeout, ChecksumMismatch, ModelFileInvalid, AuditBroken, BuildFailed, BundleInvalid
 
 An error carries what failed, with the figures in ``details``, and in ``hint`` the next command to type.
 """
@@ -421,6 +421,12 @@ class SshCommandFailed(NodeUnreachable):
 
 class OperationError(RbeeError):
     """A fleet operation did not do what it was asked to."""
+
+
+class AuditBroken(OperationError):
+    """A line of an audit log does not follow from the one before it; ``details["line"]`` counts from 1 in its file."""
+
+    code = "AUDIT_BROKEN"
 
 
 class PlaybookFailed(OperationError):

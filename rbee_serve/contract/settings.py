@@ -158,6 +158,11 @@ class QueenSettings(Settings):
         min_length=1,
         description="program that runs the fleet operations of jobs; default: rbee-ctl beside rbee-queen, or on PATH",
     )
+    audit_file: Path | None = Field(
+        None, description="audit log (JSON lines, hash-chained); default: audit.jsonl in $STATE_DIRECTORY, none without one"
+    )
+    audit_max_bytes: int = Field(16_777_216, ge=4096, description="size at which the audit log is rotated")
+    audit_keep: int = Field(8, ge=1, le=1000, description="rotated audit logs that are kept")
     stale_after_s: Seconds = Field(30.0, description="a worker silent for longer is not routed to (SPEC X-09)")
     forget_after_s: Seconds = Field(120.0, description="a worker silent for longer is forgotten (SPEC X-09)")
     connect_timeout_s: Seconds = Field(5.0, description="time to connect to a worker (SPEC 3.8)")

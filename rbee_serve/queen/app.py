@@ -10,7 +10,8 @@ from starlette.applications import Starlette
 from starlette.routing import Router
 
 from rbee_serve.common.apis import openai_api
-from rbee_serve.common.credentials import ClientKeys
+from rbee_serve.common.audit import AuditLog
+from rbee_serve.common.credentials import ClientKeys, fingerprint
 from rbee_serve.common.http import RequestLimits, create_base_app
 from rbee_serve.contract.errors import InvalidApiKey
 from rbee_serve.contract.keys import ClientKey
@@ -34,6 +35,7 @@ def create_app(
     client_keys: ClientKeys | None = None,
     fleet_token: str | None = None,
     clock: Callable[[], float] = time.monotonic,
+    audit: AuditLog | None = None,
 ) -> Starlette:
     """Return the application; ``app.state.queen`` holds its parts (a ``state.Queen``).
 
@@ -56,7 +58,7 @@ def create_app(
         queue_timeout_s=settings.queue_timeout_s,
         load_timeout_s=settings.load_timeout_s,
     )
-    queen = Queen(settings, registry, metrics, relay, clock, fleet_token, client_keys)
+    queen = Queen(settings, registry, metrics, relay, clock, fleet_token, client_keys, audit)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -65,12 +67,16 @@ def create_app(
         finally:
             await jobs.close()
             await relay.aclose()
+            if audit is not None:
+                audit.close()
 
     def authenticate(token: str, path: str) -> ClientKey | bool:
         """Workers hold the fleet token and clients a key; neither opens the other's door (heartbeats look themselves)."""
         if path == native_api.HEARTBEAT_PATH:
             return True
         key = client_keys.find(token) if client_keys is not None else None
+        if key is None:
+            queen.record("auth.refused", path=path[:200], key_fingerprint=fingerprint(token))
         if key is not None and key.expires_at is not None and key.expires_at <= time.time():
             raise InvalidApiKey(
                 f"key {key.name!r} has expired", hint="ask for a new one: rbee-ctl key create NAME", expired_at=key.expires_at

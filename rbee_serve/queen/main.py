@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rbee_serve import __version__
+from rbee_serve.common.audit import AuditLog
 from rbee_serve.common.credentials import ClientKeys, check_private, credential_path, load_secret, require_auth_for_bind
 from rbee_serve.common.http import RequestLimits
 from rbee_serve.common.log import setup_logging
@@ -50,6 +51,14 @@ def tls_files(settings: QueenSettings) -> tuple[Path, Path] | None:
     raise ConfigInvalid(f"TLS needs a certificate and its key: {missing} is not set", hint=f"set {missing} (docs/settings.md)")
 
 
+def open_audit(settings: QueenSettings, environ: Mapping[str, str] = os.environ) -> AuditLog | None:
+    """Return the audit log, None where neither the settings nor systemd name a place for it; raises ConfigInvalid."""
+    path = settings.audit_file
+    if path is None and (state := environ.get("STATE_DIRECTORY")):
+        path = Path(state.split(":")[0], "audit.jsonl")
+    return None if path is None else AuditLog(path, max_bytes=settings.audit_max_bytes, keep=settings.audit_keep)
+
+
 def reload_secrets(queen: Queen, environ: Mapping[str, str] = os.environ) -> None:
     """Read keys and fleet token again; what can not be taken is logged and the secrets stay as they were (SPEC E-23).
 
@@ -74,6 +83,7 @@ def reload_secrets(queen: Queen, environ: Mapping[str, str] = os.environ) -> Non
         logger.error("secrets not reloaded: %s", e.message)
         return
     queen.fleet_token = queen.relay.token = token
+    queen.record("secrets.reloaded", client_keys=count)
     logger.info("secrets reloaded", extra={"client_keys": count})
 
 
@@ -99,13 +109,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         async def started() -> None:
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_secrets, queen)
             logger.info("queen %s listens on %s", __version__, where)
+            queen.record("queen.start", version=__version__)
             notifier.ready(f"listening on {where}")
 
-        app = create_app(settings, client_keys=keys, fleet_token=token)
+        audit = open_audit(settings)
+        app = create_app(settings, client_keys=keys, fleet_token=token, audit=audit)
         queen: Queen = app.state.queen
 
         async def drain() -> None:
             notifier.stopping(f"draining {len(queen.relay.streams)} stream(s)")
+            queen.record("queen.stop")
             await queen.drain()
 
         run(

@@ -148,6 +148,7 @@ class NativeApi:
         queen = self._queen
         # Checked here and not at the gate: where clients need no key, workers still need theirs.
         if queen.fleet_token is not None and not same(bearer_token(_authorization(request)), queen.fleet_token):
+            queen.record("auth.refused", path=HEARTBEAT_PATH)
             raise InvalidApiKey(
                 "not the fleet token of this queen", hint="run site.yml again: it brings queen and workers in line"
             )
@@ -160,6 +161,7 @@ class NativeApi:
             worker = beat.worker
             facts = {"worker_id": worker.id, "model": worker.model_id, "url": worker.url, "state": worker.status.value}
             logger.info("worker %s", outcome.value, extra=facts)
+            queen.record(f"worker.{outcome.value}", **facts)
         return JsonResponse({"status": "ok", "message": outcome.value})
 
     async def workers(self, request: Request) -> Response:

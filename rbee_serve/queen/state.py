@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from rbee_serve.common.audit import AuditLog
 from rbee_serve.common.credentials import ClientKeys
 from rbee_serve.common.http import while_connected
 from rbee_serve.contract.api import DEADLINE_HEADER, InferenceRequest
@@ -35,12 +36,18 @@ class Queen:
     clock: Callable[[], float]
     fleet_token: str | None = None
     client_keys: ClientKeys | None = None
+    audit: AuditLog | None = None
     started_at: float = field(default_factory=time.time)
     draining: bool = False
     limits: KeyLimits = field(init=False)
 
     def __post_init__(self) -> None:
         self.limits = KeyLimits(self.clock)
+
+    def record(self, event: str, **facts: object) -> None:
+        """Write one line of the audit log, where there is one."""
+        if self.audit is not None:
+            self.audit.write(event, **facts)
 
     async def open_stream(self, http: Request, request: InferenceRequest, api: Api, correlation_id: str | None) -> Stream:
         """Open the stream while watching the client: one that leaves meanwhile costs no worker anything.
@@ -78,7 +85,20 @@ class Queen:
             if lease is not None:
                 lease.release()
             raise
-        self.metrics.key_requests.labels(key=key.name if key is not None else "").inc()
+        who = key.name if key is not None else None
+        self.metrics.key_requests.labels(key=who or "").inc()
+        facts = {"request": stream.id, "key": who, "api": api, "correlation_id": correlation_id}
+        self.record("inference.start", **facts, model=stream.model, worker=stream.worker.id if stream.worker else None)
+        stream.on_close.append(
+            lambda: self.record(
+                "inference.end",
+                **facts,
+                worker=stream.worker.id if stream.worker else None,
+                outcome=stream.outcome,
+                prompt_tokens=stream.prompt_tokens,
+                tokens_out=stream.tokens_out,
+            )
+        )
         return stream
 
     async def drain(self) -> None:

@@ -22,6 +22,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from fleet import Fleet, wait_until
 
+from rbee_ctl import audit
+
 pytestmark = pytest.mark.integration
 
 
@@ -251,3 +253,27 @@ def test_a_head_without_end_is_cut_off_in_size_and_in_time(tmp_path: Path) -> No
         assert fleet.queen.stop() == 0
 
     assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
+
+
+def test_the_audit_log_tells_who_asked_and_holds_no_secret_and_no_prompt(tmp_path: Path, model_path: Path) -> None:
+    fleet = Fleet(tmp_path, model_path, queen_settings={"audit_file": str(tmp_path / "audit.jsonl")})
+    fleet.start_queen()
+    try:
+        fleet.add_worker("lab1")
+        with fleet.client() as client:
+            wait_until(lambda: client.get("/v1/workers", params={"state": "idle"}).json()["workers"], "the worker is idle")
+            body = {"prompt": "a very private prompt", "max_tokens": 3, "stream": False}
+            assert client.post("/v1/inference", json=body).status_code == 200
+        httpx.get(f"{fleet.queen.url}/v1/status", headers={"Authorization": "Bearer not-the-key"}, trust_env=False)
+    finally:
+        for worker in fleet.workers.values():
+            worker.kill()
+        assert fleet.queen.stop() == 0
+
+    text = (tmp_path / "audit.jsonl").read_text(encoding="utf-8")
+    events = {e["event"]: e for e in map(json.loads, text.splitlines())}
+    assert events.keys() >= {"queen.start", "worker.registered", "inference.start", "inference.end", "auth.refused", "queen.stop"}
+    end = events["inference.end"]
+    assert (end["key"], end["worker"], end["outcome"], end["tokens_out"]) == ("test", "lab1-cpu0", "MAX_TOKENS", 3)
+    assert all(secret not in text for secret in (fleet.key, fleet.token, "not-the-key", "private prompt"))
+    assert audit.verify([tmp_path / "audit.jsonl"]) == len(text.splitlines())
