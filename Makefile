@@ -34,6 +34,7 @@ format: ## let ruff rewrite the code
 
 molecule: setup ## molecule scenarios on lab machines
 	molecule test -s default
+	molecule test -s lifecycle
 
 docs: setup ## write the generated pages: docs/settings.md, docs/errors.md, docs/cli.md
 	python scripts/docs.py

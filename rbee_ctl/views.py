@@ -187,7 +187,14 @@ def hive_status(data: Data) -> View:
             if unit.get("active_state") == "inactive" and unit.get("socket") == "active":
                 state = "dormant (socket listens)"
             rows.append((host, None, None, unit.get("unit"), state, unit.get("n_restarts"), unit.get("status_text")))
-    return [_table(("node", "hive", "version", "unit", "state", "restarts", "status"), rows)]
+    yield _table(("node", "hive", "version", "unit", "state", "restarts", "status"), rows)
+    for host, outcome in data["hosts"].items():
+        hive = outcome.get("hive", {})
+        for unit in [*hive.get("units", []), *([hive["queen"]] if hive.get("queen") else [])]:
+            if lines := unit.get("journal"):
+                yield f"{host} {unit['unit']}: {unit.get('result')}, the last lines of its journal:"
+                yield from (f"    {line}" for line in lines)
+                yield f"  next: journalctl -u {unit['unit']} -n 50 on {host}; then systemctl reset-failed and start, or a deploy"
 
 
 def hosts(data: Data) -> View:

@@ -30,6 +30,17 @@ def credential_path(path: Path | None, name: str, environ: Mapping[str, str] = o
     return candidate if candidate is not None and candidate.exists() else None
 
 
+def refreshed(name: str, environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the copy of a credential that a reload has laid into the runtime directory, None when there was no reload.
+
+    systemd delivers credentials once, at the start. The units' ExecReload= therefore lays fresh copies there; a restart
+    empties the directory.
+    """
+    directory = environ.get("RUNTIME_DIRECTORY")
+    path = Path(directory, name) if directory else None
+    return path if path is not None and path.is_file() else None
+
+
 def check_private(path: Path, environ: Mapping[str, str] = os.environ) -> None:
     """Raise ConfigInvalid unless nobody but its owner may read the file. systemd's credentials are private by their
     directory."""

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from rbee_serve import __version__
 from rbee_serve.common.audit import AuditLog
-from rbee_serve.common.credentials import ClientKeys, check_private, credential_path, load_secret, require_auth_for_bind
+from rbee_serve.common.credentials import (
+    ClientKeys,
+    check_private,
+    credential_path,
+    load_secret,
+    refreshed,
+    require_auth_for_bind,
+)
 from rbee_serve.common.http import RequestLimits
 from rbee_serve.common.log import setup_logging
 from rbee_serve.common.sdnotify import Notifier
@@ -60,24 +67,15 @@ def open_audit(settings: QueenSettings, environ: Mapping[str, str] = os.environ)
 
 
 def reload_secrets(queen: Queen, environ: Mapping[str, str] = os.environ) -> None:
-    """Read keys and fleet token again; what can not be taken is logged and the secrets stay as they were (SPEC E-23).
-
-    systemd delivers credentials once, at the start. The unit's ExecReload= therefore lays fresh copies into the runtime
-    directory, which a restart empties.
-    """
-    directory = environ.get("RUNTIME_DIRECTORY")
-
-    def fresh(name: str) -> Path | None:
-        path = Path(directory, name) if directory else None
-        return path if path is not None and path.is_file() else None
-
+    """Read keys and fleet token again; what can not be taken is logged and the secrets stay as they were (SPEC E-23)."""
     try:
-        token = load_secret(fresh("fleet-token") or queen.settings.fleet_token_file, "fleet-token", environ)
+        token = load_secret(refreshed("fleet-token", environ) or queen.settings.fleet_token_file, "fleet-token", environ)
         require_auth_for_bind(queen.settings.host, token is not None, "a fleet token (fleet_token_file)")
         count = None
         if queen.client_keys is not None:
             count = queen.client_keys.reload(
-                fresh("client-keys"), check=lambda n: require_auth_for_bind(queen.settings.host, n > 0, "client keys")
+                refreshed("client-keys", environ),
+                check=lambda n: require_auth_for_bind(queen.settings.host, n > 0, "client keys"),
             )
     except ConfigInvalid as e:
         logger.error("secrets not reloaded: %s", e.message)

@@ -45,16 +45,17 @@ def create_app(
     notifier: Notifier | None = None,
     leave: Callable[[], None] = lambda: None,
 ) -> Starlette:
-    """Return the application; ``app.state.worker`` and ``app.state.lifecycle`` are its parts.
+    """Return the application; ``app.state.worker``, ``.lifecycle`` and ``.heartbeat`` are its parts.
 
     ``fleet_token`` None asks for no token. ``leave`` makes the server begin its shutdown.
     """
     worker = Worker(settings, engine, Metrics())
+    worker.fleet_token = fleet_token
     heartbeat = HeartbeatSender(worker, settings.queen_url, fleet_token) if settings.queen_url else None
     lifecycle = Lifecycle(worker, notifier or Notifier({}), heartbeat, leave)
 
     def authenticate(token: str, _: str) -> bool:
-        return fleet_token is not None and same(token, fleet_token)
+        return worker.fleet_token is not None and same(token, worker.fleet_token)
 
     app = create_base_app(
         _routes(worker, lifecycle),
@@ -63,7 +64,7 @@ def create_app(
         lifespan=lambda _: lifecycle.run(),
         error_shapes=openai_api.ERROR_SHAPES,
     )
-    app.state.worker, app.state.lifecycle = worker, lifecycle
+    app.state.worker, app.state.lifecycle, app.state.heartbeat = worker, lifecycle, heartbeat
     return app
 
 

@@ -58,6 +58,10 @@ class HeartbeatSender:
         self._lost = False
         self._answered_at = time.monotonic()
 
+    def use_token(self, fleet_token: str) -> None:
+        """Show another token from the next beat on."""
+        self._client.headers["Authorization"] = f"Bearer {fleet_token}"
+
     @property
     def silent_s(self) -> float:
         """Seconds since the queen took a beat last; before the first one, since the worker began."""

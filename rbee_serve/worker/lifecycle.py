@@ -27,6 +27,7 @@ class Lifecycle:
         """``leave`` makes the server begin its shutdown."""
         self._worker, self._notifier, self._heartbeat, self._leave = worker, notifier, heartbeat, leave
         self.exit_code: int = ExitCode.OK
+        self._reason = ""
         self._drainer: asyncio.Task[None] | None = None
 
     def alive(self) -> bool:
@@ -59,9 +60,11 @@ class Lifecycle:
         worker = self._worker
         if worker.dormant:
             return
-        self._notifier.stopping(f"draining {len(worker.active)} request(s)")
         if self.exit_code == ExitCode.OK:
+            self._notifier.stopping(f"draining {len(worker.active)} request(s)")
             logger.info("draining", extra={"requests": len(worker.active)})
+        else:
+            self._notifier.stopping(self._reason)  # the last status of a failed unit says why
         await worker.drain(worker.settings.drain_timeout_s)
 
     def idle_exit_due(self) -> bool:
@@ -133,7 +136,7 @@ class Lifecycle:
     def _fail(self, reason: str, code: int) -> None:
         logger.critical("%s", reason, extra={"exit_code": int(code)})
         self._notifier.status(reason)
-        self.exit_code = code
+        self.exit_code, self._reason = code, reason
         self._worker.changed.set()
         self._leave()
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import logging
+import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rbee_serve import __version__
-from rbee_serve.common.credentials import is_loopback, load_secret, require_auth_for_bind
+from rbee_serve.common.credentials import is_loopback, load_secret, refreshed, require_auth_for_bind
 from rbee_serve.common.http import RequestLimits
 from rbee_serve.common.log import setup_logging
 from rbee_serve.common.sdnotify import Notifier
@@ -19,7 +23,11 @@ from rbee_serve.worker.app import create_app
 from rbee_serve.worker.engine.model_file import read_header
 from rbee_serve.worker.engine.process import ProcessEngine
 from rbee_serve.worker.engine.protocol import EngineConfig
+from rbee_serve.worker.heartbeat import HeartbeatSender
 from rbee_serve.worker.lifecycle import Lifecycle
+from rbee_serve.worker.state import Worker
+
+logger = logging.getLogger(__name__)
 
 #: Seconds that connections have to close once every stream has ended or was told to.
 _CLOSE_S = 2.0
@@ -54,6 +62,21 @@ def check(settings: WorkerSettings) -> str | None:
     return token
 
 
+def reload_token(settings: WorkerSettings, worker: Worker, heartbeat: HeartbeatSender | None) -> None:
+    """Read the fleet token again; one that can not be taken is logged and the old one stays (SPEC E-23)."""
+    try:
+        token = load_secret(refreshed("fleet-token") or settings.fleet_token_file, "fleet-token")
+        if token is None or worker.fleet_token is None:
+            raise ConfigInvalid("whether a fleet token is asked for changes by a restart alone")
+    except ConfigInvalid as e:
+        logger.error("fleet token not reloaded: %s", e.message)
+        return
+    worker.fleet_token = token
+    if heartbeat is not None:
+        heartbeat.use_token(token)
+    logger.info("fleet token reloaded")
+
+
 def serve(settings: WorkerSettings, token: str | None, notifier: Notifier) -> int:
     """Serve until SIGTERM, a drain or the end of the engine; return the exit code."""
     servers: list[Server] = []
@@ -65,12 +88,18 @@ def serve(settings: WorkerSettings, token: str | None, notifier: Notifier) -> in
     engine = ProcessEngine(engine_config(settings), settings.queue_max, settings.load_timeout_s)
     app = create_app(settings, engine, fleet_token=token, notifier=notifier, leave=leave)
     lifecycle: Lifecycle = app.state.lifecycle
+
+    async def started() -> None:
+        reload = partial(reload_token, settings, app.state.worker, app.state.heartbeat)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
+
     run(
         app,
         host=settings.host,
         port=settings.port,
         notifier=notifier,
         alive=lifecycle.alive,
+        on_started=started,
         on_shutdown=lifecycle.on_shutdown,
         graceful_timeout_s=_CLOSE_S,
         on_server=servers.append,
@@ -97,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.write(f"{args.config}: ok\n")
             return ExitCode.OK
         setup_logging(settings.log_level)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one that comes before `started` must not end the process
         if token is None and is_loopback(settings.host):
             sys.stderr.write(f"rbee-worker: no fleet token: every program on this machine may use {settings.public_url}\n")
         return serve(settings, token, notifier)

@@ -34,6 +34,8 @@ class Worker:
         """``wall``: seconds since the epoch."""
         self.settings, self.engine, self.metrics, self.wall = settings, engine, metrics, wall
         self.started_at = wall()
+        #: What callers must show; changes on SIGHUP.
+        self.fleet_token: str | None = None
         self.active: dict[str, Generation] = {}
         self._drain_began = asyncio.Event()
         #: The process ends, and the socket that systemd holds starts the next one.

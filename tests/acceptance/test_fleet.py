@@ -159,7 +159,7 @@ def test_the_worker_is_a_true_unit_with_llama_cpp_in_it(fleet: Fleet, queen: htt
     assert properties["Type"] == "notify"
     assert "rbee-hive.target" in properties["PartOf"]
     assert properties["WatchdogUSec"] == "30s"
-    assert properties["User"] == "rbee"
+    assert properties["User"] == "rbee-cpu0"
     maps = "for p in $(systemctl show -p MainPID --value rbee-worker@cpu0 | xargs -I{} pgrep -P {}); do cat /proc/$p/maps; done"
     assert "libllama" in fleet.lab.ssh("lab1", maps).stdout
 
@@ -173,7 +173,7 @@ def test_stopping_the_hive_ends_its_workers_and_starting_it_brings_the_same_back
     lab.ssh("lab2", "systemctl stop rbee-hive.target")
 
     assert time.monotonic() - began < 35  # the drain's 30 s and a little: a promise, not a speed
-    assert lab.ssh("lab2", "pgrep -u rbee -c", check=False).stdout.strip() == "0"
+    assert lab.ssh("lab2", "pgrep -f [/]opt/rbee -c", check=False).stdout.strip() == "0"
     assert lab.ssh("lab2", "systemctl is-active rbee-worker@cpu0", check=False).stdout.strip() == "inactive"
     with pytest.raises(httpx.ConnectError):
         httpx.get(address, trust_env=False)

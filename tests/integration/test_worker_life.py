@@ -238,6 +238,26 @@ def test_admin_routes_drain_and_end_with_0(worker: WorkerProcess, path: str) -> 
     assert worker.process.wait(20) == 0, worker.log
 
 
+def test_fleet_token_changes_on_sighup_and_a_running_stream_goes_on(worker: WorkerProcess) -> None:
+    def status(token: str) -> int:
+        with worker.client(token) as client:
+            return client.get("/info").status_code
+
+    running = Streaming(worker)
+    secret = worker.directory / "fleet-token"
+    secret.write_text("two\nlines\n", encoding="utf-8")
+    worker.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: "fleet token not reloaded" in worker.log, "the refusal in the log")
+    assert status(TOKEN) == 200
+
+    secret.write_text("another-token\n", encoding="utf-8")
+    worker.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: status("another-token") == 200, "the new token opens")
+
+    assert status(TOKEN) == 401
+    assert running.finish()[-1]["stop_reason"] == "MAX_TOKENS"
+
+
 def test_sigterm_while_loading_ends_with_0(tmp_path: Path, model_path: Path) -> None:
     with WorkerProcess(tmp_path, model_path) as worker:
         wait_until(lambda: any(n.startswith("STATUS=loading") for n in worker.notices), "loading")

@@ -15,6 +15,7 @@ from rbee_serve.contract.api import StopReason
 from rbee_serve.contract.errors import BackendUnavailable, ModelFileInvalid
 from rbee_serve.worker.engine import libs, scheduler
 from rbee_serve.worker.engine.blocks import KERNEL_ROWS, Blocks
+from rbee_serve.worker.engine.memory import oom_kills
 from rbee_serve.worker.engine.model_file import read_header
 from rbee_serve.worker.engine.wire import Unpacker, pack
 
@@ -164,3 +165,18 @@ def test_log_keeps_errors_for_the_reason(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_cpu_limit_is_within_the_affinity() -> None:
     assert 1 <= libs.cpu_limit() <= len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("table", "file"),
+    [
+        ("0::/rbee.slice/w.service\n", "rbee.slice/w.service/memory.events"),
+        ("5:memory:/w\n0::/w\n", "memory/w/memory.oom_control"),
+    ],
+)
+def test_kernel_kills_for_want_of_memory_are_counted_in_both_hierarchies(tmp_path: Path, table: str, file: str) -> None:
+    assert oom_kills(table, tmp_path) == 0
+    counter = tmp_path / file
+    counter.parent.mkdir(parents=True)
+    counter.write_text("oom_kill_disable 0\noom 3\noom_kill 2\n")
+    assert oom_kills(table, tmp_path) == 2

@@ -27,6 +27,7 @@ from rbee_serve.contract.errors import (
     WorkerLoading,
     from_envelope,
 )
+from rbee_serve.worker.engine.memory import oom_kills
 from rbee_serve.worker.engine.protocol import (
     Embeddings,
     EngineConfig,
@@ -84,6 +85,7 @@ class ProcessEngine:
         self._tasks: list[asyncio.Task[None]] = []
         self._dead: asyncio.Future[str] | None = None
         self._closing = False
+        self._oom_kills = oom_kills()
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -327,6 +329,8 @@ class ProcessEngine:
         await asyncio.wait({listener}, timeout=1)
         if code < 0:
             reason = f"the engine process was killed by {signal.Signals(-code).name}"
+            if -code == signal.SIGKILL and oom_kills() > self._oom_kills:
+                reason = "out of memory: the kernel killed the engine process; the model needs more than MemoryMax= or the RAM"
         else:
             reason = f"the engine process ended with exit code {code}"
         if self._progress.stage == "failed" and self._progress.error:

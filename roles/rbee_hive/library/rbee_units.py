@@ -66,7 +66,8 @@ def row(props, settings, socket=None):
         found["name"] = unit_instance(props["Id"])
         found.update({k: settings.get(k) for k in ("model_id", "backend", "device", "port")})
     if found["active_state"] == "failed" or (found["result"] not in ("success", "") and found["active_state"] != "active"):
-        found["journal"] = journal(props["Id"], lines=8)
+        # Its own last words say why, systemd's what came of it.
+        found["journal"] = [*journal(props["Id"], lines=6, own=True), *journal(props["Id"], lines=2)]
     return found
 
 

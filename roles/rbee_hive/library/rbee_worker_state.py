@@ -148,6 +148,10 @@ def start(params, check):
     if params["wait"] and not check:
         for unit in units:
             if now[unit]["ActiveState"] != "active" and not (unit in there and unit not in down):
+                socket = socket_unit(unit_instance(unit))
+                held = show(socket)[socket]
+                if unit_instance(unit) in sockets and held["ActiveState"] == "failed" and not int(now[unit]["NRestarts"] or 0):
+                    raise start_failure(socket, held)
                 raise start_failure(unit, now[unit])
     changed = bool(down)
     if params["invocation"] is not None:

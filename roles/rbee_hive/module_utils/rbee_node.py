@@ -18,7 +18,7 @@ TEMPLATE = "rbee-worker@.service"
 FIRST_PORT = 8001
 SHOWN = "Id,LoadState,ActiveState,SubState,Result,NRestarts,MainPID,StatusText,UnitFileState,InvocationID,ExecMainStatus,Job"
 
-NAME = re.compile(r"^[a-z]+[0-9]+(-[a-z0-9]+)?$")
+NAME = re.compile(r"^(?=.{1,26}$)[a-z]+[0-9]+(-[a-z0-9]+)?$")
 
 
 class NodeError(Exception):
@@ -150,7 +150,8 @@ def killed(unit, pid):
 def start_failure(unit, props):
     """Return the NodeError for a unit that did not come up (SPEC S-46)."""
     status, result = props.get("ExecMainStatus", ""), props.get("Result", "")
-    own = journal(unit, lines=1, own=True)
+    # A socket has no process: what systemd says about it is all there is.
+    own = journal(unit, lines=1, own=True) or [line for line in journal(unit) if "Failed to" in line][:1]
     reason = {
         "oom-kill": "the kernel killed it: out of memory",
         "timeout": "it did not become ready in time",

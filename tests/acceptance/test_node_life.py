@@ -1,0 +1,267 @@
+"""The life of workers on a booted machine: asleep behind a socket, hung, out of memory, fenced in, stopped as one."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from machines import Fleet
+from waiting import until
+
+from rbee_ctl.demo_model import MODEL_ID
+
+NODE = "lab2"
+#: Asleep behind a socket; with a stream; the one that things happen to.
+SLEEPER, STREAMER, VICTIM = "cpu0-s", "cpu0-g", "cpu0-v"
+PROBE = Path(__file__).with_name("sandbox_probe.py")
+
+
+class Node:
+    """lab2 with three workers more than site.yml gave it."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.lab = fleet, fleet.lab
+        token = (self.lab.directory / "state/secrets/fleet-token").read_text().strip()
+        self.headers = {"Authorization": f"Bearer {token}"}
+
+    def sh(self, command: str, *, check: bool = True) -> str:
+        return self.lab.ssh(NODE, command, check=check).stdout.strip()
+
+    def add(self, name: str, *, socket: bool) -> None:
+        request = {"backend": "cpu", "device": 0, "model": MODEL_ID, "name": name, "threads": 1, "slots": 1}
+        variables = json.dumps({"rbee_worker_request": request, "rbee_worker_socket": socket})
+        done = self.lab.playbook("worker_start", "--limit", NODE, "-e", variables)
+        assert done.returncode == 0, done.stdout[-3000:]
+
+    def settings(self, name: str, *lines: str) -> None:
+        """Replace the test's own drop-in of an instance: shorter times, less memory."""
+        folder = f"/etc/systemd/system/rbee-worker@{name}.service.d"
+        text = "\\n".join(lines)
+        self.sh(f"mkdir -p {folder} && printf '{text}\\n' > {folder}/90-test.conf && systemctl daemon-reload")
+
+    def show(self, unit: str) -> dict[str, str]:
+        keys = "ActiveState,SubState,Result,NRestarts,MainPID,ExecMainStatus"
+        return dict(line.split("=", 1) for line in self.sh(f"systemctl show {unit} -p {keys}").splitlines())
+
+    def service(self, name: str) -> dict[str, str]:
+        return self.show(f"rbee-worker@{name}.service")
+
+    def socket(self, name: str) -> str:
+        return self.show(f"rbee-worker@{name}.socket")["ActiveState"]
+
+    def restart(self, name: str) -> None:
+        self.sh(f"systemctl reset-failed rbee-worker@{name}.service; systemctl restart rbee-worker@{name}.service")
+
+    def url(self, name: str) -> str:
+        port = self.sh(f"sed -n 's/^port = //p' /etc/rbee/workers/{name}.toml")
+        return f"http://{self.lab.address(NODE)}:{port}"
+
+    def registry(self) -> dict[str, str]:
+        answer = httpx.get(f"{self.fleet.queen_url}/v1/workers", headers=self.fleet.headers, trust_env=False, timeout=10)
+        return {w["name"]: w["status"] for w in answer.json()["workers"] if w["hive_id"] == NODE}
+
+
+@pytest.fixture(scope="module")
+def node(fleet: Fleet) -> Iterator[Node]:
+    node = Node(fleet)
+    try:
+        node.add(SLEEPER, socket=True)
+        node.add(STREAMER, socket=False)
+        node.add(VICTIM, socket=False)
+        yield node
+    finally:
+        for name in (SLEEPER, STREAMER, VICTIM):
+            units = f"rbee-worker@{name}.service rbee-worker@{name}.socket"
+            node.sh(
+                f"systemctl disable --now {units}; systemctl reset-failed {units}; rm -rf /etc/rbee/workers/{name}.toml"
+                f" /etc/rbee/workers/{name}.runtime /etc/systemd/system/rbee-worker@{name}.*.d; systemctl daemon-reload",
+                check=False,
+            )
+        done = node.lab.ctl("hive", "start", "--node", NODE)
+        assert done.returncode == 0, done.stderr
+
+
+# --- asleep ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.S72
+@pytest.mark.S75
+def test_an_idle_worker_sleeps_and_every_connection_wakes_it_also_after_a_reboot(node: Node) -> None:
+    exits = f"journalctl -u rbee-worker@{SLEEPER} -o cat --no-pager | grep -c 'Deactivated successfully' || true"
+    url = node.url(SLEEPER)
+    node.settings(SLEEPER, "[Service]", "Environment=RBEE_IDLE_TIMEOUT_S=0.5")
+    node.restart(SLEEPER)
+    until(lambda: node.service(SLEEPER)["ActiveState"] == "inactive", "asleep")
+    assert node.socket(SLEEPER) == "active"
+    assert node.show("rbee-hive.target")["ActiveState"] == "active"
+    until(lambda: node.registry()[SLEEPER] == "dormant", "dormant in the registry")
+
+    before = int(node.sh(exits))
+    answers = []
+    while int(node.sh(exits)) < before + 5:
+        for _ in range(3):  # some of them find it awake, some asleep, some on its way between
+            answers.append(httpx.get(f"{url}/health", timeout=30, trust_env=False).status_code)
+            time.sleep(0.2)
+
+    assert set(answers) == {200}
+    assert node.service(SLEEPER)["NRestarts"] == "0"
+    assert node.service(SLEEPER)["Result"] == "success"
+    node.settings(SLEEPER, "[Service]", "Environment=RBEE_IDLE_TIMEOUT_S=300")
+    node.lab.reboot(NODE)
+    until(lambda: node.socket(SLEEPER) == "active", "its socket listens after the boot")
+    assert node.service(SLEEPER)["MainPID"] == "0"
+    assert httpx.get(f"{url}/health", timeout=30, trust_env=False).status_code == 200
+    until(lambda: node.registry().get(SLEEPER) == "idle", "awake")
+    answer = httpx.post(f"{url}/v1/inference", json={"prompt": "Once", "stream": False}, headers=node.headers, timeout=60)
+    assert answer.json()["tokens_generated"] > 0
+    until(lambda: node.registry().get("cpu0") == "idle", "the enabled worker is back after the boot")
+
+
+# --- in trouble -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.S74
+def test_a_blocked_generation_thread_is_noticed_by_the_watchdog_and_nobody_else_suffers(node: Node) -> None:
+    node.settings(VICTIM, "[Service]", "WatchdogSec=2", "Environment=RBEE_STALL_TIMEOUT_S=1")
+    node.restart(VICTIM)
+    others = {n: node.service(n)["MainPID"] for n in ("cpu0", STREAMER)}
+    pid = node.service(VICTIM)["MainPID"]
+
+    # The engine's process alone: the front's event loop goes on and would feed a watchdog that asked no further.
+    node.sh(f"kill -STOP $(cat /proc/{pid}/task/{pid}/children)")
+
+    until(lambda: node.service(VICTIM)["NRestarts"] == "1", "restarted by systemd")
+    until(lambda: node.service(VICTIM)["ActiveState"] == "active", "well again")
+    assert "Watchdog timeout" in node.sh(f"journalctl -u rbee-worker@{VICTIM} -o cat --no-pager -n 40")
+    until(lambda: node.registry().get(VICTIM) == "idle", "registered again")
+    assert {n: node.service(n)["MainPID"] for n in others} == others
+    assert node.show("rbee-hive.target")["ActiveState"] == "active"
+
+
+@pytest.mark.S35
+@pytest.mark.S46
+def test_a_worker_that_runs_out_of_memory_while_loading_ends_failed_and_says_so(node: Node) -> None:
+    limits = ("[Unit]", "StartLimitBurst=3", "[Service]", "MemoryMax=90M", "RestartSec=100ms")
+    node.sh(f"systemctl stop rbee-worker@{VICTIM}")
+    node.settings(VICTIM, *limits)
+    try:
+        node.sh(f"systemctl start --no-block rbee-worker@{VICTIM}")
+        until(lambda: node.service(VICTIM)["ActiveState"] == "failed", "given up", limit_s=60)
+
+        assert int(node.service(VICTIM)["NRestarts"]) <= 3
+        assert VICTIM not in node.registry()
+        status = node.lab.ctl("hive", "status", "--node", NODE).stdout
+        assert re.search(rf"rbee-worker@{VICTIM}.service.* failed", status), status
+        assert "out of memory" in status, status
+    finally:
+        node.settings(VICTIM, "")
+
+
+@pytest.mark.S45
+def test_a_socket_whose_port_is_taken_is_named_with_the_reason(node: Node) -> None:
+    port = node.url(SLEEPER).rsplit(":", 1)[1]
+    node.sh(f"systemctl stop rbee-worker@{SLEEPER}.socket rbee-worker@{SLEEPER}.service")
+    listener = f"import socket,time; s=socket.create_server(('',{port})); time.sleep(600)"
+    node.sh(f'systemd-run --unit=squatter -p Type=exec python3 -c "{listener}"')
+    try:
+        until(lambda: node.sh(f"ss -ltnH 'sport = :{port}'"), "the port is taken")
+        request = {"backend": "cpu", "device": 0, "model": MODEL_ID, "name": SLEEPER}
+        variables = json.dumps({"rbee_worker_request": request, "rbee_worker_socket": True})
+        done = node.lab.playbook("worker_start", "--limit", NODE, "-e", variables)
+        assert done.returncode != 0
+        assert "Address already in use" in done.stdout, done.stdout[-3000:]
+        assert f"rbee-worker@{SLEEPER}.socket" in done.stdout
+    finally:
+        node.sh("systemctl stop squatter")
+    node.restart(SLEEPER)
+    assert node.socket(SLEEPER) == "active"
+
+
+def test_a_worker_can_not_look_at_its_neighbours_nor_write_nor_open_devices(node: Node) -> None:
+    """The probe runs as the worker does: same unit, same account, same view of the machine."""
+    neighbour = node.service("cpu0")["MainPID"]
+    node.sh(f"cat > /usr/local/bin/sandbox_probe.py <<'EOT'\n{PROBE.read_text()}\nEOT")
+    node.sh("[ -e /dev/nvidia7 ] || mknod -m 666 /dev/nvidia7 c 195 7")
+    node.settings(VICTIM, "[Service]", f"ExecStartPre=/usr/bin/python3 /usr/local/bin/sandbox_probe.py {neighbour}")
+    try:
+        node.restart(VICTIM)
+        (line,) = [x for x in node.sh(f"journalctl -u rbee-worker@{VICTIM} -o cat --no-pager").splitlines() if "PROBE" in x]
+    finally:
+        node.settings(VICTIM, "")
+    found: dict[str, Any] = json.loads(line.removeprefix("PROBE "))
+
+    assert found.pop("own credential") == "done"
+    assert found.pop("own settings") == "done"
+    assert len(found) > 10
+    assert {what: how for what, how in found.items() if how == "done"} == {}
+    # Where the kernel has BPF for cgroups this keeps it from the internet; the lab's has not, so the setting is what counts.
+    fence = node.sh(f"systemctl show rbee-worker@{VICTIM} -p IPAddressDeny --value")
+    assert set(fence.split()) == {"0.0.0.0/0", "::/0"}
+
+
+# --- the end --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.S76
+@pytest.mark.S77
+@pytest.mark.S78
+def test_a_stop_ends_idle_busy_and_hung_workers_and_sockets_and_nothing_comes_back(node: Node) -> None:
+    for name in (SLEEPER, STREAMER, VICTIM):
+        node.restart(name)
+    node.settings(VICTIM, "[Service]", "TimeoutStopSec=4")
+    catalog = node.sh("find /var/lib/rbee/models -type f | sort | sha256sum")
+    urls = [node.url(n) for n in ("cpu0", SLEEPER, STREAMER, VICTIM)]
+    lines: list[str] = []
+    body = {"prompt": "Once upon a time", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
+
+    def stream() -> None:
+        with httpx.stream(
+            "POST", f"{urls[2]}/v1/inference", json=body, headers=node.headers, timeout=60, trust_env=False
+        ) as answer:
+            lines.extend(answer.iter_lines())
+
+    hung = node.service(VICTIM)["MainPID"]
+    # systemd follows SIGTERM with SIGCONT: only what is stopped again at once stays hung.
+    node.sh(f"systemd-run --unit=freezer sh -c 'while kill -STOP {hung}; do sleep 0.05; done'")
+    reader = threading.Thread(target=stream)
+    reader.start()
+    until(lambda: node.registry().get(STREAMER) == "busy", "generating")
+    began = time.monotonic()
+
+    done = node.lab.ctl("hive", "stop", "--node", NODE, "--json")
+
+    took = time.monotonic() - began
+    reader.join(30)
+    assert done.returncode == 0, done.stderr
+    assert took < 30
+    (forced,) = json.loads(done.stdout)["data"]["hosts"][NODE]["forced"]
+    assert (forced["name"], forced["pid"], forced["signal"]) == (VICTIM, int(hung), "SIGKILL")
+    assert re.search(r"5 of 5 stopped", done.stderr), done.stderr
+    # The one with a stream ended it in peace: complete, exit status 0.
+    tokens = [x for x in lines if x.startswith('data: {"type":"token"')]
+    assert len(tokens) == 150
+    assert lines[-2:-1] == ["data: [DONE]"] or "data: [DONE]" in lines
+    assert (node.service(STREAMER)["Result"], node.service(STREAMER)["ExecMainStatus"]) == ("success", "0")
+    assert node.sh("find /sys/fs/cgroup -path '*rbee.slice*' -name cgroup.procs -exec cat {} + | wc -l") == "0"
+    for url in urls:
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}/health", trust_env=False)
+    for name in ("cpu0", SLEEPER, STREAMER, VICTIM):
+        assert node.service(name)["SubState"] in ("dead", "failed"), name
+    for waiting in ("list-jobs", "list-sockets 'rbee*'", "list-timers 'rbee*'"):
+        assert "rbee" not in node.sh(f"systemctl --no-legend {waiting}"), waiting
+    until(lambda: set(node.registry()) <= {VICTIM}, "gone from the registry")
+    assert node.sh("find /var/lib/rbee/models -type f | sort | sha256sum") == catalog
+
+    done = node.lab.ctl("hive", "start", "--node", NODE)
+    assert done.returncode == 0, done.stderr
+    assert node.socket(SLEEPER) == "active"
+    assert node.service(SLEEPER)["MainPID"] == "0"
+    until(lambda: node.registry().get("cpu0") == "idle", "the enabled one is back")
