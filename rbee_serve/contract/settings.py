@@ -6,13 +6,14 @@ A file is flat TOML; an environment variable ``RBEE_<NAME>`` overrides it (SPEC 
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rbee_serve.contract.errors import ConfigInvalid
 
@@ -28,6 +29,28 @@ SecondsOrNever = Annotated[float, Field(ge=0, le=86400)]
 #: 26: with "rbee-" before it this is the account that the worker runs as.
 InstanceName = Annotated[str, Field(pattern=r"^[a-z]+[0-9]+(-[a-z0-9]+)?$", max_length=26)]
 HiveName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$")]
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    path, colon, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0  # a path with a colon in it
+
+
+def _adapter_path(text: str) -> str:
+    path, scale = _adapter(text)
+    if not path.startswith("/") or not math.isfinite(scale):
+        raise ValueError("an absolute path is expected, or path:scale with a finite scale")
+    return text
+
+
+def _as_list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Adapters = Annotated[list[Annotated[str, AfterValidator(_adapter_path)]], Field(max_length=16), BeforeValidator(_as_list)]
 
 
 class Settings(BaseModel):
@@ -104,7 +127,13 @@ class WorkerSettings(Settings):
     prompt_block_tokens: int = Field(
         128, ge=32, le=4096, description="prompt tokens evaluated between two decode steps while others decode"
     )
-    kv_type: KvType = Field("f16", description="type of the KV cache")
+    kv_type: KvType = Field("f16", description="type of the KV cache; q8_0 takes half the memory and makes streams exact")
+    deterministic: bool = Field(
+        False,
+        description="every stream can be continued elsewhere token for token, at any length (takes kv_type q8_0); "
+        "weights that do not allow it are refused",
+    )
+    lora: Adapters = Field(default_factory=list, description="LoRA adapter files (GGUF) put on the model: path or path:scale")
     cpu_variant: str | None = Field(
         None,
         pattern=r"^[a-z0-9]+$",
@@ -132,6 +161,17 @@ class WorkerSettings(Settings):
     )
     load_timeout_s: Seconds = Field(300.0, description="longest time to load the model (SPEC 3.8)")
     stall_timeout_s: Seconds = Field(60.0, description="longest engine step before the watchdog is no longer fed")
+
+    @model_validator(mode="after")
+    def _exact_needs_q8_0(self) -> Self:
+        if self.deterministic and "kv_type" in self.model_fields_set and self.kv_type != "q8_0":
+            raise ValueError(f'deterministic = true needs kv_type = "q8_0", not "{self.kv_type}": take kv_type out')
+        return self
+
+    @property
+    def adapters(self) -> list[tuple[str, float]]:
+        """The LoRA adapters as (path, scale)."""
+        return [_adapter(text) for text in self.lora]
 
     @property
     def worker_id(self) -> str:
@@ -195,6 +235,7 @@ def describe(cls: type[_S]) -> list[dict[str, str]]:
     for name, field in cls.model_fields.items():
         annotation = field.annotation
         kind = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
-        default = "required" if field.is_required() else ("none" if field.default is None else str(field.default))
+        value = field.get_default(call_default_factory=True)
+        default = "required" if field.is_required() else ("none" if value is None or value == [] else str(value))
         rows.append({"name": name, "type": kind, "default": default, "description": field.description or ""})
     return rows

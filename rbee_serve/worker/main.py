@@ -44,8 +44,10 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         context_tokens=settings.context_tokens,
         threads=settings.threads,
         prompt_block_tokens=settings.prompt_block_tokens,
-        kv_type=settings.kv_type,
+        kv_type="q8_0" if settings.deterministic else settings.kv_type,
         cpu_variant=settings.cpu_variant,
+        deterministic=settings.deterministic,
+        lora=settings.adapters,
     )
 
 

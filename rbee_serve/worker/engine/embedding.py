@@ -158,6 +158,7 @@ class Embedder:
                 f"llama.cpp could not make a context of {model.context_tokens} tokens for embeddings: {model.log.reason}",
                 hint="fewer slots or a smaller context_tokens leave memory for it",
             )
+        model.apply_adapters(ctx)
         self._ctx, self._memory = ctx, ll.llama_get_memory(ctx)
         self._batch = Batch(ll, params.n_batch)
         self._size: int = ll.llama_model_n_embd(model.model)

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rbee_serve.contract.errors import BackendUnavailable, InsufficientRam, InsufficientVram, ModelFileInvalid
-from rbee_serve.worker.engine import libs
+from rbee_serve.contract.errors import BackendUnavailable, ConfigInvalid, InsufficientRam, InsufficientVram, ModelFileInvalid
+from rbee_serve.worker.engine import guards, libs
 from rbee_serve.worker.engine.batch import Batch
 from rbee_serve.worker.engine.blocks import Blocks
 from rbee_serve.worker.engine.model_file import fingerprint
@@ -34,6 +34,7 @@ _KV_TYPES = {"f16": 1, "q8_0": 8}  # enum ggml_type
 #: F32, Q4_0, Q4_1, Q8_0 (enum ggml_type): their matmul kernels give the same bits whatever the batch, those of K-quants,
 #: Q5 and 16-bit floats do not or were not measured.
 _BATCH_INVARIANT = frozenset({0, 2, 3, 8})
+_TYPE_NAMES = {1: "F16", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
 #: An f16 cache of this many positions and more is read by another kernel when exactly one stream decodes.
 _F16_EXACT_TOKENS = 256
 #: Formats that llama.cpp repacks at load (AVX): mapping the file as well would keep both copies in memory.
@@ -71,13 +72,17 @@ class Model:
         self.config, self.header, self.log = config, header, libs.LoadLog()
         self._log_callback = ll.llama_log_callback(lambda level, text, _: self.log.feed(level, text))
         ll.llama_log_set(self._log_callback, ctypes.c_void_p())
+        guards.check_abi(ll, importlib.metadata.version("llama-cpp-python"))
         self.variant = libs.load_cpu_variant(ll, config.cpu_variant)
+        guards.check_instructions(ll.llama_print_system_info().decode())
         ll.llama_backend_init()
         self.isa = libs.isa_class(ll)
         device, self.device = libs.select_device(ll, config.backend, config.device)
         self.threads = config.threads or libs.cpu_limit()
         self._load_model(device, on_progress)
+        self._load_adapters()
         self.batch_invariant = self._is_batch_invariant()
+        self._check_deterministic()
         self.blocks = Blocks(config.prompt_block_tokens, two_kernels=self.batch_invariant and config.kv_type == "f16")
         self._make_context()
         self.log.check_placed(config.backend, self.device)
@@ -115,7 +120,41 @@ class Model:
         ll, model = self.ll, self.model
         odd = ll.llama_model_is_recurrent(model) or ll.llama_model_is_hybrid(model) or ll.llama_model_n_swa(model) > 0
         experts = self.header.values.get(f"{self.header.architecture}.expert_count", 0)
-        return self.config.backend == "cpu" and not odd and not experts and self.header.tensor_types <= _BATCH_INVARIANT
+        usual = self.config.backend == "cpu" and not odd and not experts and not self.config.lora
+        return usual and self.header.tensor_types <= _BATCH_INVARIANT
+
+    def _check_deterministic(self) -> None:
+        if not self.config.deterministic or self.batch_invariant:
+            return
+        others = sorted(_TYPE_NAMES.get(t, str(t)) for t in self.header.tensor_types - _BATCH_INVARIANT)
+        reason = f"weights of type {', '.join(others)}" if others else "its architecture, LoRA adapters or a GPU"
+        raise ConfigInvalid(
+            f"deterministic: this model can not be evaluated so that a stream's tokens do not depend on the others: {reason}",
+            hint="use a Q4_0, Q4_1 or Q8_0 file on a CPU, or set deterministic = false: streams are then continued elsewhere "
+            "approximately",
+            weights=others,
+        )
+
+    def _load_adapters(self) -> None:
+        ll = self.ll
+        self._adapters: list[Any] = []
+        for path, _ in self.config.lora:
+            if not Path(path).is_file():
+                raise ModelFileInvalid(f"lora: there is no adapter file {path}", path=path)
+            adapter = ll.llama_adapter_lora_init(self.model, path.encode())
+            if not adapter:
+                raise ModelFileInvalid(f"lora: llama.cpp could not load {path} for this model: {self.log.reason}", path=path)
+            self._adapters.append(adapter)
+
+    def apply_adapters(self, ctx: Any) -> None:
+        """Put the LoRA adapters of the settings on a context; raises ModelFileInvalid."""
+        if not self._adapters:
+            return
+        n = len(self._adapters)
+        adapters = (self.ll.llama_adapter_lora_p_ctypes * n)(*self._adapters)
+        scales = (ctypes.c_float * n)(*(scale for _, scale in self.config.lora))
+        if self.ll.llama_set_adapters_lora(ctx, adapters, n, scales) != 0:
+            raise ModelFileInvalid(f"lora: llama.cpp could not apply the adapters: {self.log.reason}")
 
     def _make_context(self) -> None:
         ll, config = self.ll, self.config
@@ -140,6 +179,7 @@ class Model:
                 context_tokens=self.context_tokens,
             )
         self.context_tokens = min(self.context_tokens, ll.llama_n_ctx_seq(self.ctx))
+        self.apply_adapters(self.ctx)
         self.memory = ll.llama_get_memory(self.ctx)
         self._batch = Batch(ll, params.n_batch)
 
@@ -245,7 +285,8 @@ class Model:
         template = ll.llama_model_chat_template(self.model, None)
         digest = config.model_sha256 or fingerprint(Path(config.model_path))
         build = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')} (llama.cpp {ll.llama_version().decode()})"
-        same_bits = (digest, build, config.backend, self.isa, header.quantization, config.kv_type, self.blocks.kind)
+        same_bits = [digest, build, config.backend, self.isa, header.quantization, config.kv_type, self.blocks.kind]
+        same_bits += [f"{fingerprint(Path(path))} {scale}" for path, scale in config.lora]
         exact = 0
         if self.batch_invariant:
             exact = min(_F16_EXACT_TOKENS, self.context_tokens) if config.kv_type == "f16" else self.context_tokens
@@ -274,6 +315,8 @@ class Model:
                 "isa_class": self.isa,
                 "model_digest": digest,
                 "kv_type": config.kv_type,
+                "deterministic": config.deterministic,
+                "lora": [f"{Path(path).name}:{scale:g}" for path, scale in config.lora],
                 "buffers_mib": self.log.buffers_mib,
                 # Length of prompt + answer up to which equal classes give equal bits in any batch; 0: they do not.
                 "exact_context_tokens": exact,

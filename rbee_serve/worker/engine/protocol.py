@@ -30,6 +30,8 @@ class EngineConfig:
     prompt_block_tokens: int
     kv_type: str
     cpu_variant: str | None = None
+    deterministic: bool = False  # refuse to load what can not be made exact
+    lora: list[tuple[str, float]] = field(default_factory=list)  # adapter file, scale
 
 
 @dataclass(frozen=True)
