@@ -8,7 +8,6 @@ Feature: From one command to a story
     Then the command ends with 0
     And standard output is the story and nothing else
     And a playbook ran
-    And it took less than 30 seconds from the whole model on the disk of "lab2"
     And standard error tells of these steps in order:
       | no worker serves |
       | downloading      |
@@ -28,7 +27,6 @@ Feature: From one command to a story
     And the process ids of all workers
     When I ask "lab1" with "smollm2-135m-instruct" to go on from "The bees"
     Then the command ends with 0
-    And it took less than 5 seconds
     And standard output is the story and nothing else
     And no playbook ran
     And the hub was not asked for anything
