@@ -289,6 +289,56 @@ def model_deleted(data: Data) -> View:
             yield f"{host}: still set to it: {', '.join(outcome['used_by'])}"
 
 
+def runtimes(data: Data) -> View:
+    """Runtimes of machines."""
+    rows = [
+        (
+            host,
+            r["type"],
+            r["version"],
+            "current" if r["current"] else None,
+            size(r.get("size_bytes")),
+            ", ".join(r["used_by"]),
+            r["path"],
+        )
+        for host, outcome in data["hosts"].items()
+        for r in outcome.get("runtimes", [])
+    ]
+    return [_table(("node", "type", "version", "", "size", "used by", "path"), rows)] if rows else ["no runtimes"]
+
+
+def runtime_record(data: Data) -> View:
+    """One runtime, key by key, on each machine that has it."""
+    for host, outcome in data["hosts"].items():
+        if r := outcome.get("runtime"):
+            shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in r.items()}
+            yield _table(("field", "value"), shown.items(), title=host)
+
+
+def runtime_made(data: Data) -> View:
+    """A runtime that was built or fetched, or was there."""
+    for host, outcome in data["hosts"].items():
+        if r := outcome.get("runtime"):
+            kind = str(r["worker_type"]).removesuffix("-llm-worker")
+            yield f"{host}: {kind} {r['version']} {'installed' if r.get('made') else 'here already'}"
+            yield f"  switch to it: rbee-ctl runtime use --node {host} --type {kind} --version {r['version']}"
+
+
+def runtime_used(data: Data) -> View:
+    """A switch to a runtime."""
+    for host, outcome in data["hosts"].items():
+        if r := outcome.get("runtime"):
+            moved = ", ".join(outcome.get("moved", []))
+            yield f"{host}: {r['type']} {r['version']} is current" + (f"; moved: {moved}" if moved else "")
+
+
+def runtime_deleted(data: Data) -> View:
+    """A runtime that was deleted."""
+    for host, outcome in data["hosts"].items():
+        if r := outcome.get("runtime"):
+            yield f"{host}: {r['type']} {r['version']} deleted, {size(outcome.get('freed_bytes'))} freed"
+
+
 def model_downloaded(data: Data) -> View:
     """A model that was fetched, or was there."""
     for host, outcome in data["hosts"].items():

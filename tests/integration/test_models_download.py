@@ -77,6 +77,8 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.S28
+@pytest.mark.S32
 def test_download_brings_the_file_and_its_catalog_entry(server: Hub, models_dir: Path, model_path: Path) -> None:
     done = run(server, models_dir)
     assert done.code == 0
@@ -93,6 +95,7 @@ def test_download_brings_the_file_and_its_catalog_entry(server: Hub, models_dir:
 
 
 @pytest.mark.parametrize("ref", [REF, f"hf:{REPO}", f"hf:{REPO}:Q4_1", "smollm2-135m-instruct.q4_1"])
+@pytest.mark.S21
 def test_what_is_there_causes_no_traffic(server: Hub, models_dir: Path, ref: str) -> None:
     run(server, models_dir)
     server.log.clear()
@@ -101,6 +104,7 @@ def test_what_is_there_causes_no_traffic(server: Hub, models_dir: Path, ref: str
     assert server.log == []
 
 
+@pytest.mark.S22
 def test_progress_is_shown_while_it_happens_and_its_speed_follows_the_line(server: Hub, models_dir: Path) -> None:
     """A throttled hub moves both the reported speed and the duration."""
     server.behaviour.bytes_per_s = 40_000_000
@@ -117,6 +121,8 @@ def test_progress_is_shown_while_it_happens_and_its_speed_follows_the_line(serve
     assert took > 98_362_432 / 40_000_000 * 0.9
 
 
+@pytest.mark.S26
+@pytest.mark.S58
 def test_a_reset_connection_is_resumed_where_it_broke(server: Hub, models_dir: Path, model_path: Path) -> None:
     server.behaviour = Behaviour(reset_at=0.4, reset_count=1)
     done = run(server, models_dir)
@@ -131,6 +137,7 @@ def test_a_reset_connection_is_resumed_where_it_broke(server: Hub, models_dir: P
     assert "attempt 2/6" in done.stages("retrying")[0]["human"]
 
 
+@pytest.mark.S26
 def test_six_tries_with_doubling_pauses_then_download_failed(server: Hub, models_dir: Path) -> None:
     server.behaviour = Behaviour(reset_at=0.01, reset_count=-1)
     done = run(server, models_dir, pause_s=0.05)
@@ -158,6 +165,7 @@ def test_defaults_are_those_of_the_specification() -> None:
     assert (options.tries, options.pause_s, options.stall_timeout_s) == (6, 0.1, 60.0)
 
 
+@pytest.mark.S25
 def test_a_stall_is_noticed_and_tried_again(server: Hub, models_dir: Path) -> None:
     server.behaviour = Behaviour(stall_at=0.2, stall_count=1)
     done = run(server, models_dir)
@@ -165,6 +173,7 @@ def test_a_stall_is_noticed_and_tried_again(server: Hub, models_dir: Path) -> No
     assert "no bytes for 0.5 s; attempt 2/6" in done.stages("retrying")[0]["human"]
 
 
+@pytest.mark.S25
 def test_a_hub_that_only_stalls_ends_in_download_timeout(server: Hub, models_dir: Path) -> None:
     server.behaviour = Behaviour(stall_at=0.0, stall_count=-1)
     done = run(server, models_dir, stall_timeout_s=0.1)
@@ -172,6 +181,7 @@ def test_a_hub_that_only_stalls_ends_in_download_timeout(server: Hub, models_dir
     assert len(server.downloads) == 6
 
 
+@pytest.mark.S27
 def test_wrong_bytes_of_the_right_size_are_fetched_again(server: Hub, models_dir: Path, model_path: Path) -> None:
     server.behaviour = Behaviour(corrupt_count=1)
     done = run(server, models_dir)
@@ -180,6 +190,7 @@ def test_wrong_bytes_of_the_right_size_are_fetched_again(server: Hub, models_dir
     assert [r.range for r in server.downloads] == [None, None]
 
 
+@pytest.mark.S27
 def test_a_hub_with_only_wrong_bytes_ends_in_checksum_mismatch(server: Hub, models_dir: Path) -> None:
     server.behaviour = Behaviour(corrupt_count=-1)
     done = run(server, models_dir, tries=2)
@@ -223,6 +234,8 @@ def test_what_does_not_exist_is_not_tried_again(server: Hub, models_dir: Path, r
         (404, "RepoNotFound", "MODEL_NOT_FOUND", "HTTP 404: no such repository"),
     ],
 )
+@pytest.mark.S23
+@pytest.mark.S24
 def test_a_hub_s_refusals_are_told_apart_and_not_tried_again(
     server: Hub, models_dir: Path, status: int, code: str, error: str, words: str
 ) -> None:
@@ -234,6 +247,7 @@ def test_a_hub_s_refusals_are_told_apart_and_not_tried_again(
     assert len(server.log) == 1
 
 
+@pytest.mark.S24
 def test_the_token_of_the_credential_opens_a_gated_model_and_is_shown_nowhere(
     server: Hub, models_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -310,6 +324,7 @@ def write_gguf(path: Path, tensors: int, **options: Any) -> Path:
 SMALL = "hf:org/small:small-Q8_0.gguf"
 
 
+@pytest.mark.S40
 def test_a_model_larger_than_a_small_disk_is_refused_before_any_byte(server: Hub, small_disk: Path) -> None:
     done = run(server, small_disk / "models")
     assert (done.code, done.last["code"], server.downloads) == (1, "INSUFFICIENT_DISK", [])
@@ -317,6 +332,7 @@ def test_a_model_larger_than_a_small_disk_is_refused_before_any_byte(server: Hub
     assert "MB are free" in done.last["message"]
 
 
+@pytest.mark.S41
 def test_a_disk_that_fills_up_ends_the_download_and_leaves_nothing(server: Hub, small_disk: Path, small_model: Path) -> None:
     """SPEC S-41: somebody else fills the disk while bytes come; no retry storm, no partial file."""
     server.add("org/small", "small-Q8_0.gguf", small_model)
@@ -505,6 +521,7 @@ def test_an_address_with_a_digest_is_fetched_and_another_digest_refused(
     assert run(server, models_dir, f"{address}#sha256={digest}").last["downloaded"] is False
 
 
+@pytest.mark.S29
 def test_a_file_that_is_no_gguf_is_not_kept(server: Hub, models_dir: Path, tmp_path: Path) -> None:
     fake = tmp_path / "fake"
     fake.write_bytes(b"<html>not found</html>")

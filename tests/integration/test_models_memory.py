@@ -36,7 +36,9 @@ print(json.dumps({"buffers": sum(model.log.buffers_mib.values()) * 2**20,
 
 def requantised(source: Path, target: Path, kind: str) -> Path:
     """Return ``target``, made from ``source`` with llama.cpp's own quantize call (a second each)."""
-    import llama_cpp.llama_cpp as ll
+    from rbee_serve.worker.engine.llama import bindings
+
+    ll = bindings()
 
     params = ll.llama_model_quantize_default_params()
     params.ftype = getattr(ll, f"LLAMA_FTYPE_MOSTLY_{kind}")

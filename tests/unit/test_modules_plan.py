@@ -45,6 +45,8 @@ def refusal(function: Any, *args: Any) -> NodeError:
         (request(device=5), "DEVICE_OUT_OF_RANGE", "device 5"),
     ],
 )
+@pytest.mark.S38
+@pytest.mark.S39
 def test_what_the_machine_does_not_have_is_refused(wanted: dict[str, Any], code: str, words: str) -> None:
     error = refusal(check_device, wanted, [CPU])
     assert error.code == code
@@ -141,6 +143,8 @@ def test_a_refusal_names_only_what_would_work() -> None:
     assert "stop another worker" in str(nothing.hint)
 
 
+@pytest.mark.S37
+@pytest.mark.S59
 def test_an_accelerator_is_judged_by_its_own_memory() -> None:
     assert "2000 MB available" in check_memory(MODEL, GPU, 1)[0]
     assert refusal(check_memory, {**MODEL, "size_bytes": 3_000_000_000}, GPU, 10**12).code == "VRAM_EXHAUSTED"

@@ -14,7 +14,6 @@ display = Display()
 
 _MARK = "--rbee-progress--"
 _ALIVE = ("activating", "active", "reloading", "deactivating")
-_ALIVE = ("activating", "active", "reloading", "deactivating")
 _SHOWN = "ActiveState,SubState,Result,NRestarts,StatusText,Job"
 
 
@@ -113,6 +112,8 @@ class ActionModule(ActionBase):
                 continue
             display.display(f"rbee: {line.get('human', '')}")
             if stage == "complete":
+                if runtime := line.get("runtime"):
+                    return {"changed": runtime.get("made", True), "rbee_result": {"runtime": runtime}}
                 return {
                     "changed": line.get("downloaded", True),
                     "rbee_result": {"model": line.get("model"), "downloaded": line.get("downloaded")},

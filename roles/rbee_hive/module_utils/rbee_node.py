@@ -213,7 +213,7 @@ def read_toml(path):
 def runtimes(install_path, kind):
     """Return the paths of the installed runtimes of a type, newest first: those whose metadata file, written last, is there."""
     complete = Path(install_path, "runtimes", kind).glob("*/metadata.yaml")
-    usable = [p for p in complete if os.access(p.parent / "bin" / "python", os.X_OK)]
+    usable = [p for p in complete if p.parent.name != "current" and os.access(p.parent / "bin" / "python", os.X_OK)]
     return [str(p.parent) for p in sorted(usable, key=lambda p: p.stat().st_mtime, reverse=True)]
 
 

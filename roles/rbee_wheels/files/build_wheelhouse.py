@@ -142,6 +142,8 @@ def main() -> None:
         "archive": str(archive),
         "present": present,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        # What a runtime that is built on a node is built from and with.
+        "llama": {"version": llama.VERSION, "cmake_args": " ".join(llama.CMAKE_ARGS), "cmake_hook": llama.CMAKE_HOOK},
     }
     print(json.dumps(result))
 

@@ -1,0 +1,330 @@
+#!/usr/bin/env python3
+"""Make one runtime on this machine: a virtual environment with rbee and one build of llama-cpp-python.
+
+The build comes from a wheel (``--wheel``), from a package index (``--index``) or from a compiler here (``--build``). The
+wheels of everything else lie in ``--wheels`` already. Progress goes to ``--progress-file`` as JSON lines, the compiler's
+output line by line; the last one is ``complete`` or ``failed``. ``metadata.yaml`` is written last and a failure removes
+the directory: there is no half of a runtime. Standard library only, run by the system's Python in a transient unit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+from typing import Any
+
+#: CMake's switch of each type, and what compiles it: tool -> what has it.
+TYPES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+    "cpu": ((), {}),
+    "cuda": (("-DGGML_CUDA=ON",), {"nvcc": "the CUDA toolkit (Debian: nvidia-cuda-toolkit)"}),
+    "rocm": (("-DGGML_HIP=ON",), {"hipcc": "ROCm (its package rocm-hip-sdk)"}),
+    "vulkan": (("-DGGML_VULKAN=ON",), {"glslc": "the Vulkan SDK (Debian: glslc libvulkan-dev)"}),
+}
+COMPILERS = {"gcc": "gcc", "g++": "g++", "make": "make"}
+TOOL_PATHS = "/usr/local/cuda/bin:/opt/rocm/bin:/usr/local/bin:/usr/bin:/bin"
+#: Library that a wheel of the type must hold beside libllama.so; one that only seemed to be built is refused.
+LIBRARIES = {"cuda": "libggml-cuda", "rocm": "libggml-hip", "vulkan": "libggml-vulkan"}
+TAIL_LINES = 25
+#: Loads llama.cpp from the environment, without the packages around it.
+LOADS = (
+    "import ctypes, importlib.util as i\n"
+    "lib = ctypes.CDLL(i.find_spec('llama_cpp').submodule_search_locations[0] + '/lib/libllama.so')\n"
+    "lib.llama_version.restype = ctypes.c_char_p\n"
+    "print('llama.cpp', lib.llama_version().decode())\n"
+)
+
+
+class FailError(Exception):
+    """What ends the making; ``code`` is one of rbee_serve.contract.errors."""
+
+    def __init__(self, code: str, message: str, hint: str | None = None, **details: object) -> None:
+        super().__init__(message)
+        self.code, self.message, self.hint, self.details = code, message, hint, details
+
+
+class Progress:
+    """JSON lines, and the same words in the journal."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8", buffering=1)
+
+    def line(self, stage: str, human: str, **figures: object) -> None:
+        """Write one line."""
+        record = {"stage": stage, **figures, "human": human, "at": round(time.time(), 3)}
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        print(human, file=sys.stderr, flush=True)
+
+
+def sha256(path: Path) -> str:
+    """Return the digest of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of every program that is run here: nobody's own pip settings, English output."""
+    quiet = {"PIP_CONFIG_FILE": "/dev/null", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    return {"PATH": TOOL_PATHS, "HOME": "/nonexistent", "LC_ALL": "C.UTF-8", **quiet, **more}
+
+
+def run(command: list[str], progress: Progress, stage: str, *, user: str | None = None, **env: str) -> tuple[int, list[str]]:
+    """Run a program, each line of its output as it comes; returns exit code and last lines."""
+    tail: list[str] = []
+    identity: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if user else {}
+    with subprocess.Popen(
+        command,
+        env=environment(**env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        errors="replace",
+        **identity,
+    ) as process:
+        for line in process.stdout or ():
+            if text := re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip():
+                tail = [*tail[1 - TAIL_LINES :], text]
+                progress.line(stage, text)
+        return process.wait(), tail
+
+
+def missing(kind: str, path: str) -> dict[str, str]:
+    """Return the tools that a build of this type lacks here, with what has them."""
+    needed = {**COMPILERS, **TYPES[kind][1]}
+    return {tool: package for tool, package in needed.items() if not shutil.which(tool, path=path)}
+
+
+def build(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
+    """Compile the wheel as an unprivileged user and return its path."""
+    if lacking := missing(options.type, options.tool_path):
+        verb = "is" if len(lacking) == 1 else "are"
+        raise FailError(
+            "MISSING_DEPENDENCY",
+            f"a {options.type} build needs {', '.join(lacking)}, which {verb} not on this machine",
+            f"install {', '.join(lacking.values())}; or build elsewhere and use rbee-ctl runtime download",
+            missing=sorted(lacking),
+        )
+    out = work / "out"
+    out.mkdir()
+    for owned in (work, out):
+        shutil.chown(owned, options.user, options.user)
+    hook = work / "hook.cmake"
+    hook.write_text(options.cmake_hook, encoding="utf-8")
+    flags = [*options.cmake_args.split(), *TYPES[options.type][0], f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={hook}"]
+    where = ["--index-url", options.index] if options.index else ["--no-index", "--find-links", options.wheels]
+    what = options.sdist or f"llama-cpp-python=={options.llama_version}"
+    command = ["-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python", *where]
+    temp = {"HOME": str(work), "TMPDIR": str(work), "CMAKE_ARGS": " ".join(flags)}
+    code, tail = run([pip_python(work), *command, "--wheel-dir", str(out), what], progress, "building", user=options.user, **temp)
+    wheels = sorted(out.glob("llama_cpp_python-*.whl"))
+    if code != 0 or not wheels:
+        raise FailError(
+            "BUILD_FAILED",
+            f"the {options.type} build of {what} ended with exit code {code}",
+            "read the compiler's last lines above; all of them: journalctl -u 'rbee-runtime-*' on the node",
+            exit_code=code,
+            journal=tail,
+        )
+    return wheels[0]
+
+
+def pip_python(work: Path) -> str:
+    """Return an interpreter with pip: Debian's has none outside of an environment."""
+    tools = work / "tools"
+    if not tools.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(tools)], check=True, env=environment(), capture_output=True)
+    return str(tools / "bin/python")
+
+
+def fetch(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
+    """Return the wheel from a path, an address or an index."""
+    if options.wheel.startswith(("http://", "https://")):
+        return download(options.wheel, work, progress)
+    if options.wheel:
+        return Path(options.wheel)
+    out = work / "out"
+    out.mkdir()
+    command = ["-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--index-url", options.index, "--dest", str(out)]
+    what = f"llama-cpp-python=={options.llama_version}"
+    code, tail = run([pip_python(work), *command, what], progress, "downloading", HOME=str(work))
+    found = sorted(out.glob("llama_cpp_python-*.whl"))
+    if code != 0 or not found:
+        raise FailError(
+            "DOWNLOAD_FAILED",
+            f"the index {options.index} gave no wheel of {what}: {tail[-1] if tail else 'it said nothing'}",
+            "check --source, or build it: rbee-ctl runtime build",
+            exit_code=code,
+        )
+    return found[0]
+
+
+def download(address: str, work: Path, progress: Progress) -> Path:
+    """Fetch one file."""
+    target = work / address.split("?")[0].rsplit("/", 1)[-1]
+    progress.line("downloading", f"fetching {address}")
+    try:
+        with urllib.request.urlopen(address, timeout=60) as answer, target.open("wb") as f:  # noqa: S310 -- http(s) alone
+            total, done, said = int(answer.headers.get("Content-Length") or 0), 0, time.monotonic()
+            while chunk := answer.read(1 << 18):
+                f.write(chunk)
+                done += len(chunk)
+                if time.monotonic() - said >= 0.5:
+                    said = time.monotonic()
+                    progress.line("downloading", f"downloading {target.name}: {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+    except OSError as e:
+        raise FailError("DOWNLOAD_FAILED", f"{address}: {e}", "check --source and repeat the command") from e
+    return target
+
+
+def check(options: argparse.Namespace, wheel: Path) -> tuple[str, list[str]]:
+    """Return digest and libraries of the wheel; raises FailError when it is not what it shall be."""
+    if not wheel.is_file():
+        raise FailError("DOWNLOAD_FAILED", f"no wheel at {wheel}", "check --source")
+    got = sha256(wheel)
+    if options.sha256 and got != options.sha256:
+        raise FailError(
+            "CHECKSUM_MISMATCH",
+            f"SHA-256 of {wheel.name} is {got}, expected {options.sha256}",
+            "check --sha256, or where the wheel comes from",
+            got=got,
+            expected=options.sha256,
+        )
+    try:
+        names = [n.rsplit("/", 1)[-1] for n in zipfile.ZipFile(wheel).namelist() if n.startswith("llama_cpp/lib/")]
+    except zipfile.BadZipFile as e:
+        raise FailError("CHECKSUM_MISMATCH", f"{wheel.name} is no wheel: {e}", "check --source", got=got) from e
+    wanted = ["libllama", *([LIBRARIES[options.type]] if options.type in LIBRARIES else [])]
+    if lacking := [w for w in wanted if not any(n.startswith(w) for n in names)]:
+        raise FailError(
+            "BACKEND_UNAVAILABLE",
+            f"{wheel.name} has no {', '.join(lacking)}: it is no {options.type} build",
+            f"take a wheel that was built for {options.type}",
+            lacking=lacking,
+        )
+    return got, sorted(n for n in names if ".so" in n)
+
+
+def install(options: argparse.Namespace, wheel: Path, home: Path, progress: Progress) -> None:
+    """Make the environment from the wheels that are here, without network, and try it."""
+    wheels = Path(options.wheels)
+    listed = (wheels / "requirements-worker.txt").read_text(encoding="utf-8").split()
+    others = [line for line in listed if not line.startswith("llama_cpp_python")]
+    python = str(home / "bin/python")
+    progress.line("installing", f"making {home}")
+    quiet = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--find-links", str(wheels)]
+    steps = [
+        [sys.executable, "-m", "venv", str(home)],
+        [python, "-m", "pip", "install", *quiet, *others, str(wheel)],
+        [python, "-c", LOADS],
+    ]
+    for step in steps:
+        code, tail = run(step, progress, "installing")
+        if code != 0:
+            raise FailError(
+                "BUILD_FAILED",
+                f"{' '.join(step[:4])} ended with exit code {code}",
+                "the wheel does not go together with this machine or this version of rbee",
+                exit_code=code,
+                journal=tail,
+            )
+
+
+def features(libraries: list[str]) -> list[str]:
+    """Return what a build can do, from its libraries: ``cpu-haswell``, ``cuda``, ..."""
+    found = {re.sub(r"^libggml-|\.so.*$", "", name) for name in libraries if name.startswith("libggml-")}
+    return sorted(found - {"base"}) or ["cpu"]
+
+
+def make(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
+    """Make the runtime and return its metadata; raises FailError and leaves nothing then."""
+    root, work = Path(options.install_path, "runtimes", options.type), Path(options.work)
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    try:
+        wheel = build(options, work, progress) if options.build else fetch(options, work, progress)
+        digest, libraries = check(options, wheel)
+        version = f"{options.rbee_version}-{hashlib.sha256((options.base + digest).encode()).hexdigest()[:8]}"
+        home = root / version
+        if (home / "metadata.yaml").is_file():
+            return {**json.loads((home / "metadata.yaml").read_text(encoding="utf-8")), "made": False}
+        shutil.rmtree(home, ignore_errors=True)  # half of one, from a crash
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            install(options, wheel, home, progress)
+            metadata = {
+                "worker_type": f"{options.type}-llm-worker",
+                "version": version,
+                "rbee_version": options.rbee_version,
+                "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+                "llama_cpp_python": wheel.name.split("-")[1],
+                "source": "built here" if options.build else options.wheel or options.index,
+                "sha256": digest,
+                "features": features(libraries),
+                "built_at_unix": int(time.time()),
+            }
+            part = home / ".metadata"
+            part.write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
+            part.chmod(0o644)
+            part.replace(home / "metadata.yaml")
+        except BaseException:
+            shutil.rmtree(home, ignore_errors=True)
+            raise
+        return {**metadata, "made": True}
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def main() -> int:
+    """Parse, make, say what came of it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    required = (
+        "--type",
+        "--install-path",
+        "--wheels",
+        "--work",
+        "--progress-file",
+        "--rbee-version",
+        "--base",
+        "--llama-version",
+    )
+    for name in required:
+        parser.add_argument(name, required=True, choices=list(TYPES) if name == "--type" else None)
+    parser.add_argument("--user", default="rbee", help="who compiles")
+    parser.add_argument("--build", action="store_true")
+    parser.add_argument("--tool-path", default=TOOL_PATHS, help="where compilers are looked for")
+    for name in ("--cmake-args", "--cmake-hook", "--sdist", "--wheel", "--index", "--sha256"):
+        parser.add_argument(name, default="")
+    options = parser.parse_args()
+    os.umask(0o022)
+    progress = Progress(Path(options.progress_file))
+    try:
+        metadata = make(options, progress)
+    except FailError as e:
+        progress.line("failed", e.message, code=e.code, message=e.message, hint=e.hint, details=e.details)
+        return 1
+    except Exception as e:
+        message = f"{type(e).__name__}: {e}"
+        hint = "journalctl -u 'rbee-runtime-*' on the node"
+        progress.line("failed", message, code="BUILD_FAILED", message=message, hint=hint, details={})
+        raise
+    words = f"{metadata['worker_type']} {metadata['version']}: {'made' if metadata['made'] else 'here already'}"
+    progress.line("complete", words, runtime=metadata)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,367 @@
+#!/usr/bin/python
+"""The runtimes of a node: virtual environments with one build of llama.cpp each."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.rbee_node import (
+    NodeError,
+    fail,
+    instances,
+    run,
+    running,
+    settled,
+    show,
+    start_failure,
+    wait_until,
+    worker_unit,
+)
+
+DOCUMENTATION = r"""
+module: rbee_runtime
+short_description: List, make, switch or delete the runtimes of a node
+description:
+  - A runtime ("worker binary") is C(<install_path>/runtimes/TYPE/VERSION) with a C(metadata.yaml), which is written last.
+    Several versions of a type lie side by side; the link C(TYPE/current) leads to the one that new instances get.
+options:
+  state:
+    description: >-
+      C(list) and C(get) report, C(current) gives the path of the current one of I(type), C(used) makes I(version) current and
+      moves the instances of the type over to it one by one (one that does not come up goes back, and so do all),
+      C(absent) deletes, C(making) begins to build or fetch one in a transient unit that the action C(rbee_follow) shows.
+    type: str
+    choices: [list, get, current, used, absent, making]
+    default: list
+  type:
+    description: C(cpu), C(cuda), C(rocm) or C(vulkan); C(cpu-llm-worker) is the same as C(cpu).
+    type: str
+  version:
+    description: Which one; by default the current one, for C(absent) the only one.
+    type: str
+  force:
+    description: For C(absent), also while an instance uses it or it is the current one.
+    type: bool
+    default: false
+  script:
+    description: For C(making), files/make_runtime.py of the role on the node.
+    type: path
+  arguments:
+    description: For C(making), the script's arguments.
+    type: dict
+    default: {}
+  fallback:
+    description: For C(current), the version that a deployment would bring (check mode on a virgin machine).
+    type: str
+    default: ""
+  timeout_s:
+    description: For C(used), longest time that an instance may take to come up, seconds.
+    type: float
+    default: 330
+  etc_dir: {type: path, default: /etc/rbee, description: Where the instances' settings are.}
+  install_path: {type: path, default: /opt/rbee, description: Where the runtimes are.}
+author: rbee
+attributes:
+  check_mode: {support: full}
+"""
+
+EXAMPLES = r"""
+- name: Go back to the version before
+  rbee_runtime:
+    state: used
+    type: cpu
+    version: 0.1.0-6a42cd2e
+"""
+
+RETURN = r"""
+rbee_result:
+  description: >-
+    C(runtimes) for list; C(runtime) for get and absent (with C(freed_bytes)); C(runtime), C(previous), C(moved) for used.
+  returned: sometimes
+  type: dict
+path:
+  description: For C(current).
+  returned: sometimes
+  type: str
+unit:
+  description: For C(making), the transient unit.
+  returned: sometimes
+  type: str
+progress_file:
+  description: For C(making), its progress.
+  returned: sometimes
+  type: str
+"""
+
+TYPES = ("cpu", "cuda", "rocm", "vulkan")
+PROGRESS_DIR = "rbee-runtimes"
+
+
+def kind_of(text):
+    """Return the type; raises NodeError INVALID_BACKEND."""
+    kind = (text or "").removesuffix("-llm-worker")
+    if kind not in TYPES:
+        raise NodeError(
+            "INVALID_BACKEND",
+            f"{text!r} is no worker type, expected one of {', '.join(TYPES)}",
+            "--type cpu",
+            expected=list(TYPES),
+        )
+    return kind
+
+
+def metadata_of(home):
+    """Return the metadata of a runtime: JSON, or the plain ``key: value`` lines that the role writes."""
+    text = (home / "metadata.yaml").read_text(encoding="utf-8")
+    try:
+        return json.loads(text)
+    except ValueError:
+        pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith(("#", " ")))
+        return {k.strip(): v.strip().strip("'\"") for k, v in pairs}
+
+
+def size_of(home):
+    """Return the bytes that a directory takes."""
+    total = 0
+    for folder, _, names in os.walk(home):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118 -- ten thousand of them
+    return total
+
+
+def current_of(root):
+    """Return the directory that is current of a type: what the link leads to, else the newest; None if there is none."""
+    link = root / "current"
+    if link.is_symlink() and (link / "metadata.yaml").is_file():
+        return root / link.readlink()
+    there = complete(root)
+    return max(there, key=lambda p: (p / "metadata.yaml").stat().st_mtime) if there else None
+
+
+def complete(root):
+    """Return the directories of all whole runtimes of a type."""
+    return sorted(p.parent for p in root.glob("*/metadata.yaml") if p.parent.name != "current")
+
+
+def used_by(params, home):
+    """Return the instances whose link leads to this runtime."""
+    found = []
+    for name in instances(params["etc_dir"]):
+        link = Path(params["etc_dir"], "workers", f"{name}.runtime")
+        with contextlib.suppress(OSError):
+            if link.readlink() == home:
+                found.append(name)
+    return found
+
+
+def record(params, home, sized=True):
+    """Return what is known of one runtime."""
+    known = metadata_of(home)
+    kind = home.parent.name
+    return {
+        **known,
+        "id": f"{kind}/{home.name}",
+        "type": kind,
+        "worker_type": f"{kind}-llm-worker",
+        "version": home.name,
+        "path": str(home),
+        "current": current_of(home.parent) == home,
+        "used_by": used_by(params, home),
+        **({"size_bytes": size_of(home)} if sized else {}),
+    }
+
+
+def find(params):
+    """Return the directory that type and version mean; raises NodeError WORKER_BINARY_NOT_FOUND."""
+    kind = kind_of(params["type"])
+    root = Path(params["install_path"], "runtimes", kind)
+    there = complete(root)
+    if params["version"] is None:
+        if params["state"] == "absent" and len(there) > 1:
+            versions = ", ".join(p.name for p in there)
+            raise NodeError(
+                "INVALID_REQUEST", f"there are several {kind} runtimes: {versions}", "--version VERSION", field="version"
+            )
+        home = current_of(root)
+    else:
+        home = next((p for p in there if p.name == params["version"]), None)
+    if home is None:
+        wanted = params["version"] or "VERSION"
+        known = ", ".join(p.name for p in there) or "none"
+        raise NodeError(
+            "WORKER_BINARY_NOT_FOUND",
+            f"no {kind} runtime{' ' + params['version'] if params['version'] else ''} here; installed: {known}",
+            f"rbee-ctl runtime build --type {kind}, or rbee-ctl runtime download --type {kind} --source WHEEL",
+            expected_path=str(root / wanted),
+            known=[p.name for p in there],
+        )
+    return home
+
+
+def absent(params, check):
+    """Delete a runtime; refused while it is used."""
+    home = find(params)
+    users, is_current = used_by(params, home), current_of(home.parent) == home
+    alone = len(complete(home.parent)) == 1
+    if (users or (is_current and not alone)) and not params["force"]:
+        why = f"used by {', '.join(users)}" if users else f"the current {home.parent.name} runtime"
+        raise NodeError(
+            "WORKER_BINARY_IN_USE",
+            f"{home} is {why}",
+            f"rbee-ctl runtime use --type {home.parent.name} --version OTHER, or delete it all the same with --force",
+            workers=users,
+        )
+    gone = record(params, home)
+    if not check:
+        (home / "metadata.yaml").unlink()  # first: from here on it does not exist
+        shutil.rmtree(home)
+        link = home.parent / "current"
+        if link.is_symlink() and not link.exists():
+            link.unlink()
+    return {"runtime": gone, "freed_bytes": gone["size_bytes"], "changed": True}
+
+
+def point(link, target):
+    """Make a link lead somewhere, in one step."""
+    part = link.with_name(f".{link.name}.new")
+    part.unlink(missing_ok=True)
+    part.symlink_to(target)
+    part.replace(link)
+
+
+def move(params, names, home, alive):
+    """Move instances over one by one, restarting those in ``alive``; raises NodeError of the one that did not come up."""
+    moved = []
+    for name in names:
+        link = Path(params["etc_dir"], "workers", f"{name}.runtime")
+        if link.is_symlink() and link.readlink() == home:
+            continue
+        unit = worker_unit(name)
+        point(link, home)
+        moved.append(name)
+        if name in alive:
+            run("systemctl", "reset-failed", unit)
+            run("systemctl", "restart", "--no-block", unit, check=True)
+            time.sleep(0.2)  # the job is queued: `settled` sees it from then on
+            now = wait_until([unit], settled, params["timeout_s"])
+            if now[unit]["ActiveState"] != "active":
+                raise start_failure(unit, now[unit])
+    return moved
+
+
+def use(params, check):
+    """Make a version current; on a failure everything goes back."""
+    home = find(params)
+    root = home.parent
+    before = current_of(root)
+    names = [n for n, s in instances(params["etc_dir"]).items() if s.get("backend") == root.name]
+    links = {n: Path(params["etc_dir"], "workers", f"{n}.runtime") for n in names}
+    old = {n: link.readlink() for n, link in links.items() if link.is_symlink()}
+    same = before == home and (root / "current").is_symlink() and all(p == home for p in old.values())
+    result = {"runtime": record(params, home, sized=False), "previous": before.name if before else None}
+    if same or check:
+        return {**result, "moved": [], "changed": not same}
+    alive = {n for n in names if running(show(worker_unit(n))[worker_unit(n)])}
+    try:
+        moved = move(params, sorted(names), home, alive)
+    except NodeError as e:
+        back = [n for n in sorted(names) if n in old and links[n].readlink() != old[n]]
+        for name in back:
+            move(params, [name], old[name], alive)
+        e.message += f"; all of {', '.join(back) or 'none'} runs {before.name if before else 'what it ran'} again"
+        raise
+    point(root / "current", home)
+    return {**result, "runtime": record(params, home, sized=False), "moved": moved, "changed": True}
+
+
+def make(params, check):
+    """Begin to make a runtime in a transient unit."""
+    kind = kind_of(params["type"])
+    arguments = {**params["arguments"], "type": kind, "install-path": params["install_path"]}
+    key = hashlib.sha256(json.dumps(arguments, sort_keys=True).encode()).hexdigest()[:12]
+    unit = f"rbee-runtime-{kind}-{key}.service"
+    progress_file = f"/run/{PROGRESS_DIR}/{kind}-{key}.jsonl"
+    arguments |= {"progress-file": progress_file, "work": f"/var/lib/rbee/build-{kind}-{key}"}
+    if not check and show(unit)[unit]["ActiveState"] not in ("active", "activating"):
+        with contextlib.suppress(FileNotFoundError):
+            Path(progress_file).unlink()  # of an earlier run: whoever follows would take its end for ours
+        flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in arguments.items() if v not in ("", False, None)]
+        properties = ["ProtectHome=yes", "PrivateTmp=yes", f"RuntimeDirectory={PROGRESS_DIR}", "RuntimeDirectoryPreserve=yes"]
+        properties += ["Nice=10", f"Description=rbee: a {kind} runtime"]
+        run(
+            "systemd-run",
+            "--quiet",
+            "--collect",
+            f"--unit={unit}",
+            "--slice=rbee.slice",
+            "--service-type=exec",
+            *[f"--property={p}" for p in properties],
+            "--",
+            "/usr/bin/python3",
+            params["script"],
+            *flags,
+            check=True,
+        )
+    return {"unit": unit, "progress_file": progress_file, "changed": True}
+
+
+def current(params, check):
+    """Return the path of the current runtime of a type; in check mode the one that would be after a deployment."""
+    root = Path(params["install_path"], "runtimes", kind_of(params["type"]))
+    home = current_of(root)
+    deployed = root / params["fallback"] if params["fallback"] and root.name == "cpu" else None
+    if deployed and (home is None or check) and not deployed.is_dir():
+        home = deployed
+    return str(home or find(params))
+
+
+def main():
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "choices": ["list", "get", "current", "used", "absent", "making"], "default": "list"},
+            "type": {"type": "str"},
+            "version": {"type": "str"},
+            "force": {"type": "bool", "default": False},
+            "script": {"type": "path"},
+            "arguments": {"type": "dict", "default": {}},
+            "fallback": {"type": "str", "default": ""},
+            "timeout_s": {"type": "float", "default": 330.0},
+            "etc_dir": {"type": "path", "default": "/etc/rbee"},
+            "install_path": {"type": "path", "default": "/opt/rbee"},
+        },
+        required_if=[
+            *(("state", s, ["type"]) for s in ("get", "current", "absent", "making")),
+            ("state", "used", ["type", "version"]),
+            ("state", "making", ["script"]),
+        ],
+        supports_check_mode=True,
+    )
+    params, check = module.params, module.check_mode
+    try:
+        if params["state"] == "making":
+            module.exit_json(**make(params, check))
+        if params["state"] == "current":
+            module.exit_json(changed=False, path=current(params, check))
+        if params["state"] == "list":
+            kinds = [kind_of(params["type"])] if params["type"] else TYPES
+            homes = [h for k in kinds for h in complete(Path(params["install_path"], "runtimes", k))]
+            result = {"runtimes": [record(params, h) for h in homes], "changed": False}
+        elif params["state"] == "get":
+            result = {"runtime": record(params, find(params)), "changed": False}
+        else:
+            result = (absent if params["state"] == "absent" else use)(params, check)
+    except NodeError as e:
+        fail(module, e)
+    module.exit_json(changed=result["changed"], rbee_result=result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""roles/rbee_hive/files/make_runtime.py as a node runs it: a wheel from a file, an address and an index, and real compilers.
+
+The making of a whole runtime from a wheel is shown on a booted machine; here is all that must leave nothing behind.
+"""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import http.server
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.integration
+
+SCRIPT = Path(__file__).resolve().parents[2] / "roles/rbee_hive/files/make_runtime.py"
+
+#: A source package whose build backend lies in the package: it compiles a file that is wrong, after some output.
+BACKEND = """
+import subprocess, sys, time
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    for n in range(6):
+        print(f"[{n}/6] compiling", flush=True)
+        time.sleep(0.3)
+    sys.exit(subprocess.run(["gcc", "-c", "broken.c", "-o", "broken.o"]).returncode)
+"""
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    folder = tmp_path / "wheels"
+    folder.mkdir()
+    (folder / "requirements-worker.txt").write_text("llama_cpp_python==0.3.36\n")
+    return folder
+
+
+class Made:
+    def __init__(self, code: int, lines: list[dict[str, Any]], home: Path) -> None:
+        self.code, self.lines, self.home = code, lines, home
+
+    @property
+    def last(self) -> dict[str, Any]:
+        return self.lines[-1]
+
+
+def make(tmp_path: Path, wheels: Path, **options: str | bool) -> Made:
+    values = {
+        "type": "cpu",
+        "install-path": str(tmp_path / "opt"),
+        "wheels": str(wheels),
+        "work": str(tmp_path / "work"),
+        "progress-file": str(tmp_path / "progress.jsonl"),
+        "rbee-version": "0.1.0",
+        "base": "base",
+        "llama-version": "0.3.36",
+        "user": getpass.getuser(),
+    } | {k.replace("_", "-"): v for k, v in options.items()}
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items()]
+    done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=120, check=False)
+    lines = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    assert not (tmp_path / "work").exists()
+    assert [p for p in (tmp_path / "opt").rglob("*") if not p.is_dir()] == [] or done.returncode == 0  # nothing half-registered
+    return Made(done.returncode, lines, tmp_path / "opt")
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[tuple[str, Path]]:
+    """A web server and its folder."""
+    root = tmp_path / "site"
+    root.mkdir()
+    handler = functools.partial(_Quiet, directory=str(root))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", root
+        server.shutdown()
+        thread.join()
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def fake_wheel(path: Path, *libraries: str) -> Path:
+    """A zip file that is called like a wheel; it could not be installed."""
+    with zipfile.ZipFile(path / "llama_cpp_python-0.3.36-py3-none-linux_x86_64.whl", "w") as archive:
+        for name in libraries:
+            archive.writestr(f"llama_cpp/lib/{name}", b"x")
+    return next(path.glob("*.whl"))
+
+
+@pytest.mark.parametrize(("kind", "tool"), [("cuda", "nvcc"), ("rocm", "hipcc"), ("vulkan", "glslc")])
+def test_a_missing_toolkit_is_named_before_anything_is_done(tmp_path: Path, wheels: Path, kind: str, tool: str) -> None:
+    """SPEC EH-020a: looked for in an empty folder, so that it holds on machines that have them."""
+    made = make(tmp_path, wheels, type=kind, build=True, tool_path=str(tmp_path))
+    assert (made.code, made.last["stage"], made.last["code"]) == (1, "failed", "MISSING_DEPENDENCY")
+    assert tool in made.last["message"]
+    assert made.last["details"]["missing"] == sorted(["gcc", "g++", "make", tool])
+    assert "runtime download" in made.last["hint"]
+    assert len(made.lines) == 1
+
+
+def test_a_compiler_that_fails_is_heard_while_it_works_and_its_last_lines_are_kept(tmp_path: Path, wheels: Path) -> None:
+    """SPEC OP-02: a real gcc, a real error; lines arrive as they are printed."""
+    source = tmp_path / "llama_cpp_python-0.3.36"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        '[project]\nname = "llama-cpp-python"\nversion = "0.3.36"\n'
+    )
+    (source / "backend.py").write_text(BACKEND)
+    (source / "broken.c").write_text("int main(void) { return nothing_like_this; }\n")
+    with tarfile.open(wheels / "llama_cpp_python-0.3.36.tar.gz", "w:gz") as archive:
+        archive.add(source, source.name)
+    made = make(tmp_path, wheels, build=True)
+    assert (made.code, made.last["code"]) == (1, "BUILD_FAILED")
+    assert any("nothing_like_this" in line for line in made.last["details"]["journal"])
+    compiling = [line["at"] for line in made.lines if "] compiling" in line["human"]]
+    assert len(compiling) == 6
+    assert compiling[-1] - compiling[0] > 1.0
+
+
+def test_a_wheel_is_checked_by_digest_content_and_type(tmp_path: Path, wheels: Path) -> None:
+    wheel = fake_wheel(tmp_path, "libllama.so", "libggml-cpu-haswell.so")
+    wrong = make(tmp_path, wheels, wheel=str(wheel), sha256="0" * 64)
+    assert (wrong.code, wrong.last["code"]) == (1, "CHECKSUM_MISMATCH")
+    other = make(tmp_path, wheels, wheel=str(wheel), type="cuda")
+    assert (other.code, other.last["code"]) == (1, "BACKEND_UNAVAILABLE")
+    assert "libggml-cuda" in other.last["message"]
+    gone = make(tmp_path, wheels, wheel=str(tmp_path / "none.whl"))
+    assert (gone.code, gone.last["code"]) == (1, "DOWNLOAD_FAILED")
+    wheel.write_bytes(b"no zip")
+    broken = make(tmp_path, wheels, wheel=str(wheel))
+    assert (broken.code, broken.last["code"]) == (1, "CHECKSUM_MISMATCH")
+
+
+def test_a_wheel_that_can_not_be_installed_leaves_nothing(tmp_path: Path, wheels: Path) -> None:
+    made = make(tmp_path, wheels, wheel=str(fake_wheel(tmp_path, "libllama.so")))
+    assert (made.code, made.last["code"]) == (1, "BUILD_FAILED")
+    assert made.last["details"]["journal"]
+
+
+def test_an_address_and_an_index_that_do_not_have_it_are_named(tmp_path: Path, wheels: Path, site: tuple[str, Path]) -> None:
+    url, root = site
+    gone = make(tmp_path, wheels, wheel=f"{url}/none.whl")
+    assert (gone.code, gone.last["code"]) == (1, "DOWNLOAD_FAILED")
+    assert "none.whl" in gone.last["message"]
+    (root / "simple/llama-cpp-python").mkdir(parents=True)
+    (root / "simple/llama-cpp-python/index.html").write_text("<html></html>")
+    empty = make(tmp_path, wheels, index=f"{url}/simple/")
+    assert (empty.code, empty.last["code"]) == (1, "DOWNLOAD_FAILED")
+    assert f"{url}/simple/" in empty.last["message"]
+
+
+def test_a_wheel_of_an_index_and_of_an_address_becomes_a_runtime_that_imports_llama_cpp(
+    tmp_path: Path, wheels: Path, site: tuple[str, Path]
+) -> None:
+    """The real wheel of the cache, offered by an index as pip knows it; a second time nothing is made."""
+    cache = Path(os.environ.get("RBEE_CACHE", Path.home() / ".cache/rbee"))
+    real = next(iter(sorted((cache / "wheels").glob("*/llama_cpp_python-*.whl"))), None)
+    assert real is not None, "no llama.cpp wheel in the cache; run: make setup"
+    url, root = site
+    folder = root / "simple/llama-cpp-python"
+    folder.mkdir(parents=True)
+    (folder / real.name).symlink_to(real)
+    (folder / "index.html").write_text(f'<html><body><a href="{real.name}">{real.name}</a></body></html>')
+    made = make(tmp_path, wheels, index=f"{url}/simple/")
+    assert made.code == 0, made.last
+    runtime = made.last["runtime"]
+    home = made.home / "runtimes/cpu" / runtime["version"]
+    metadata = json.loads((home / "metadata.yaml").read_text())
+    assert (metadata["worker_type"], metadata["llama_cpp_python"]) == ("cpu-llm-worker", "0.3.36")
+    assert "cpu-haswell" in metadata["features"]
+    assert metadata["source"] == f"{url}/simple/"
+    again = make(tmp_path, wheels, wheel=f"{url}/simple/llama-cpp-python/{real.name}", sha256=metadata["sha256"])
+    assert (again.code, again.last["runtime"]["made"], again.last["runtime"]["version"]) == (0, False, runtime["version"])
