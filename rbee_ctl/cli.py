@@ -12,11 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-<<<<<<< HEAD
-from rbee_ctl.commands import audit, hive, infer, key, lab, model, overview, queen, serve, setup, worker
-=======
-from rbee_ctl.commands import hive, infer, key, lab, model, overview, queen, runtime, serve, setup, worker
->>>>>>> 93b6d20 (Runtimes as things that are listed, fetched, built, switched and deleted; scenarios of models tagged and shown)
+from rbee_ctl.commands import audit, hive, infer, key, lab, model, overview, queen, runtime, serve, setup, worker
 from rbee_ctl.render import Ui
 from rbee_ctl.result import ErrorItem, OperationResult, failure
 from rbee_ctl.session import Session
@@ -38,14 +34,11 @@ app.add_typer(queen.daemon, name="daemon", hidden=True)
 app.add_typer(worker.app, name="worker")
 app.add_typer(worker.plural, name="workers", hidden=True)
 app.add_typer(model.app, name="model")
-<<<<<<< HEAD
 app.add_typer(audit.app, name="audit")
-=======
 app.add_typer(runtime.app, name="runtime")
 worker.app.add_typer(runtime.binary, name="binary")
 worker.app.command("build")(runtime.build)
 worker.app.command("download")(runtime.download)
->>>>>>> 93b6d20 (Runtimes as things that are listed, fetched, built, switched and deleted; scenarios of models tagged and shown)
 app.add_typer(key.app, name="key")
 app.add_typer(lab.app, name="lab")
 app.command("serve")(serve.serve)
