@@ -1,0 +1,67 @@
+"""The whole fleet as one thing: stopped with the queen or beneath it, and as a unit of the controller (SPEC X-07, N-01)."""
+
+from __future__ import annotations
+
+import re
+
+import httpx
+from machines import ROOT, Done, Fleet
+from waiting import until
+
+UNITS = {"lab1": ("rbee-hive.target", "rbee-worker@cpu0", "rbee-queen"), "lab2": ("rbee-hive.target", "rbee-worker@cpu0")}
+
+
+def states(fleet: Fleet) -> dict[str, list[str]]:
+    """State of all of rbee's units on both machines."""
+    return {n: fleet.lab.ssh(n, f"systemctl is-active {' '.join(u)}", check=False).stdout.split() for n, u in UNITS.items()}
+
+
+def pids(fleet: Fleet) -> list[str]:
+    """Main processes of the workers."""
+    return [fleet.lab.ssh(n, "systemctl show -p MainPID --value rbee-worker@cpu0").stdout.strip() for n in UNITS]
+
+
+def idle(fleet: Fleet) -> set[str]:
+    """Ids of the workers that take requests; empty while the queen is away."""
+    try:
+        answer = httpx.get(f"{fleet.queen_url}/v1/workers?state=idle", headers=fleet.headers, trust_env=False)
+    except httpx.TransportError:
+        return set()
+    return {w["id"] for w in answer.json()["workers"]}
+
+
+def unit_command(fleet: Fleet, key: str) -> Done:
+    """Run what rbee-fleet.service runs, as systemd would: with the variables of its environment file."""
+    text = (ROOT / "systemd/rbee-fleet.service").read_text()
+    match = re.search(rf"^{key}=/bin/sh -c '(.+)'$", text, re.MULTILINE)
+    assert match, key
+    variables = {"RBEE_HOME": str(ROOT), "RBEE_INVENTORY": str(fleet.lab.inventory)}
+    return fleet.lab.command(["/bin/sh", "-c", match[1]], env=variables)
+
+
+def test_the_queen_stops_alone_or_with_the_fleet_and_the_fleet_unit_starts_and_stops_all(fleet: Fleet) -> None:
+    up = {n: ["active"] * len(u) for n, u in UNITS.items()}
+    down = {n: ["inactive"] * len(u) for n, u in UNITS.items()}
+    until(lambda: idle(fleet) >= {"lab1-cpu0", "lab2-cpu0"}, "both workers idle before the test")
+    before = pids(fleet)
+    try:
+        done = fleet.lab.ctl("queen", "stop", "--no-cascade")
+        assert done.returncode == 0, done.stderr
+        assert states(fleet) == {"lab1": ["active", "active", "inactive"], "lab2": ["active", "active"]}
+        done = fleet.lab.ctl("queen", "start")
+        assert done.returncode == 0, done.stderr
+        assert pids(fleet) == before
+        until(lambda: idle(fleet) >= {"lab1-cpu0", "lab2-cpu0"}, "the registry is full again")
+
+        done = fleet.lab.ctl("daemon", "stop")
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"lab2: 1 of 1 stopped", done.stderr), done.stderr
+        assert states(fleet) == down
+        assert unit_command(fleet, "ExecStart").returncode == 0
+        assert states(fleet) == up
+        assert unit_command(fleet, "ExecStop").returncode == 0
+        assert states(fleet) == down
+    finally:
+        done = fleet.lab.playbook("start")
+        assert done.returncode == 0, done.stdout[-3000:]
+    until(lambda: idle(fleet) >= {"lab1-cpu0", "lab2-cpu0"}, "the fleet is back")
