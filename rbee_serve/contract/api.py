@@ -22,6 +22,8 @@ DEADLINE_HEADER = "X-Request-Deadline"
 WORKER_HEADER = "X-Rbee-Worker"
 PLACEMENT_HEADER = "X-Rbee-Placement"
 QUEUED_HEADER = "X-Rbee-Queued-Ms"
+#: Seconds for which a client that loses its connection may come back for the rest of its stream.
+REATTACH_HEADER = "X-Rbee-Reattach"
 CACHED_HEADER = "X-Rbee-Cached-Tokens"
 
 PROMPT_MAX_CHARS = 32_768

@@ -4,7 +4,7 @@
     ├── RequestError               what the caller sent      4xx
     │   ├── InvalidRequest, InvalidModelRef, InvalidBackend, DeviceOutOfRange, PromptTooLong
     │   ├── MissingApiKey, InvalidApiKey, ModelAccessDenied, OperationNotAllowed
-    │   ├── NodeNotFound, ModelNotFound, WorkerNotFound, WorkerBinaryNotFound, RouteNotFound, MethodNotAllowed
+    │   ├── NodeNotFound, ModelNotFound, WorkerNotFound, WorkerBinaryNotFound, RequestNotFound, RouteNotFound, MethodNotAllowed
     │   ├── NodeExists, WorkerAlreadyRegistered, JobNotFound, BodyTooLarge, HeadersTooLarge, RateLimited
     │   ├── ModelInUse, WorkerBinaryInUse, ConfirmationRequired
     │   └── RequestTimeout, RequestCanceled
@@ -134,6 +134,13 @@ class OperationNotAllowed(RequestError):
 
     code = "OPERATION_NOT_ALLOWED"
     status = 403
+
+
+class RequestNotFound(RequestError):
+    """No stream of this request is kept for being fetched again."""
+
+    code = "REQUEST_NOT_FOUND"
+    status = 404
 
 
 class RouteNotFound(RequestError):

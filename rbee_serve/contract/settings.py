@@ -204,6 +204,11 @@ class QueenSettings(Settings):
     )
     audit_max_bytes: int = Field(16_777_216, ge=4096, description="size at which the audit log is rotated")
     audit_keep: int = Field(8, ge=1, le=1000, description="rotated audit logs that are kept")
+    state_dir: Path | None = Field(
+        None,
+        description="folder for what heartbeats will not tell again after a restart: dormant and retired workers; "
+        "default: $STATE_DIRECTORY (systemd StateDirectory=); none: it is forgotten",
+    )
     stale_after_s: Seconds = Field(30.0, description="a worker silent for longer is not routed to (SPEC X-09)")
     forget_after_s: Seconds = Field(120.0, description="a worker silent for longer is forgotten (SPEC X-09)")
     connect_timeout_s: Seconds = Field(5.0, description="time to connect to a worker (SPEC 3.8)")
@@ -221,6 +226,9 @@ class QueenSettings(Settings):
     )
     queue_timeout_s: Seconds = Field(60.0, description="longest wait for a slot; then ALL_SLOTS_BUSY")
     load_timeout_s: Seconds = Field(300.0, description="longest wait for a worker that was woken or loads its model (SPEC 3.8)")
+    reattach_timeout_s: Seconds = Field(
+        60.0, description="longest time for which a stream whose client asked for it is kept without a connection"
+    )
     drain_timeout_s: Seconds = Field(
         10.0, description="how long running streams may finish after SIGTERM; TimeoutStopSec= is longer"
     )

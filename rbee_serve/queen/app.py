@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.routing import Router
@@ -22,6 +24,7 @@ from rbee_serve.queen.http_client import Client, PooledClient
 from rbee_serve.queen.internal import Internal
 from rbee_serve.queen.job_runner import JobRunner
 from rbee_serve.queen.jobs import Jobs
+from rbee_serve.queen.memory import Memory
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Relay
@@ -60,12 +63,20 @@ def create_app(
     )
     queen = Queen(settings, registry, metrics, relay, clock, fleet_token, client_keys, audit)
 
+    state_dir = settings.state_dir or (Path(d.split(":")[0]) if (d := os.environ.get("STATE_DIRECTORY")) else None)
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        memory = Memory(registry, state_dir) if state_dir is not None else None
+        if memory is not None:
+            memory.load(clock())
         try:
             yield
         finally:
+            if memory is not None:
+                await memory.aclose()
             await jobs.close()
+            await queen.tapes.aclose()
             await relay.aclose()
             if audit is not None:
                 audit.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
+from collections.abc import Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
@@ -42,10 +43,14 @@ class Metrics:
         self.queue_wait_ms = histogram("queue_wait_ms", "time in the queue before the first worker, milliseconds")
         self.connections = Gauge("queen_connections", "inference requests in progress", registry=self.collector)
         self._workers = Gauge("queen_workers", "live workers by state", ["state"], registry=self.collector)
+        self._waiting = Gauge("queen_queue_depth", "requests that wait for a slot, by model", ["model"], registry=self.collector)
         self._slots = Gauge("queen_slots", "slots of routable workers", ["kind"], registry=self.collector)
 
-    def render(self, registry: Registry, now: float) -> bytes:
-        """Return everything in Prometheus' text format."""
+    def render(self, registry: Registry, waiting: Mapping[str, int], now: float) -> bytes:
+        """Return everything in Prometheus' text format. ``waiting``: requests in the queue, by model."""
+        self._waiting.clear()
+        for model in {w.model_id for w in registry} | waiting.keys():
+            self._waiting.labels(model=model).set(waiting.get(model, 0))
         live = registry.live(now)
         states = Tally(w.state for w in live)
         for state in WorkerState:

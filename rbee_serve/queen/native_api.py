@@ -21,6 +21,7 @@ from rbee_serve.contract.api import (
     CACHED_HEADER,
     PLACEMENT_HEADER,
     QUEUED_HEADER,
+    REATTACH_HEADER,
     REQUEST_ID_HEADER,
     SERVICE_NAME,
     WORKER_HEADER,
@@ -29,12 +30,13 @@ from rbee_serve.contract.api import (
     WorkerState,
     parse,
 )
-from rbee_serve.contract.errors import InvalidApiKey, InvalidRequest
+from rbee_serve.contract.errors import InvalidApiKey, InvalidRequest, NodeNotFound
 from rbee_serve.contract.events import DONE
 from rbee_serve.queen.metrics import CONTENT_TYPE
+from rbee_serve.queen.reattach import Attached, Tape
 from rbee_serve.queen.registry import BeatOutcome, Worker
 from rbee_serve.queen.relay import Stream
-from rbee_serve.queen.state import Closing, Queen, collect
+from rbee_serve.queen.state import Closing, Queen, caller, collect
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +54,14 @@ def routes(queen: Queen) -> list[Route]:
         Route("/v1/status", api.status),
         Route("/v1/hives", api.hives),
         Route("/v1/workers", api.workers),
+        Route("/v1/hives/{node}", api.hive),
         Route("/v1/workers/{worker_id}", api.worker),
+        Route("/v1/workers/{worker_id}", api.remove, methods=["DELETE"]),
+        Route("/v1/workers/{worker_id}/retire", api.retire, methods=["POST"]),
         Route(HEARTBEAT_PATH, api.heartbeat, methods=["POST"]),
         Route("/v1/inference", api.inference, methods=["POST"]),
         Route("/v1/inference/{request_id}", api.cancel, methods=["DELETE"]),
+        Route("/v1/inference/{request_id}/stream", api.resume),
         Route("/metrics", api.metrics),
     ]
 
@@ -104,12 +110,15 @@ class NativeApi:
             }
         )
 
-    async def inference(self, request: Request) -> Response | Closing:
+    async def inference(self, request: Request) -> Response | Closing | Attached:
         """Relay one generation, streamed or whole."""
         queen = self._queen
         wanted = parse(InferenceRequest, await read_json(request))
+        keep_s = queen.tapes.wanted_s(request.headers.get(REATTACH_HEADER)) if wanted.stream else None
         stream = await queen.open_stream(request, wanted, "native", correlation_id())
         headers = stream_headers(stream)
+        if keep_s is not None and (tape := queen.tapes.record(stream, keep_s)) is not None:
+            return self._attached(tape, 0, headers)
         if wanted.stream:
             body = sse(_native_body(stream), ping_interval_s=queen.settings.ping_interval_s, headers=headers)
             return Closing(body, stream)
@@ -135,6 +144,20 @@ class NativeApi:
             },
             headers=headers,
         )
+
+    async def resume(self, request: Request) -> Attached:
+        """Send the rest of a stream that was asked for with ``X-Rbee-Reattach``, after the event that the client had last."""
+        key = caller(request)
+        tape = self._queen.tapes.find(request.path_params["request_id"], key.id if key is not None else "")
+        last = request.headers.get("last-event-id", "-1")
+        if not last.lstrip("-").isdecimal():
+            raise InvalidRequest("Last-Event-ID: the number of an event's `id:` line expected", field="Last-Event-ID")
+        return self._attached(tape, max(0, int(last) + 1), stream_headers(tape.stream))
+
+    def _attached(self, tape: Tape, first: int, headers: dict[str, str]) -> Attached:
+        headers = headers | {REATTACH_HEADER: f"{tape.keep_s:g}"}
+        body = sse(tape.read(first), ping_interval_s=self._queen.settings.ping_interval_s, headers=headers)
+        return Attached(body, tape)
 
     async def cancel(self, request: Request) -> Response:
         """End a running request: 204, also when it has ended or never was (SPEC 3.4)."""
@@ -187,6 +210,40 @@ class NativeApi:
         now = self._queen.clock()
         return JsonResponse(self._record(self._queen.registry.get(request.path_params["worker_id"], now), now))
 
+    async def retire(self, request: Request) -> Response:
+        """Give a worker no more requests, move those it has, let it end (SPEC OP-27). Holds over restarts of the queen."""
+        worker = await self._retire(request, "/v1/admin/drain")
+        return JsonResponse(self._record(worker, self._queen.clock()))
+
+    async def remove(self, request: Request) -> Response:
+        """As ``retire``, but it ends as by SIGTERM and is forgotten here at once."""
+        worker = await self._retire(request, "/v1/admin/shutdown")
+        self._queen.registry.remove(worker)
+        return Response(status_code=204)
+
+    async def _retire(self, request: Request, path: str) -> Worker:
+        queen = self._queen
+        worker = queen.registry.get(request.path_params["worker_id"], queen.clock())
+        asleep = worker.record.status is WorkerState.DORMANT
+        queen.registry.retire(worker)
+        queen.relay.heard_of(worker)
+        # Nobody wakes a worker to send it away.
+        told = not asleep and await queen.relay.tell(worker, path)
+        logger.info("worker retired", extra={"worker_id": worker.id, "told": told})
+        return worker
+
+    async def hive(self, request: Request) -> Response:
+        """Show one machine that workers run on."""
+        name, now = request.path_params["node"], self._queen.clock()
+        hives = {h["name"]: h for h in self._hives()}
+        if name not in hives:
+            known = ", ".join(hives) or "none"
+            raise NodeNotFound(
+                f"no live worker on {name!r}; machines with workers: {known}", hint="rbee-ctl hive list", node=name
+            )
+        workers = [self._record(w, now) for w in self._queen.registry.live(now) if w.record.hive_id == name]
+        return JsonResponse(hives[name] | {"workers": workers})
+
     async def hives(self, _: Request) -> Response:
         """List the machines that live workers run on. The inventory knows the others; the queen does not."""
         return JsonResponse({"hives": self._hives()})
@@ -203,6 +260,7 @@ class NativeApi:
                     "started_at": queen.started_at,
                     "uptime_s": round(time.time() - queen.started_at, 1),
                     "requests_in_progress": len(queen.relay.streams),
+                    "requests_waiting": queen.relay.queue.depth(),
                 },
                 "hives": self._hives(),
                 "workers": [self._record(w, now) for w in live],
@@ -215,7 +273,7 @@ class NativeApi:
     async def metrics(self, _: Request) -> Response:
         """Answer Prometheus."""
         queen = self._queen
-        return Response(queen.metrics.render(queen.registry, queen.clock()), media_type=CONTENT_TYPE)
+        return Response(queen.metrics.render(queen.registry, queen.relay.queue.depth(), queen.clock()), media_type=CONTENT_TYPE)
 
     def _record(self, worker: Worker, now: float) -> dict[str, Any]:
         """Return the record of SPEC 3.6 plus what the queen knows of it."""
@@ -224,6 +282,7 @@ class NativeApi:
             "slots_available": worker.slots_free,
             "available": self._queen.registry.routable(worker, now) and worker.slots_free > 0,
             "in_flight": worker.in_flight,
+            "failures": round(worker.failing(now), 2),
             "last_heartbeat_age_s": round(now - worker.seen_at, 1),
         }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from rbee_serve.contract.api import ROUTABLE_STATES, Heartbeat, WorkerRecord, WorkerState
 from rbee_serve.contract.errors import WorkerAlreadyRegistered, WorkerNotFound
@@ -51,6 +52,7 @@ class Worker:
     model_id: str = ""
     slots_total: int = 0
     takes: bool = False  # is in a state in which it takes requests
+    retired: bool = False  # this process gets no more requests, whatever it says (SPEC OP-27)
 
     def __post_init__(self) -> None:
         self.describe(self.record)
@@ -58,7 +60,7 @@ class Worker:
     def describe(self, record: WorkerRecord) -> None:
         """Take over what the worker says of itself."""
         self.record, self.model_id, self.slots_total = record, record.model_id, record.slots_total
-        self.takes = record.status in ROUTABLE_STATES
+        self.takes = record.status in ROUTABLE_STATES and not self.retired
 
     def penalty(self, now: float) -> float:
         """How much worse than its load says the worker is to be judged, in shares of its slots (SPEC CAP-92, error rate).
@@ -94,6 +96,8 @@ class Worker:
         """
         if self.failed:
             return WorkerState.FAILED
+        if self.retired:
+            return WorkerState.RETIRING
         if self.takes:
             return WorkerState.IDLE if self.slots_free else WorkerState.BUSY
         return self.record.status
@@ -107,10 +111,13 @@ class Registry:
     forget_after_s: float = 120.0
     suspect_for_s: float = 30.0
     on_room: Callable[[], None] = lambda: None  # called whenever a request may find room that did not before
+    on_change: Callable[[], None] = lambda: None  # called when ``memory`` has changed
     _workers: dict[str, Worker] = field(default_factory=dict)
     # Ids that said goodbye: a beat that was overtaken on the way must not bring them back.
     _stopped: dict[str, tuple[BeatOrder, float]] = field(default_factory=dict)
     _ordinal: int = 0
+    # Retired workers: id -> started_at of the process. A new process of that name was started by somebody: it is welcome.
+    _retired: dict[str, float] = field(default_factory=dict)
 
     def beat(self, beat: Heartbeat, now: float) -> BeatOutcome:
         """Take one heartbeat; raises WorkerAlreadyRegistered when a live worker beats by this id from another address."""
@@ -137,18 +144,36 @@ class Registry:
         if record.status is WorkerState.STOPPED:
             self._workers.pop(record.id, None)
             self._stopped[record.id] = (order, now)
+            if known is not None and known.record.status is WorkerState.DORMANT:
+                self.on_change()
             return BeatOutcome.REMOVED
+        retired = self._retired.get(record.id)
+        if retired is not None and record.status is WorkerState.DORMANT and retired == record.started_at:
+            self._workers.pop(record.id, None)  # it has gone to sleep and will not be woken by us
+            return BeatOutcome.REMOVED
+        sleeps = record.status is WorkerState.DORMANT
+        slept = known is not None and known.record.status is WorkerState.DORMANT
         self._stopped.pop(record.id, None)
         if known is None or known.record.started_at != record.started_at:
             worker = Worker(record, order, now, foreign=record.slots_total - record.slots_available)
             if known is not None:  # one that fails again and again is known by its name
                 worker.failures, worker.failures_at = known.failures, known.failures_at
             self._workers[record.id] = worker
+            if retired is not None:
+                if retired == record.started_at:
+                    worker.retired = True
+                    worker.describe(record)
+                else:
+                    del self._retired[record.id]
+            if sleeps or slept or retired is not None:
+                self.on_change()
             self.on_room()
             return BeatOutcome.REGISTERED
         known.describe(record)
         known.order, known.seen_at, known.failed, known.full_until = order, now, False, 0.0
         known.foreign = max(0, record.slots_total - record.slots_available - known.in_flight)
+        if sleeps != slept:
+            self.on_change()
         self.on_room()
         return BeatOutcome.UPDATED
 
@@ -225,6 +250,40 @@ class Registry:
         worker.failures, worker.failures_at = worker.failing(now) + 1, now
         worker.failed = True
         worker.suspect_until = now + self.suspect_for_s
+
+    def retire(self, worker: Worker) -> None:
+        """Give the worker nothing more, for as long as its process lives and over restarts of the queen (SPEC OP-27)."""
+        self._retired[worker.id] = worker.record.started_at
+        if worker.record.status is WorkerState.DORMANT:
+            self._workers.pop(worker.id, None)
+        worker.retired = True
+        worker.describe(worker.record)
+        self.on_change()
+
+    def remove(self, worker: Worker) -> None:
+        """Forget the worker at once; beats of this process no longer bring it back."""
+        self._stopped[worker.id] = ((worker.record.started_at, 2**62, float("inf")), worker.seen_at)
+        self._workers.pop(worker.id, None)
+        self.on_change()
+
+    def memory(self) -> dict[str, Any]:
+        """Return what no heartbeat will tell again: who sleeps, and who was retired."""
+        sleeping = [w.record.model_dump(mode="json") for w in self._workers.values() if w.record.status is WorkerState.DORMANT]
+        return {"version": 1, "dormant": sleeping, "retired": dict(self._retired)}
+
+    def restore(self, memory: dict[str, Any], now: float) -> None:
+        """Take back what ``memory`` returned before a restart; raises ValueError when it is nothing of the kind.
+
+        A worker that has been heard of since knows better.
+        """
+        if memory.get("version") != 1:
+            raise ValueError(f"version {memory.get('version')!r}, expected 1")
+        for entry in memory["dormant"]:
+            record = WorkerRecord.model_validate(entry)
+            if record.id not in self._workers:
+                # Long ago, so that whatever beats by this name is believed; dormant ones do not grow stale.
+                self._workers[record.id] = Worker(record, (record.started_at, 0, 0.0), now - self.stale_after_s - 1)
+        self._retired |= {str(name): float(at) for name, at in memory["retired"].items()}
 
     def mark_full(self, worker: Worker, now: float) -> None:
         """Note that the worker has just refused a request as busy, which is still counted; its next beat corrects it."""

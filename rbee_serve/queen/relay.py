@@ -41,7 +41,7 @@ from rbee_serve.contract.errors import (
     WorkerLoading,
 )
 from rbee_serve.contract.events import Event, encode, end, error, queued
-from rbee_serve.queen.http_client import Client, WokenError
+from rbee_serve.queen.http_client import BrokenError, Client, WokenError
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.placement import (
     Choice,
@@ -105,7 +105,7 @@ class Relay:
 
     def __post_init__(self) -> None:
         self.queue = Queue(self.registry, self.clock, self.queue_max)
-        self.waker = Waker(self.registry, self.client, self.token, self.clock, self.load_timeout_s)
+        self.waker = Waker(self.registry, self.client, lambda: self.token, self.clock, self.load_timeout_s)
 
     async def open(
         self,
@@ -144,10 +144,25 @@ class Relay:
 
     def heard_of(self, worker: Worker) -> None:
         """After a beat: a worker that drains has its streams moved to others that continue them exactly, at once."""
-        if worker.record.status in _LEAVING:
+        if worker.state in _LEAVING:
             for stream in list(self.streams.values()):
                 if stream.worker is worker:
                     stream.hand_over()
+
+    async def tell(self, worker: Worker, path: str) -> bool:
+        """POST to a path of the worker; returns whether it has accepted."""
+        headers = {"authorization": f"Bearer {self.token}"} if self.token is not None else {}
+        until = asyncio.get_running_loop().time() + self.limits.connect_s
+        try:
+            async with asyncio.timeout_at(until):
+                answer = await self.client.send("POST", worker.record.url.rstrip("/") + path, b"", headers, fresh=True)
+            try:
+                return await answer.head(until) == 202
+            finally:
+                answer.close()
+        except (BrokenError, TimeoutError) as e:
+            logger.warning("a worker could not be told", extra={"worker_id": worker.id, "path": path, "reason": str(e)})
+            return False
 
     async def aclose(self) -> None:
         """Stop what goes on beside the streams."""

@@ -21,6 +21,7 @@ from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen.key_limits import KeyLimits
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.placement import resolve
+from rbee_serve.queen.reattach import Tapes
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Api, Relay, Stream
 
@@ -40,9 +41,11 @@ class Queen:
     started_at: float = field(default_factory=time.time)
     draining: bool = False
     limits: KeyLimits = field(init=False)
+    tapes: Tapes = field(init=False)
 
     def __post_init__(self) -> None:
         self.limits = KeyLimits(self.clock)
+        self.tapes = Tapes(self.settings.reattach_timeout_s)
 
     def record(self, event: str, **facts: object) -> None:
         """Write one line of the audit log, where there is one."""

@@ -42,7 +42,7 @@ class Waker:
 
     registry: Registry
     client: Client
-    token: str | None
+    token: Callable[[], str | None]
     clock: Callable[[], float]
     load_timeout_s: float
     under_way: dict[str, Waking] = field(default_factory=dict)  # by worker id
@@ -149,8 +149,8 @@ class Waker:
 
     async def _get(self, url: str) -> Answer:
         headers = {"accept": "application/json, text/event-stream"}
-        if self.token is not None:
-            headers["authorization"] = f"Bearer {self.token}"
+        if (token := self.token()) is not None:
+            headers["authorization"] = f"Bearer {token}"
         return await self.client.send("GET", url, b"", headers, fresh=True)
 
     def _until(self) -> float:

@@ -152,7 +152,7 @@ class Fleet:
         path.write_text(text, encoding="utf-8")
 
     def _service(self, name: str, settings: dict[str, Any], module: str) -> Service:
-        port = free_port()
+        port = settings.get("port") or free_port()
         common = {"port": port, "fleet_token_file": str(self.directory / "fleet-token")}
         lines = [f"{key} = {json.dumps(value)}" for key, value in (common | settings).items()]
         path = self.directory / f"{name}.toml"
