@@ -6,6 +6,7 @@ import contextlib
 import socket
 import struct
 import threading
+import time
 
 
 class Proxy:
@@ -16,8 +17,9 @@ class Proxy:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listening.getsockname()[1]
         self._lock = threading.Lock()
-        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._copying: dict[tuple[socket.socket, socket.socket], int] = {}  # threads at work on each pair
+        self._accepting = threading.Thread(target=self._accept, daemon=True)
+        self._accepting.start()
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -26,11 +28,11 @@ class Proxy:
                 try:
                     outer = socket.create_connection(("127.0.0.1", self._target), timeout=5)
                 except OSError:
-                    self._reset(inner)
+                    inner.close()
                     continue
                 outer.settimeout(None)
                 with self._lock:
-                    self._pairs.add((inner, outer))
+                    self._copying[inner, outer] = 2
                 for a, b in ((inner, outer), (outer, inner)):
                     threading.Thread(target=self._copy, args=(a, b, (inner, outer)), daemon=True).start()
 
@@ -38,16 +40,21 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 sink.sendall(data)
-        with self._lock:
-            self._pairs.discard(pair)
         for s in pair:  # either end closes both, as one connection would
             with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RDWR)
+        with self._lock:
+            self._copying[pair] -= 1
+            if last := not self._copying[pair]:
+                del self._copying[pair]
+        if last:  # nobody reads from them any more
+            for s in pair:
+                s.close()
 
     def cut(self) -> int:
         """Reset every connection; returns how many there were."""
         with self._lock:
-            pairs, self._pairs = self._pairs, set()
+            pairs = list(self._copying)
         for pair in pairs:
             for s in pair:
                 self._reset(s)
@@ -60,5 +67,11 @@ class Proxy:
             s.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listening.shutdown(socket.SHUT_RDWR)  # wakes accept
+        self._accepting.join(10)
         self._listening.close()
         self.cut()
+        end = time.monotonic() + 10
+        while self._copying and time.monotonic() < end:
+            time.sleep(0.01)
