@@ -34,7 +34,7 @@ SHAPED: dict[str, Any] = {
     "seed": 5,
     "json_schema": SCHEMA,
 }
-LONG = SEEDED | {"max_tokens": 300}
+LONG = SEEDED | {"max_tokens": 150}  # within what all workers compute alike
 
 
 class Cuttable(Fleet):
@@ -169,7 +169,7 @@ def test_cut_connection_costs_nothing(fleet: Cuttable) -> None:
             victim = response.headers["x-rbee-worker"]
             for event in events_of(response):
                 events.append(event)
-                if event.get("i") in (5, 50, 100):
+                if event.get("i") in (5, 40, 80):
                     fleet.proxies[victim].cut()
                 victim = event["worker_id"] if event["type"] == "resumed" else victim
 
