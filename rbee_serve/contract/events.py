@@ -102,6 +102,12 @@ def encode(event: Event) -> bytes:
     return f"event: {event['type']}\ndata: {data}\n\n".encode()
 
 
+def comment(event: Event) -> bytes:
+    """Return an event (``queued``, ``loading``) as an SSE comment, which the clients of every API skip."""
+    figures = " ".join(f"{name}={value}" for name, value in event.items() if name not in ("type", "message"))
+    return f": {event['type']} {' '.join(figures.split())}\n\n".encode()
+
+
 class SseParser:
     """Incremental parser of an SSE byte stream: feed bytes, get the ``data`` payloads.
 

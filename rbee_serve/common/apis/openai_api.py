@@ -13,11 +13,11 @@ from starlette.routing import Route
 
 from rbee_serve.common.apis.openai_messages import ChatCompletionRequest, CompletionRequest, refuse
 from rbee_serve.common.apis.openai_shapes import ChatShape, CompletionShape, Shape, error_body, to_inferences, usage_of
-from rbee_serve.common.apis.streams import Backend, Began, Closing, End, Failed, Generations, Model, Part, Token
+from rbee_serve.common.apis.streams import Backend, Began, Closing, End, Failed, Generations, Model, Part, Token, Waiting, opened
 from rbee_serve.common.apis.tool_calls import Arguments, Call, Text
 from rbee_serve.common.http import ErrorShape, JsonResponse, correlation_id, read_json, sse, while_connected
 from rbee_serve.contract.api import parse
-from rbee_serve.contract.events import DONE
+from rbee_serve.contract.events import DONE, comment
 
 #: Paths on which errors have OpenAI's shape.
 ERROR_SHAPES: dict[str, ErrorShape] = {
@@ -75,21 +75,18 @@ class OpenAIApi:
     ) -> Response | Closing:
         backend = self._backend
         wanted = to_inferences(request, fits=backend.fits(request.model))
-        generations = Generations(backend, http, wanted, "openai", parallel_calls=parallel_calls)
         n = request.n or 1
-        streams = bool(request.stream)
-        try:
-            first = await while_connected(http, generations.open()) if len(wanted) > 1 else await generations.open()
-            usage = streams and request.stream_options is not None and request.stream_options.include_usage
-            head = (first.id, first.model, int(time.time()))
-            shapes = [shape_of(*head, include_usage=usage, index=k) for k in range(len(wanted))]
-            headers = backend.headers(first)
-            if not streams:
+        generations, first = await opened(backend, http, wanted, "openai", parallel_calls=parallel_calls)
+        headers = backend.headers(first)
+        usage = bool(request.stream) and request.stream_options is not None and request.stream_options.include_usage
+        head = (first.id, first.model, int(time.time()))
+        shapes = [shape_of(*head, include_usage=usage, index=k) for k in range(len(wanted))]
+        if not request.stream:
+            try:
                 answers = await while_connected(http, generations.collect())
-                return JsonResponse(shapes[0].whole(answers, usage_of(generations.readings, n)), headers=headers)
-        except BaseException:
-            await generations.aclose()
-            raise
+            finally:
+                await generations.aclose()
+            return JsonResponse(shapes[0].whole(answers, usage_of(generations.readings, n)), headers=headers)
         body = sse(_chunks(generations, shapes, n), ping_interval_s=backend.ping_interval_s, headers=headers)
         return Closing(body, generations)
 
@@ -122,6 +119,8 @@ def _encoded(part: Part, shape: Shape, *, called: bool) -> bytes:
         return shape.token(part.text)
     if isinstance(part, Began):
         return shape.opening()
+    if isinstance(part, Waiting):
+        return comment(part.event)
     if isinstance(part, Token):
         return shape.scored(part.text, part.lp)
     if isinstance(part, Call):

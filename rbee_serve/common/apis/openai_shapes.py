@@ -10,7 +10,7 @@ import orjson
 from rbee_serve.common.apis.openai_messages import CHOICES_MAX, ChatCompletionRequest, CompletionRequest
 from rbee_serve.common.apis.streams import Answer, Reading
 from rbee_serve.common.apis.tool_calls import Arguments, Call
-from rbee_serve.contract.api import InferenceRequest, StopReason, parse
+from rbee_serve.contract.api import ChatMessage, InferenceRequest, StopReason, parse
 from rbee_serve.contract.errors import InvalidRequest, RbeeError, RequestError
 
 _FINISH = {
@@ -40,7 +40,7 @@ def to_inferences(request: ChatCompletionRequest | CompletionRequest, *, fits: i
         )
         if (value := getattr(request, name)) is not None
     }
-    common: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "model": request.model, "stream": True} | sampling
+    common: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "model": request.model, "stream": bool(request.stream)} | sampling
     if request.response_format is not None:
         common["json_schema"] = request.response_format.constraint()
     if isinstance(request, ChatCompletionRequest):
@@ -73,12 +73,17 @@ def _chat(request: ChatCompletionRequest, fits: int) -> dict[str, Any]:
         if request.logprobs:
             raise InvalidRequest("logprobs: not together with tools", field="logprobs")
     return {
-        "messages": request.messages,
+        "messages": as_system(request.messages),
         "max_tokens": fits if limit is None else limit,
         "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
         "tools": request.tools or None,
         "tool_choice": request.tool_choice if request.tools or request.tool_choice not in (None, "none", "auto") else None,
     }
+
+
+def as_system(messages: Sequence[ChatMessage]) -> list[ChatMessage]:
+    """Return the messages with OpenAI's role ``developer`` under the name that chat templates know."""
+    return [m.model_copy(update={"role": "system"}) if m.role == "developer" else m for m in messages]
 
 
 def finish_reason(stop_reason: str, *, called: bool = False) -> str:

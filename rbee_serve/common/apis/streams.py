@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rbee_serve.common.apis.tool_calls import Arguments, Call, Parser, Text, parser_of
+from rbee_serve.common.http import while_connected
 from rbee_serve.contract.api import InferenceRequest
 from rbee_serve.contract.errors import RbeeError
 from rbee_serve.contract.events import Event
@@ -62,11 +63,12 @@ class Model:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One vector an input, in order."""
+    """One vector of length 1 an input, in order; ``headers`` go with the answer."""
 
     model: str
     vectors: list[list[float]]
     prompt_tokens: int
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Backend(Protocol):
@@ -78,6 +80,12 @@ class Backend(Protocol):
 
     async def open(self, http: Request, request: InferenceRequest, api: ApiName) -> Stream:
         """Open a stream while watching the client; raises RbeeError."""
+
+    async def embed(self, http: Request, model: str, inputs: Sequence[str | Sequence[int]], api: ApiName) -> Embeddings:
+        """Return a vector for each text or list of token ids, while watching the client; raises RbeeError."""
+
+    async def count(self, http: Request, request: InferenceRequest) -> int:
+        """Return how many tokens the prompt of the request has; raises RbeeError."""
 
     def headers(self, stream: Stream) -> dict[str, str]:
         """Return the headers that go with an answer."""
@@ -95,6 +103,13 @@ class Backend(Protocol):
 @dataclass(frozen=True, slots=True)
 class Began:
     """The generation has its slot; the reading has the figures of its prompt. Comes once, first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The generation waits: for a slot, or for a worker that loads (the queen's ``queued`` and ``loading`` events)."""
+
+    event: Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +134,7 @@ class Failed:
     error: RbeeError
 
 
-Part = Began | Text | Token | Call | Arguments | End | Failed
+Part = Began | Waiting | Text | Token | Call | Arguments | End | Failed
 
 
 class Reading:
@@ -179,6 +194,8 @@ class Reading:
             return [*left, End(str(event["stop_reason"]))]
         if kind == "error":
             return (Failed(self.stream.error or RbeeError(str(event.get("message")))),)
+        if kind in ("queued", "loading"):
+            return (Waiting(event),)
         return ()
 
     def _parsed(self, found: list[Text | Call | Arguments]) -> list[Part]:
@@ -313,6 +330,20 @@ class Generations:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for reading in self.readings.values():
             await reading.stream.aclose()
+
+
+async def opened(
+    backend: Backend, http: Request, requests: Sequence[InferenceRequest], api: ApiName, *, parallel_calls: bool = True
+) -> tuple[Generations, Stream]:
+    """Return opened generations and the first of their streams, while watching the client; raises RbeeError."""
+    generations = Generations(backend, http, requests, api, parallel_calls=parallel_calls)
+    try:
+        # One alone is watched by the backend.
+        first = await generations.open() if len(requests) == 1 else await while_connected(http, generations.open())
+    except BaseException:
+        await generations.aclose()
+        raise
+    return generations, first
 
 
 class Closing:

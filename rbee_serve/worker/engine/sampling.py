@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rbee_serve.contract.errors import InferenceFailed
+from rbee_serve.contract.sampling import REPETITION_WINDOW
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,8 +19,7 @@ if TYPE_CHECKING:
     from rbee_serve.worker.engine.constraint import Constraint
     from rbee_serve.worker.engine.llama import Model
 
-#: Tokens that repetition_penalty looks back at, prompt included: llama.cpp's own default.
-REPETITION_WINDOW = 64
+
 #: Shown in place of minus infinity, which JSON has not; OpenAI does the same.
 _NEVER = -9999.0
 #: Tokens that a grammar refuses before all that it allows are looked for, which costs some ten milliseconds.
