@@ -11,7 +11,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.routing import Router
 
-from rbee_serve.common.apis import openai_api
+from rbee_serve.common.apis import anthropic_api, embeddings, ollama_api, openai_api, responses_api
 from rbee_serve.common.audit import AuditLog
 from rbee_serve.common.credentials import ClientKeys, fingerprint
 from rbee_serve.common.http import RequestLimits, create_base_app
@@ -30,6 +30,8 @@ from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Relay
 from rbee_serve.queen.state import Queen
 from rbee_serve.queen.upstream import Limits
+
+_APIS = (openai_api, embeddings, responses_api, anthropic_api, ollama_api)
 
 
 def create_app(
@@ -94,14 +96,15 @@ def create_app(
             )
         return key or False
 
+    backend = FleetBackend(queen)
     native = native_api.routes(queen)
     jobs = Jobs(JobRunner(settings, Internal(Router(native))).run, job_commands.lane)
     app = create_base_app(
-        [*native, *jobs_api.routes(queen, jobs), *openai_api.routes(FleetBackend(queen))],
+        [*native, *jobs_api.routes(queen, jobs), *(route for api in _APIS for route in api.routes(backend))],
         authenticate=authenticate if client_keys is not None else None,
         limits=RequestLimits.of(settings),
         lifespan=lifespan,
-        error_shapes=openai_api.ERROR_SHAPES,
+        error_shapes={path: shape for api in _APIS for path, shape in api.ERROR_SHAPES.items()},
     )
     app.state.queen = queen
     return app

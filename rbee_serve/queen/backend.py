@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.requests import Request
 
-from rbee_serve.common.apis.streams import ApiName, Model, Stream
+from rbee_serve.common.apis.streams import ApiName, Embeddings, Model, Stream
 from rbee_serve.common.http import correlation_id
-from rbee_serve.contract.api import InferenceRequest, WorkerState
-from rbee_serve.contract.errors import ModelNotFound
+from rbee_serve.contract.api import WORKER_HEADER, InferenceRequest, WorkerState
+from rbee_serve.contract.errors import MalformedResponse, ModelNotFound
 from rbee_serve.queen import relay
+from rbee_serve.queen.forward import ask
 from rbee_serve.queen.native_api import stream_headers
 from rbee_serve.queen.placement import known_models, serves
 from rbee_serve.queen.registry import Worker
@@ -32,6 +35,25 @@ class FleetBackend:
     async def open(self, http: Request, request: InferenceRequest, api: ApiName) -> Stream:
         """Open a stream at a worker; raises what ``Queen.open_stream`` raises."""
         return await self._queen.open_stream(http, request, api, correlation_id())
+
+    async def embed(self, http: Request, model: str, inputs: Sequence[str | Sequence[int]], api: ApiName) -> Embeddings:
+        """Ask a worker of the model; raises what ``forward.ask`` raises."""
+        body = {"model": model, "input": list(inputs)}
+        answer, worker = await ask(self._queen, http, model, "/v1/embeddings", body)
+        try:
+            vectors = [one["embedding"] for one in answer["data"]]
+            return Embeddings(answer["model"], vectors, answer["usage"]["prompt_tokens"], {WORKER_HEADER: worker.id})
+        except (KeyError, TypeError) as e:
+            raise MalformedResponse(f"worker {worker.id} sent embeddings that cannot be read", worker_id=worker.id) from e
+
+    async def count(self, http: Request, request: InferenceRequest) -> int:
+        """Ask a worker of the model to render the messages."""
+        body = request.model_dump(mode="json", include={"messages", "tools", "tool_choice"}, exclude_none=True)
+        answer, worker = await ask(self._queen, http, request.model or "", "/v1/apply-template", body)
+        count = answer.get("count")
+        if not isinstance(count, int):
+            raise MalformedResponse(f"worker {worker.id} sent a count that cannot be read", worker_id=worker.id)
+        return count
 
     def headers(self, stream: Stream) -> dict[str, str]:
         """Return the headers by which the queen says what it did."""
@@ -70,5 +92,6 @@ def _model(workers: list[Worker]) -> Model:
         created=min(int(w.record.started_at) for w in workers),
         context_tokens=min(contexts, default=None),
         info=next((w.record.model_info for w in workers if w.record.model_info), {}),
+        device_bytes=sum(w.record.vram_bytes or 0 for w in workers),
         loaded=any(w.record.status in (WorkerState.IDLE, WorkerState.BUSY, WorkerState.DRAINING) for w in workers),
     )

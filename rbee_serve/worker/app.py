@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable
 
-from pydantic import Field
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,14 +11,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from rbee_serve import __version__
-from rbee_serve.common.apis import openai_api
+from rbee_serve.common.apis import embeddings, openai_api
 from rbee_serve.common.credentials import same
-from rbee_serve.common.http import JsonResponse, RequestLimits, create_base_app, read_json, sse
+from rbee_serve.common.http import JsonResponse, RequestLimits, create_base_app, sse
 from rbee_serve.common.sdnotify import Notifier
 from rbee_serve.contract import events
-from rbee_serve.contract.api import API_VERSION, SERVICE_NAME, Message, WorkerState, parse
+from rbee_serve.contract.api import API_VERSION, SERVICE_NAME, WorkerState
 from rbee_serve.contract.errors import WorkerDraining
 from rbee_serve.contract.settings import WorkerSettings
+from rbee_serve.worker import text_api
 from rbee_serve.worker.backend import WorkerBackend
 from rbee_serve.worker.engine.protocol import Engine
 from rbee_serve.worker.heartbeat import HeartbeatSender
@@ -27,14 +27,6 @@ from rbee_serve.worker.inference import InferenceApi
 from rbee_serve.worker.lifecycle import Lifecycle
 from rbee_serve.worker.metrics import CONTENT_TYPE, Metrics
 from rbee_serve.worker.state import Worker
-
-
-class TokenizeRequest(Message):
-    """``POST /v1/tokenize``."""
-
-    text: str = Field(max_length=1_048_576)
-    parse_special: bool = False
-    add_bos: bool = True
 
 
 def create_app(
@@ -62,7 +54,7 @@ def create_app(
         authenticate=authenticate if fleet_token is not None else None,
         limits=RequestLimits.of(settings),
         lifespan=lambda _: lifecycle.run(),
-        error_shapes=openai_api.ERROR_SHAPES,
+        error_shapes=openai_api.ERROR_SHAPES | embeddings.ERROR_SHAPES,
     )
     app.state.worker, app.state.lifecycle, app.state.heartbeat = worker, lifecycle, heartbeat
     return app
@@ -78,18 +70,19 @@ def _routes(worker: Worker, lifecycle: Lifecycle) -> list[Route]:
         Route("/v1/loading/progress", api.loading),
         Route("/v1/inference", inference.infer, methods=["POST"]),
         Route("/v1/inference/{request_id}", inference.cancel, methods=["DELETE"]),
-        Route("/v1/tokenize", api.tokenize, methods=["POST"]),
         Route("/v1/admin/drain", api.drain, methods=["POST"]),
         Route("/v1/admin/shutdown", api.shutdown, methods=["POST"]),
         Route("/info", api.info),
         Route("/v1/info", api.info),
         Route("/metrics", api.metrics),
+        *text_api.routes(worker),
         *openai_api.routes(backend),
+        *embeddings.routes(backend),
     ]
 
 
 class WorkerApi:
-    """Endpoints; all but tokenize are answered from memory."""
+    """Endpoints, answered from memory."""
 
     def __init__(self, worker: Worker, lifecycle: Lifecycle) -> None:
         self._worker, self._lifecycle = worker, lifecycle
@@ -137,14 +130,6 @@ class WorkerApi:
             vram_mb = info.device_memory_bytes >> 20 if info else 0
             yield events.encode(events.loading("ready", **figures, vram_mb=vram_mb))
         yield events.DONE
-
-    async def tokenize(self, request: Request) -> Response:
-        """Return the token ids of a text as a prompt would have them."""
-        wanted = parse(TokenizeRequest, await read_json(request))
-        self._worker.admit()
-        self._worker.worked()
-        ids = await self._worker.engine.tokenize(wanted.text, parse_special=wanted.parse_special, add_bos=wanted.add_bos)
-        return JsonResponse({"token_ids": ids, "count": len(ids)})
 
     async def drain(self, _: Request) -> Response:
         """Take nothing new; exit 0 when the last running request has ended."""

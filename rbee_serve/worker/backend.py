@@ -7,14 +7,15 @@ from contextlib import aclosing
 
 from starlette.requests import Request
 
-from rbee_serve.common.apis.streams import ApiName, Model, Stream
-from rbee_serve.common.http import correlation_id
-from rbee_serve.contract.api import InferenceRequest
+from rbee_serve.common.apis.streams import ApiName, Embeddings, Model, Stream
+from rbee_serve.common.http import correlation_id, while_connected
+from rbee_serve.contract.api import WORKER_HEADER, InferenceRequest
 from rbee_serve.contract.errors import ModelNotFound, RbeeError, from_envelope
 from rbee_serve.contract.events import Event
 from rbee_serve.worker.generation import Generation
 from rbee_serve.worker.inference import InferenceApi, new_request_id
 from rbee_serve.worker.state import Worker, model_info
+from rbee_serve.worker.text_api import rendered
 
 
 class WorkerStream:
@@ -62,6 +63,19 @@ class WorkerBackend:
         generation = await self._inference.open(http, request, new_request_id())
         return WorkerStream(self._inference, generation, self._worker.settings.model_id, correlation_id())
 
+    async def embed(self, http: Request, model: str, inputs: Sequence[str | Sequence[int]], api: ApiName) -> Embeddings:
+        """Let the engine make vectors beside its streams; raises what it raises."""
+        mine = self.model(model)
+        self._worker.admit()
+        with self._worker.at_work():
+            found = await while_connected(http, self._worker.engine.embed(inputs))
+        self._worker.metrics.tokens_in.inc(sum(found.tokens))
+        return Embeddings(mine.id, found.vectors, sum(found.tokens), {WORKER_HEADER: self._worker.settings.worker_id})
+
+    async def count(self, http: Request, request: InferenceRequest) -> int:
+        """Render the prompt and count its tokens."""
+        return (await while_connected(http, rendered(self._worker, request)))[1]
+
     def headers(self, stream: Stream) -> dict[str, str]:
         """Return the headers that go with an answer."""
         return self._inference.headers(stream.generation) if isinstance(stream, WorkerStream) else {}
@@ -71,7 +85,17 @@ class WorkerBackend:
         s, info = self._worker.settings, self._worker.engine.info
         facts = model_info(info) if info else {}
         context = info.context_tokens if info else None
-        return [Model(s.model_id, s.model_ref, int(self._worker.started_at), context, facts, loaded=info is not None)]
+        return [
+            Model(
+                s.model_id,
+                s.model_ref,
+                int(self._worker.started_at),
+                context,
+                facts,
+                loaded=info is not None,
+                device_bytes=info.device_memory_bytes if info else 0,
+            )
+        ]
 
     def model(self, name: str) -> Model:
         """Return the model if that is its id or reference."""

@@ -99,7 +99,7 @@ class ChatTemplate:
         texts = [m.text() for m in messages]
         try:
             turns = [_turn(m, text) for m, text in zip(messages, texts, strict=True)]
-            offered = [tool.model_dump(exclude_none=True) for tool in tools or ()]
+            offered = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools or ()]
             if not self._knows_tools:
                 turns = in_words(turns, offered)
             given = {"tools": offered} if offered and self._knows_tools else {"tools": None}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rbee_serve import __version__
@@ -41,6 +42,7 @@ class Worker:
         #: The process ends, and the socket that systemd holds starts the next one.
         self.dormant = False
         self.stopped = False
+        self._beside = 0  # requests that need no slot
         self._worked_at = time.monotonic()
         #: Set when the state may have changed; the heartbeat clears it.
         self.changed = asyncio.Event()
@@ -77,9 +79,22 @@ class Worker:
     @property
     def idle_s(self) -> float:
         """Seconds since there was work last; 0 while a request runs and while the model is being loaded."""
-        if self.active or self.engine.slots_busy or self.engine.info is None:
+        if self.active or self._beside or self.engine.slots_busy or self.engine.info is None:
             return 0.0
         return time.monotonic() - self._worked_at
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Count work that takes no slot: meanwhile the worker is not idle, and a drain waits for its end."""
+        self._beside += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._beside -= 1
+            self.worked()
+            if not self.active and not self._beside:
+                self._idle.set()
 
     def worked(self) -> None:
         """Note that there was work just now."""
@@ -120,7 +135,7 @@ class Worker:
         """A request has ended; its slot is free now or within one step of the engine."""
         self.active.pop(generation.id, None)
         self.worked()
-        if not self.active:
+        if not self.active and not self._beside:
             self._idle.set()
         self.changed.set()
         if self.engine.slots_busy > len(self.active) and self._settling is None:

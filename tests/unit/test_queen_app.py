@@ -61,7 +61,8 @@ def paths(app: Starlette) -> list[str]:
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
-    error: dict[str, Any] = response.json()["error"]
+    body = response.json()
+    error: dict[str, Any] = body if isinstance(body["error"], str) else body["error"]  # Ollama's is a text
     assert error["correlation_id"] == response.headers["x-correlation-id"]
     return error
 

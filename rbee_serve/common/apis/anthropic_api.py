@@ -38,8 +38,8 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "mcp_servers": ([],),
     "container": (),
     "context_management": (),
-    "output_config": ({},),
     "output_format": (),
+    "speed": ("standard",),
 }
 
 _ERROR_TYPES = {
@@ -108,6 +108,20 @@ class CountTokensRequest(TolerantMessage):
     tool_choice: AnthropicToolChoice | None = None
 
 
+class AnthropicFormat(TolerantMessage):
+    """A schema that the text must follow."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class AnthropicOutput(TolerantMessage):
+    """Anthropic's ``output_config``; there is no effort to choose here."""
+
+    format: AnthropicFormat | None = None
+    effort: None = None
+
+
 class MessagesRequest(CountTokensRequest):
     """``POST /v1/messages``."""
 
@@ -117,6 +131,7 @@ class MessagesRequest(CountTokensRequest):
     temperature: float | None = Field(None, ge=0, le=1)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, le=1_000_000)
+    output_config: AnthropicOutput | None = None
 
 
 def to_inference(request: CountTokensRequest) -> InferenceRequest:
@@ -138,6 +153,10 @@ def to_inference(request: CountTokensRequest) -> InferenceRequest:
         values["tool_choice"] = _choice(request.tool_choice)
     if isinstance(request, MessagesRequest):
         values |= {"max_tokens": request.max_tokens, "stream": request.stream, "stop": request.stop_sequences or []}
+        if request.output_config is not None and request.output_config.format is not None:
+            if request.tools:
+                raise InvalidRequest("output_config: not together with tools", field="output_config")
+            values["json_schema"] = request.output_config.format.schema_
         given = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k")}
         values |= {name: value for name, value in given.items() if value is not None}
     return parse(InferenceRequest, values)

@@ -1,4 +1,4 @@
-"""Ollama's API over a backend: tags, show, ps, version, chat, generate, embed. Streams are JSON lines; errors ``{"error": text}``."""
+"""Ollama's API over a backend. Streams are JSON lines, errors ``{"error": text}``."""
 
 from __future__ import annotations
 
@@ -295,5 +295,4 @@ def _tag(model: Model) -> dict[str, Any]:
 
 
 def _loaded(model: Model) -> dict[str, Any]:
-    body: dict[str, Any] = {"size_vram": 0, "context_length": model.context_tokens}
-    return body
+    return {"size_vram": model.device_bytes, "context_length": model.context_tokens}

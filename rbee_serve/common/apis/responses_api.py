@@ -203,7 +203,7 @@ class ResponseShape:
 def _usage(reading: Reading) -> dict[str, Any]:
     return {
         "input_tokens": reading.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": reading.cached_tokens},
+        "input_tokens_details": {"cached_tokens": reading.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": reading.tokens_out,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": reading.prompt_tokens + reading.tokens_out,

@@ -94,9 +94,7 @@ def to_inference(request: ResponsesRequest, *, fits: int) -> InferenceRequest:
     }
     if request.tools and request.tool_choice != "none":
         if values["json_schema"] is not None:
-            raise InvalidRequest(
-                "text.format: not together with tools: a constrained text leaves no room for calls", field="text"
-            )
+            raise InvalidRequest("text.format: not together with tools, whose calls have another form", field="text")
         values["tools"] = [{"type": "function", "function": t.model_dump(exclude={"type"})} for t in request.tools]
     if isinstance(request.tool_choice, NamedFunction):
         values["tool_choice"] = {"type": "function", "function": {"name": request.tool_choice.name}}

@@ -59,6 +59,7 @@ class Model:
     context_tokens: int | None
     info: Mapping[str, Any]
     loaded: bool = True
+    device_bytes: int = 0  # of accelerators' memory
 
 
 @dataclass(frozen=True)
