@@ -411,3 +411,76 @@ def test_a_key_may_come_as_anthropic_s_clients_send_it(fleet: Fleet) -> None:
         assert httpx.get(f"{fleet.queen.url}/v1/models", headers=headers, trust_env=False).status_code == status
     both = {"x-api-key": fleet.key, "Authorization": "Bearer wrong"}
     assert httpx.get(f"{fleet.queen.url}/v1/models", headers=both, trust_env=False).status_code == 401
+
+
+# --- what is enforced: tool calls and schemas -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_call_that_is_required_comes_in_every_api(
+    ai: openai.OpenAI, llama: ollama.Client, claude: anthropic.Anthropic, choice: Any
+) -> None:
+    def fits(arguments: Any) -> bool:
+        return arguments["city"] in ("Paris", "Rome") and arguments["days"] in (1, 2) and len(arguments) == 2
+
+    common: dict[str, Any] = {"model": MODEL, "messages": USER, "tools": [TOOL], "max_tokens": 100, "seed": 3}
+    whole = ai.chat.completions.create(**common, tool_choice=choice).choices[0]
+    calls: dict[str, str] = {}
+    names = []
+    for chunk in ai.chat.completions.create(**common, tool_choice=choice, stream=True):
+        for call in chunk.choices[0].delta.tool_calls or []:
+            if call.function is not None and call.function.name:
+                names.append(call.function.name)
+            calls[str(call.index)] = calls.get(str(call.index), "") + ((call.function and call.function.arguments) or "")
+    response = ai.responses.create(
+        model=MODEL,
+        input="Weather?",
+        tools=[{"type": "function", "strict": True, **TOOL["function"]}],
+        tool_choice="required",
+    )
+    message = claude.messages.create(
+        model=MODEL,
+        max_tokens=100,
+        messages=USER,
+        tools=[{"name": "weather", "input_schema": PARAMETERS}],
+        tool_choice={"type": "any"},
+    )
+
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.tool_calls is not None
+    assert whole.message.tool_calls[0].type == "function"
+    assert fits(json.loads(whole.message.tool_calls[0].function.arguments))
+    assert (names, list(calls)) == (["weather"], ["0"])
+    assert json.loads(calls["0"]) == json.loads(whole.message.tool_calls[0].function.arguments)  # same seed
+    (item,) = response.output
+    assert item.type == "function_call"
+    assert fits(json.loads(item.arguments))
+    (block,) = message.content
+    assert block.type == "tool_use"
+    assert fits(block.input)
+    assert message.stop_reason == "tool_use"
+
+
+def test_a_schema_is_kept_in_every_api(ai: openai.OpenAI, llama: ollama.Client, claude: anthropic.Anthropic) -> None:
+    wanted: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}
+    chat = ai.chat.completions.create(model=MODEL, messages=USER, max_tokens=100, response_format=wanted)
+    response = ai.responses.create(
+        model=MODEL, input="A colour?", text={"format": {"type": "json_schema", "name": "x", "schema": SCHEMA, "strict": True}}
+    )
+    spoken = llama.chat(MODEL, USER, format=SCHEMA)
+    message = claude.messages.create(
+        model=MODEL,
+        max_tokens=100,
+        messages=USER,
+        output_config={"format": {"type": "json_schema", "schema": SCHEMA}},
+    )
+    assert message.content[0].type == "text"
+    for text in (chat.choices[0].message.content, response.output_text, spoken.message.content, message.content[0].text):
+        value = json.loads(text or "")
+        assert value.keys() == {"colour", "n"}
+        assert len(value["colour"]) <= 12
+        assert value["n"] in range(10)
+    broken: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#/nowhere"}}}
+    with pytest.raises(openai.BadRequestError) as e:
+        ai.chat.completions.create(model=MODEL, messages=USER, response_format=broken)
+    assert e.value.code == "INVALID_REQUEST"
