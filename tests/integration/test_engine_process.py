@@ -179,11 +179,13 @@ def test_engine_slow_reader_slows_nobody(model_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_engine_fifty_cancels_leave_nothing(model_path: Path) -> None:
-    def usage(engine: ProcessEngine) -> list[tuple[int, int]]:
-        assert engine.pid is not None
-        return [(p.num_threads(), p.num_fds()) for p in (psutil.Process(), psutil.Process(engine.pid))]
+def usage(engine: ProcessEngine) -> list[tuple[int, int]]:
+    """Threads and descriptors of the front and of the engine."""
+    assert engine.pid is not None
+    return [(p.num_threads(), p.num_fds()) for p in (psutil.Process(), psutil.Process(engine.pid))]
 
+
+def test_engine_fifty_cancels_leave_nothing(model_path: Path) -> None:
     async def run() -> None:
         async with running(model_path) as engine:
             await asyncio.gather(*(ask(engine, f"Number {i}", temperature=1, max_tokens=4) for i in range(4)))
@@ -200,30 +202,75 @@ def test_engine_fifty_cancels_leave_nothing(model_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_engine_random_requests_and_cancels_leave_all_slots_free(model_path: Path) -> None:
-    """Prompts that share beginnings, cancelled at any moment, keep their text and free their slots."""
+def test_engine_two_hundred_random_requests_and_cancels_leave_nothing(model_path: Path) -> None:
+    """Prompts that share beginnings, all ways to choose a token, left at any moment: texts, slots, threads, memory."""
     rng = random.Random(3)  # noqa: S311
     beginning = " ".join(f"Item {i} costs {3 * i} coins." for i in range(12))
     prompts = ["Once upon a time", f"{beginning} The total is", f"{beginning} The shop", "Bees"]
+    ways: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.1, "seed": 3, "top_p": 0.9},
+        {"repetition_penalty": 1.2, "logprobs": 2},
+        {"json_schema": {"type": "object"}, "temperature": 1, "seed": 2},
+        {"grammar": "root ::= [a-z ]*", "stop": ["e"]},
+    ]
 
     async def run() -> None:
-        async with running(model_path, queue_max=100, slots=4, context_tokens=256) as engine:
-            expected = {p: (await ask(engine, p, max_tokens=12)).ids for p in prompts}
+        async with running(model_path, queue_max=200, slots=4, context_tokens=256, kv_type="q8_0") as engine:
+            cases = [(p, w) for p in prompts for w in range(len(ways))]
+            answers = await asyncio.gather(*(ask(engine, p, max_tokens=6, **ways[w]) for p, w in cases))
+            expected = dict(zip(cases, (a.ids for a in answers), strict=True))
+            before, memory = usage(engine), psutil.Process(engine.pid).memory_info().rss
 
-            async def one(prompt: str, leave_after: int) -> None:
+            async def one(prompt: str, way: int, leave_after: int) -> None:
                 ids = []
-                async with aclosing(engine.generate(request(prompt, max_tokens=12))) as events:
+                async with aclosing(engine.generate(request(prompt, max_tokens=6, **ways[way]))) as events:
                     async for event in events:
                         if isinstance(event, TokenOut):
                             ids.append(event.token_id)
                         if len(ids) == leave_after:
                             break
-                assert ids == expected[prompt][: len(ids)]
-                assert len(ids) == min(leave_after, 12)
+                whole = expected[prompt, way]
+                assert ids == whole[: min(leave_after, len(whole))]
 
-            await asyncio.gather(*(one(rng.choice(prompts), rng.choice([0, 1, 5, 99])) for _ in range(50)))
+            picked = [(*rng.choice(cases), rng.choice([0, 0, 1, 2, 99])) for _ in range(200)]
+            await asyncio.gather(*(one(*p) for p in picked))
             await until_free(engine, 5)
-            assert (await ask(engine, prompts[0], max_tokens=12)).ids == expected[prompts[0]]
+            assert usage(engine) == before
+            assert psutil.Process(engine.pid).memory_info().rss - memory < 16 << 20
+            assert (await ask(engine, prompts[0], max_tokens=6)).ids == expected[prompts[0], 0]
+
+    asyncio.run(run())
+
+
+def test_engine_serves_eight_clients_for_as_long_as_they_like(model_path: Path) -> None:
+    """Each client asks, reads, embeds and leaves in turns; every answer is the one that it got alone.
+
+    RBEE_SOAK_ROUNDS lengthens it.
+    """
+    rounds = int(os.environ.get("RBEE_SOAK_ROUNDS", "2"))
+    ways: list[dict[str, Any]] = [{}, {"temperature": 1, "seed": 9}, {"json_schema": {}}, {"stop": [" the"]}]
+
+    async def run() -> None:
+        async with running(model_path, queue_max=8, slots=4, kv_type="q8_0") as engine:
+            prompts = [f"Client {n} wants to know" for n in range(8)]
+            alone = [await ask(engine, p, max_tokens=8, **ways[n % 4]) for n, p in enumerate(prompts)]
+            await engine.embed(["bees"])
+            before = usage(engine)
+
+            async def client(n: int) -> None:
+                for turn in range(rounds):
+                    answer = await ask(engine, prompts[n], max_tokens=8, **ways[n % 4])
+                    assert answer.ids == alone[n].ids
+                    if (n + turn) % 3 == 0:
+                        async with aclosing(engine.generate(request(LONG, max_tokens=50))) as events:
+                            assert isinstance(await anext(events), Started)
+                    elif n % 2:
+                        assert len((await engine.embed([prompts[n]])).vectors) == 1
+
+            await asyncio.gather(*(client(n) for n in range(8)))
+            await until_free(engine, 5)
+            assert usage(engine) == before
 
     asyncio.run(run())
 
