@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jsonschema
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from rbee_serve.contract.errors import InvalidRequest
 from rbee_serve.worker.engine import gbnf, json_schema
+from rbee_serve.worker.engine.constraint import Constraints
 from rbee_serve.worker.engine.grammar import Automaton, Matcher, Vocabulary
 
 
@@ -290,6 +292,7 @@ def test_whatever_the_grammar_lets_through_is_valid(schema: Any) -> None:
     assert whole > 5
 
 
+@settings(max_examples=60, deadline=None)
 @given(st.integers(-3000, 3000), st.integers(0, 3000), st.lists(st.integers(-7000, 7000), max_size=20))
 def test_integers_within_limits_are_exactly_those(low: int, width: int, others: list[int]) -> None:
     high = low + width
@@ -341,3 +344,36 @@ def test_schema_of_great_depth_or_width_is_bounded() -> None:
     assert time.process_time() - began < 2
     with pytest.raises(gbnf.GrammarError, match="5000 in all"):
         json_schema.to_gbnf({"anyOf": [{"type": "null"}] * 6000})
+
+
+WORDS = ["type", "properties", "required", "items", "prefixItems", "enum", "const", "anyOf", "allOf", "oneOf", "$ref", "pattern"]
+WORDS += ["additionalProperties", "minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum", "format", "nullable"]
+VALUES = ["object", "array", "string", "integer", "#", "#/properties", "^a$", "(", "a", 0, 1, -3, 2.5, True, False, None]
+anything = st.recursive(
+    st.sampled_from(VALUES),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([*WORDS, "a", "b"]), inner, max_size=4)),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(st.sampled_from(WORDS), anything, max_size=4))
+def test_no_schema_does_more_than_be_refused(schema: dict[str, Any]) -> None:
+    """Whatever JSON a client calls a schema: a grammar comes of it or InvalidRequest, which ends that request alone."""
+    constraints = Constraints(cast("Any", SimpleNamespace()))
+    try:
+        found = constraints.of(cast("Any", SimpleNamespace(grammar=None, json_schema=schema)))
+    except InvalidRequest as e:
+        refused = e.details
+    else:
+        refused = {"field": "json_schema"}
+        assert found is not None
+    assert refused["field"] in ("json_schema", "grammar")
+
+
+def test_schema_nested_beyond_pythons_own_limit_is_refused() -> None:
+    deep: Any = {}
+    for _ in range(5000):
+        deep = {"items": deep}
+    with pytest.raises(InvalidRequest, match="json_schema: "):
+        Constraints(cast("Any", SimpleNamespace())).of(cast("Any", SimpleNamespace(grammar=None, json_schema=deep)))

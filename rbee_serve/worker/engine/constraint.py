@@ -79,16 +79,19 @@ class Constraints:
         if params.grammar is None and params.json_schema is None:
             return None
         name = "grammar" if params.grammar is not None else "json_schema"
-        key = params.grammar or "\0" + json.dumps(params.json_schema)
-        automaton = self._automata.pop(key, None)
-        if automaton is None or automaton.worn:
-            try:
+        try:
+            key = params.grammar or "\0" + json.dumps(params.json_schema)
+            automaton = self._automata.pop(key, None)
+            if automaton is None or automaton.worn:
                 text = params.grammar if params.grammar is not None else json_schema.to_gbnf(params.json_schema)
                 automaton = Automaton(gbnf.parse(text))
-            except gbnf.GrammarError as e:
-                raise InvalidRequest(f"{name}: {e}", field=name) from e
-            except RecursionError as e:
-                raise InvalidRequest(f"{name}: it is nested too deeply", field=name) from e
+        except gbnf.GrammarError as e:
+            raise InvalidRequest(f"{name}: {e}", field=name) from e
+        except RecursionError as e:
+            raise InvalidRequest(f"{name}: it is nested too deeply", field=name) from e
+        except (TypeError, AttributeError, KeyError, ValueError) as e:
+            # A schema is any JSON that a client sends: a keyword's value of a type that nobody thought of ends up here.
+            raise InvalidRequest(f"{name}: a keyword has a value of the wrong type ({e})", field=name) from e
         self._automata[key] = automaton
         while len(self._automata) > _KEPT_MAX:
             self._automata.popitem(last=False)

@@ -21,6 +21,7 @@ from rbee_serve.contract.api import SamplingParams
 from rbee_serve.contract.errors import (
     AllSlotsBusy,
     InferenceFailed,
+    InvalidRequest,
     LoadingTimeout,
     RbeeError,
     WorkerCrashed,
@@ -174,12 +175,16 @@ class ProcessEngine:
             )
         if request.request_id in self._streams:
             raise InferenceFailed(f"request id {request.request_id} is already running", request_id=request.request_id)
+        body = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
+        params = {name: getattr(request.params, name) for name in SamplingParams.model_fields}
+        body["params"] = params | {"logit_bias": list(request.params.logit_bias.items())}
+        try:
+            message = pack({"submit": body})
+        except TypeError as e:  # orjson writes 254 levels
+            raise InvalidRequest(f"the request can not be passed on to the engine: {e}") from e
         stream = self._streams[request.request_id] = _Stream()
         try:
-            body = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
-            params = {name: getattr(request.params, name) for name in SamplingParams.model_fields}
-            body["params"] = params | {"logit_bias": list(request.params.logit_bias.items())}
-            self._send({"submit": body})
+            self._write(message)
             event: EngineEvent | None = None
             while not isinstance(event, Finished):
                 event = await stream.get()
@@ -233,8 +238,11 @@ class ProcessEngine:
     # --- messages -----------------------------------------------------------------------------------------------
 
     def _send(self, message: Any) -> None:
+        self._write(pack(message))
+
+    def _write(self, data: bytes) -> None:
         if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(pack(message))
+            self._writer.write(data)
 
     async def _read(self, reader: asyncio.StreamReader, listener: asyncio.Task[None]) -> None:
         unpacker = Unpacker()
