@@ -122,7 +122,7 @@ def test_engine_that_hangs_behind_a_front_that_lives_is_left(fleet: Cuttable) ->
             engine = int(Path(f"/proc/{front}/task/{front}/children").read_text().split()[0])
             for event in events_of(response):
                 events.append(event)
-                if event.get("i") == 5:
+                if (event["type"], event.get("i")) == ("token", 5):
                     os.kill(engine, signal.SIGSTOP)
                     stopped = time.monotonic()
                 if event["type"] == "resumed":
@@ -143,7 +143,7 @@ def test_drain_hands_a_running_stream_over_at_once(fleet: Cuttable) -> None:
             victim = response.headers["x-rbee-worker"]
             for event in events_of(response):
                 events.append(event)
-                if event.get("i") == 5:
+                if (event["type"], event.get("i")) == ("token", 5):
                     with fleet.worker_client(victim) as worker:
                         assert worker.post("/v1/admin/drain").status_code == 202
                     asked = time.monotonic()
@@ -169,7 +169,7 @@ def test_cut_connection_costs_nothing(fleet: Cuttable) -> None:
             victim = response.headers["x-rbee-worker"]
             for event in events_of(response):
                 events.append(event)
-                if event.get("i") in (5, 40, 80):
+                if event["type"] == "token" and event["i"] in (5, 40, 80):
                     fleet.proxies[victim].cut()
                 victim = event["worker_id"] if event["type"] == "resumed" else victim
 
