@@ -24,14 +24,20 @@ from rbee_ctl.events import OnEvent, Output, Stats, StillRunning, TaskDone, Task
 from rbee_serve import process_tree
 from rbee_serve.contract.errors import (
     BY_CODE,
+    DiskFull,
     ExitCode,
     MissingDependency,
     NodeUnreachable,
     PlaybookFailed,
     RbeeError,
     SshAuthFailed,
+    SshHostKeyRefused,
     SshTimeout,
+    SudoRefused,
 )
+
+#: Exit codes of errors after which nothing was begun on a host. Several of them together are UNREACHABLE.
+_NO_CONNECTION = (ExitCode.UNREACHABLE, ExitCode.KEY_REFUSED, ExitCode.HOST_KEY)
 
 HostStatus = Literal["ok", "failed", "unreachable"]
 Status = Literal["success", "partial", "failed", "unreachable", "canceled"]
@@ -76,7 +82,7 @@ class PlaybookResult:
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 3 some hosts failed, 4 hosts unreachable and nothing else wrong, 1 (or the one error's own) else."""
+        """0 all done, 3 some hosts failed, 4 (8, 9) hosts not reached and nothing else wrong, 1 (or the one error's own) else."""
         if self.status == "canceled":
             return ExitCode.INTERRUPTED
         errors = [o.error for o in self.hosts.values() if o.error is not None]
@@ -84,8 +90,9 @@ class PlaybookResult:
             errors.append(self.error)
         if not errors:
             return ExitCode.OK
-        if all(isinstance(e, NodeUnreachable) and e.exit_code == ExitCode.UNREACHABLE for e in errors):
-            return ExitCode.UNREACHABLE
+        if all(isinstance(e, NodeUnreachable) and e.exit_code in _NO_CONNECTION for e in errors):
+            alike = {e.exit_code for e in errors}
+            return alike.pop() if len(alike) == 1 else ExitCode.UNREACHABLE
         if self.status == "partial":
             return ExitCode.PARTIAL
         codes = {e.exit_code for e in errors}
@@ -356,7 +363,7 @@ def unreachable(host: str, message: str) -> NodeUnreachable:
     message = _SSH_PREFIX.sub("", message)
     said = message.lower()
     if "host key verification failed" in said or "remote host identification has changed" in said:
-        return SshAuthFailed(
+        return SshHostKeyRefused(
             f"{host}: its SSH host key is unknown or has changed: {message}",
             hint="if the machine is the right one: ssh-keygen -R ADDRESS && ssh-keyscan ADDRESS >> ~/.ssh/known_hosts",
             ssh_class="host-key",
@@ -379,6 +386,20 @@ def unreachable(host: str, message: str) -> NodeUnreachable:
     return NodeUnreachable(f"{host}: not reachable: {message}", hint=hint, ssh_class="connection")
 
 
+#: What Ansible and sudo say when there is no way to become root.
+_SUDO = (
+    "missing sudo password",
+    "incorrect sudo password",
+    "a password is required",
+    "a terminal is required",
+    "not in the sudoers",
+    "may not run sudo",
+    "not allowed to execute",
+    "premature end of stream waiting for become",
+    "timeout (12s) waiting for privilege escalation",
+)
+
+
 def task_error(host: str, failed: TaskDone | None) -> RbeeError:
     """Return the error of a failed task: the one that our modules describe in ``rbee_error``, else the task's message."""
     if failed is None:
@@ -389,8 +410,23 @@ def task_error(host: str, failed: TaskDone | None) -> RbeeError:
         details = {str(k): v for k, v in (told.get("details") or {}).items() if k not in ("hint", "message")}
         hint = told.get("hint")
         return cls(f"{host}: {told.get('message', 'failed')}", hint=str(hint) if hint else None, **details)
+    said = _message(failed.result)
+    low = said.lower()
+    if any(words in low for words in _SUDO):
+        return SudoRefused(
+            f"{host}: sudo refused: {said}",
+            hint=f"let the SSH user of {host} use sudo without a password (NOPASSWD: ALL in /etc/sudoers.d/), "
+            "or give the password: ansible-playbook ... --ask-become-pass",
+            task=failed.task,
+        )
+    if "no space left on device" in low or "errno 28" in low:
+        return DiskFull(
+            f"{host}: no space left, in task '{failed.task}': {said}",
+            hint=f"make room on {host} (ssh {host} df -h), then run the command again: it does what is left",
+            task=failed.task,
+        )
     return PlaybookFailed(
-        f"{host}: task '{failed.task}': {_message(failed.result)}",
+        f"{host}: task '{failed.task}': {said}",
         hint="run the command again with --verbose to see Ansible's output",
         task=failed.task,
     )

@@ -92,6 +92,22 @@ def role_readme(role: Path) -> str:
     return f"{before}{BEGIN}\n\n{table(['input', 'type', 'default', 'meaning'], rows)}\n{END}{after}"
 
 
+#: Settings that the roles write themselves, from the rest of the declaration.
+WRITTEN_BY_ROLE = {
+    "rbee_worker": "name hive host port url backend device model_id model_ref model_path model_sha256 queen_url queen_ca_file",
+    "rbee_queen": "host port tls_cert_file tls_key_file",
+}
+
+
+def role_settings(role: str, cls: type[Settings]) -> str:
+    """The role's variables with the list of settings renewed that an inventory may give."""
+    path = ROOT / "roles" / role / "vars/main.yml"
+    begin, end = f"__{role}_known_settings:\n", "# End of the generated keys.\n"
+    before, _, rest = path.read_text(encoding="utf-8").partition(begin)
+    names = sorted(set(cls.model_fields) - set(WRITTEN_BY_ROLE[role].split()))
+    return before + begin + "".join(f"  - {name}\n" for name in names) + end + rest.partition(end)[2]
+
+
 def cli_page() -> str:
     """The help of every command, as a terminal shows it."""
     import typer.main
@@ -120,6 +136,8 @@ def pages() -> dict[Path, str]:
         ROOT / "docs/errors.md": errors_page(),
         ROOT / "docs/cli.md": cli_page(),
         **roles,
+        ROOT / "roles/rbee_worker/vars/main.yml": role_settings("rbee_worker", WorkerSettings),
+        ROOT / "roles/rbee_queen/vars/main.yml": role_settings("rbee_queen", QueenSettings),
     }
 
 

@@ -13,9 +13,10 @@
     │   └── InsufficientRam, InsufficientVram, InsufficientDisk, GpuTooHot
     ├── UpstreamError              a worker or a node failed 502, 504
     │   ├── WorkerCrashed, MalformedResponse, ConnectionTimeout, VersionMismatch, InferenceFailed
-    │   └── NodeUnreachable, SshTimeout, SshAuthFailed, SshKeyNotFound, SshCommandFailed
+    │   └── NodeUnreachable, SshTimeout, SshAuthFailed, SshHostKeyRefused, SudoRefused, SshKeyNotFound, SshCommandFailed
     └── OperationError             a fleet operation failed  500
-        ├── PlaybookFailed, UnitStartFailed, LoadingTimeout, ConfigInvalid, InventoryReadOnly, MissingDependency
+        ├── PlaybookFailed, UnitStartFailed, UnitMasked, PortTaken, SelfTestFailed, DiskFull, NodeLocked
+        ├── LoadingTimeout, ConfigInvalid, InventoryReadOnly, MissingDependency
         └── DownloadFailed, DownloadTimeout, ChecksumMismatch, ModelFileInvalid, AuditBroken, BuildFailed, BundleInvalid
 
 An error carries what failed, with the figures in ``details``, and in ``hint`` the next command to type.
@@ -36,6 +37,15 @@ class ExitCode(IntEnum):
     PARTIAL = 3  # some hosts failed; for `hive status`: stopped
     UNREACHABLE = 4
     REFUSED = 5  # preflight said no, nothing was changed
+    CHANGES = 6  # `plan` and `drift`: something differs from what is declared
+    LOCKED = 7  # somebody else is changing this node
+    KEY_REFUSED = 8  # SSH answers and does not take our key
+    HOST_KEY = 9  # the node's SSH host key is unknown or has changed
+    SUDO_REFUSED = 10
+    DISK_FULL = 11
+    PORT_TAKEN = 12
+    UNIT_MASKED = 13
+    SELF_TEST = 14  # a new runtime makes no token: rolled back
     CONFIG = 78  # services: EX_CONFIG, never restarted by systemd
     INTERRUPTED = 130
 
@@ -404,7 +414,15 @@ class SshAuthFailed(NodeUnreachable):
     """SSH answered and refused the key."""
 
     code = "SSH_AUTH_FAILED"
+    exit_code = ExitCode.KEY_REFUSED
     retryable = False
+
+
+class SshHostKeyRefused(SshAuthFailed):
+    """The node's SSH host key is unknown or has changed: it may be another machine."""
+
+    code = "SSH_HOST_KEY_REFUSED"
+    exit_code = ExitCode.HOST_KEY
 
 
 class SshKeyNotFound(NodeUnreachable):
@@ -421,6 +439,13 @@ class SshCommandFailed(NodeUnreachable):
     code = "SSH_COMMAND_FAILED"
     exit_code = ExitCode.FAILED
     retryable = False
+
+
+class SudoRefused(SshCommandFailed):
+    """SSH works, sudo does not: no right, or it asks for a password."""
+
+    code = "SUDO_REFUSED"
+    exit_code = ExitCode.SUDO_REFUSED
 
 
 # --- a fleet operation failed ---------------------------------------------------------------------------------------
@@ -446,6 +471,43 @@ class UnitStartFailed(OperationError):
     """systemd could not bring the unit up; ``details["journal"]`` has its last lines."""
 
     code = "UNIT_START_FAILED"
+
+
+class UnitMasked(UnitStartFailed):
+    """The administrator has masked the unit: rbee does not undo that."""
+
+    code = "UNIT_MASKED"
+    exit_code = ExitCode.UNIT_MASKED
+
+
+class PortTaken(UnitStartFailed):
+    """Another program listens on the worker's port; ``details`` names it."""
+
+    code = "PORT_TAKEN"
+    exit_code = ExitCode.PORT_TAKEN
+
+
+class SelfTestFailed(OperationError):
+    """A new runtime does not load the model or makes no token; the worker runs on with the old one."""
+
+    code = "SELF_TEST_FAILED"
+    exit_code = ExitCode.SELF_TEST
+
+
+class DiskFull(OperationError):
+    """A file system of the node (or of this machine) is full; what was begun is done again by the next run."""
+
+    code = "DISK_FULL"
+    exit_code = ExitCode.DISK_FULL
+
+
+class NodeLocked(OperationError):
+    """Another run is changing this node; ``details`` says who, from where and since when."""
+
+    code = "NODE_LOCKED"
+    status = 409
+    exit_code = ExitCode.LOCKED
+    retryable = True
 
 
 class LoadingTimeout(OperationError):

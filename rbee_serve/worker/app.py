@@ -99,6 +99,7 @@ class WorkerApi:
             "ready": state in (WorkerState.IDLE, WorkerState.BUSY),
             "state": state.value,
             "model_loaded": loaded,
+            "registered": self._worker.told is state,
         }
         if state is WorkerState.LOADING:
             body["progress_url"] = f"{self._worker.settings.public_url}/v1/loading/progress"

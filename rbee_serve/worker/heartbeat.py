@@ -110,6 +110,7 @@ class HeartbeatSender:
             problem = None if response.is_success else f"HTTP {response.status_code}: {response.text[:200]}"
         except httpx.HTTPError as e:
             problem = f"{type(e).__name__}: {e}"
+        self._worker.told = None if problem else record.status
         self._worker.metrics.heartbeats.labels(result="failed" if problem else "ok").inc()
         if problem and not self._lost:
             logger.warning("the queen does not take heartbeats; trying on", extra={"url": self._url, "reason": problem})

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rbee_serve import __version__
 from rbee_serve.common.credentials import is_loopback, load_secret, refreshed, require_auth_for_bind
@@ -17,12 +20,13 @@ from rbee_serve.common.http import RequestLimits
 from rbee_serve.common.log import setup_logging
 from rbee_serve.common.sdnotify import Notifier
 from rbee_serve.common.serving import Leave, Server, run
-from rbee_serve.contract.errors import ConfigInvalid, ExitCode, RbeeError
+from rbee_serve.contract.api import SamplingParams
+from rbee_serve.contract.errors import BY_CODE, ConfigInvalid, ExitCode, InferenceFailed, RbeeError, WorkerCrashed
 from rbee_serve.contract.settings import WorkerSettings
 from rbee_serve.worker.app import create_app
 from rbee_serve.worker.engine.model_file import read_header
 from rbee_serve.worker.engine.process import ProcessEngine
-from rbee_serve.worker.engine.protocol import EngineConfig
+from rbee_serve.worker.engine.protocol import EngineConfig, GenerateRequest, TokenOut
 from rbee_serve.worker.heartbeat import HeartbeatSender
 from rbee_serve.worker.lifecycle import Lifecycle
 from rbee_serve.worker.state import Worker
@@ -79,6 +83,36 @@ def reload_token(settings: WorkerSettings, worker: Worker, heartbeat: HeartbeatS
     logger.info("fleet token reloaded")
 
 
+async def self_test(settings: WorkerSettings) -> dict[str, Any]:
+    """Load the model and make one token, without a port and without the queen: what an upgrade asks of a new runtime.
+
+    Returns ``{"loaded_s", "token_id", "backend", "version"}``; raises ModelFileInvalid or whatever the engine failed with.
+    """
+    read_header(settings.model_path)
+    began = time.monotonic()
+    engine = ProcessEngine(engine_config(settings), load_timeout_s=settings.load_timeout_s)
+    try:
+        await engine.start()
+        while (progress := engine.progress).stage not in ("ready", "failed"):
+            await engine.wait_progress(progress)
+        if engine.info is None:
+            raise BY_CODE.get(progress.error_code or "", WorkerCrashed)(progress.error or "the engine did not become ready")
+        loaded_s = time.monotonic() - began
+        params = SamplingParams.model_validate({"max_tokens": 1, "temperature": 0.0, "seed": 0, "ignore_eos": True})
+        request = GenerateRequest("self-test", "a", parse_special=False, add_bos=True, params=params)
+        ids = [event.token_id async for event in engine.generate(request) if isinstance(event, TokenOut)]
+        if len(ids) != 1:
+            raise InferenceFailed(f"one token expected, got {len(ids)}")
+        return {
+            "loaded_s": round(loaded_s, 2),
+            "token_id": ids[0],
+            "backend": settings.backend,
+            "version": __version__,
+        }
+    finally:
+        await engine.close()
+
+
 def serve(settings: WorkerSettings, token: str | None, notifier: Notifier) -> int:
     """Serve until SIGTERM, a drain or the end of the engine; return the exit code."""
     servers: list[Server] = []
@@ -118,11 +152,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="rbee-worker", description="One model on one device, served over HTTP.")
     parser.add_argument("--config", type=Path, required=True, help="settings file, /etc/rbee/workers/NAME.toml")
     parser.add_argument("--check-config", action="store_true", help="check settings, secrets and model file, then exit")
+    parser.add_argument("--self-test", action="store_true", help="load the model, make one token, say what it took, then exit")
     parser.add_argument("--version", action="version", version=f"rbee-worker {__version__}")
     args = parser.parse_args(argv)
     notifier = Notifier()
     try:
         settings = WorkerSettings.load(args.config)
+        if args.self_test:
+            sys.stdout.write(json.dumps(asyncio.run(self_test(settings))) + "\n")
+            return ExitCode.OK
         token = check(settings)
         if args.check_config:
             sys.stdout.write(f"{args.config}: ok\n")

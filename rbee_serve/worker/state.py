@@ -44,6 +44,8 @@ class Worker:
         self.stopped = False
         self._beside = 0  # requests that need no slot
         self._worked_at = time.monotonic()
+        #: The state that the queen has taken note of last; None before that and while she is away.
+        self.told: WorkerState | None = None
         #: Set when the state may have changed; the heartbeat clears it.
         self.changed = asyncio.Event()
         self._idle = asyncio.Event()

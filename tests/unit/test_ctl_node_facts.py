@@ -57,7 +57,7 @@ def test_what_a_machine_can_not_have_is_refused_from_memory(
 @pytest.mark.parametrize(
     ("said", "code", "ssh_class", "retryable"),
     [
-        ("Host key verification failed.", "SSH_AUTH_FAILED", "host-key", False),
+        ("Host key verification failed.", "SSH_HOST_KEY_REFUSED", "host-key", False),
         ("root@x: Permission denied (publickey).", "SSH_AUTH_FAILED", "auth", False),
         ("UNPROTECTED PRIVATE KEY FILE! ... Permission denied", "SSH_AUTH_FAILED", "auth", False),
         ("ssh: connect to host x port 22: Connection timed out", "SSH_TIMEOUT", "timeout", True),

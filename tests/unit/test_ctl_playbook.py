@@ -13,7 +13,18 @@ import pytest
 from rbee_ctl import events
 from rbee_ctl.playbook import HostOutcome, PlaybookResult, _Collector, environment, task_error, unreachable
 from rbee_serve import process_tree
-from rbee_serve.contract.errors import InsufficientRam, NodeUnreachable, PlaybookFailed, RbeeError, SshAuthFailed, SshTimeout
+from rbee_serve.contract.errors import (
+    DiskFull,
+    InsufficientRam,
+    NodeLocked,
+    NodeUnreachable,
+    PlaybookFailed,
+    RbeeError,
+    SshAuthFailed,
+    SshHostKeyRefused,
+    SshTimeout,
+    SudoRefused,
+)
 
 
 def done(kind: str, host: str, **result: Any) -> dict[str, Any]:
@@ -74,6 +85,8 @@ def test_rescued_and_ignored_failures_are_none() -> None:
         ({"a": PlaybookFailed("x"), "b": PlaybookFailed("x")}, 1),
         ({"a": None, "b": NodeUnreachable("x")}, 4),
         ({"a": SshTimeout("x"), "b": SshAuthFailed("x")}, 4),
+        ({"a": DiskFull("x")}, 11),
+        ({"a": NodeLocked("x")}, 7),
         ({"a": PlaybookFailed("x"), "b": NodeUnreachable("x")}, 1),
         ({"a": None, "b": PlaybookFailed("x"), "c": NodeUnreachable("x")}, 3),
         ({"a": InsufficientRam("x")}, 5),
@@ -109,13 +122,44 @@ def test_no_host_matched_is_a_failure() -> None:
     [
         ("Failed to connect to the host via ssh: ssh: connect to host x port 22: Connection timed out", SshTimeout),
         ("Failed to connect: root@x: Permission denied (publickey).", SshAuthFailed),
-        ("Host key verification failed.", SshAuthFailed),
+        ("Host key verification failed.", SshHostKeyRefused),
         ("ssh: connect to host x port 22: No route to host", NodeUnreachable),
         ("ssh: connect to host x port 22: Connection refused", NodeUnreachable),
     ],
 )
 def test_unreachable_is_classified(said: str, cls: type[RbeeError]) -> None:
     error = unreachable("lab1", said)
+    assert type(error) is cls
+    assert error.message.startswith("lab1: ")
+    assert error.hint
+
+
+@pytest.mark.parametrize(
+    ("errors", "exit_code"),
+    [
+        ([SshAuthFailed("x"), SshAuthFailed("x")], 8),
+        ([SshHostKeyRefused("x")], 9),
+        ([SshTimeout("x"), SshHostKeyRefused("x")], 4),
+        ([SudoRefused("x")], 10),
+    ],
+)
+def test_each_kind_of_no_entry_has_an_exit_code(errors: list[RbeeError], exit_code: int) -> None:
+    hosts = {str(n): HostOutcome("unreachable", {}, error) for n, error in enumerate(errors)}
+    assert PlaybookResult("unreachable", 4, hosts).exit_code == exit_code
+
+
+@pytest.mark.parametrize(
+    ("said", "cls"),
+    [
+        ("Task failed: Missing sudo password", SudoRefused),
+        ("Premature end of stream waiting for become success. sudo: a password is required", SudoRefused),
+        ("bee is not in the sudoers file.", SudoRefused),
+        ("Unexpected failure during module execution: [Errno 28] No space left on device: '/root/.ansible/tmp'", DiskFull),
+        ("dpkg: error", PlaybookFailed),
+    ],
+)
+def test_what_a_task_says_is_classified(said: str, cls: type[RbeeError]) -> None:
+    error = task_error("lab1", events.TaskDone("lab1", "Do it", "failed", result={"msg": said}))
     assert type(error) is cls
     assert error.message.startswith("lab1: ")
     assert error.hint

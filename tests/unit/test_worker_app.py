@@ -341,7 +341,12 @@ def test_while_loading_the_port_answers_and_says_where_progress_is() -> None:
         await progress.finish(1)
         assert [e["stage"] for e in progress.events()[:-1]] == ["loading_to_vram", "loading_to_vram", "ready"]
         assert progress.events()[-1] == "[DONE]"
-        assert (await front.get("/v1/ready")).json() == {"ready": True, "state": "idle", "model_loaded": True}
+        assert (await front.get("/v1/ready")).json() == {
+            "ready": True,
+            "state": "idle",
+            "model_loaded": True,
+            "registered": False,
+        }
 
         late = await front.get("/v1/loading/progress")
         assert [e if e == "[DONE]" else e["stage"] for e in late.events()] == ["ready", "[DONE]"]
@@ -378,7 +383,12 @@ def test_death_of_the_engine_ends_the_process_with_1() -> None:
 
         assert front.lifecycle.exit_code == 1
         assert not front.lifecycle.alive()
-        assert (await front.get("/v1/ready")).json() == {"ready": False, "state": "failed", "model_loaded": False}
+        assert (await front.get("/v1/ready")).json() == {
+            "ready": False,
+            "state": "failed",
+            "model_loaded": False,
+            "registered": False,
+        }
 
     with_front(check)
 

@@ -7,6 +7,7 @@ import time
 
 from ansible.errors import AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import action_loader
 from ansible.utils.display import Display
 
 display = Display()
@@ -53,7 +54,8 @@ class ActionModule(ActionBase):
         super().run(tmp, task_vars)
         args = dict(self._task.args)
         stops = args.get("state") == "stopped" and args.get("wait", True) and not self._task.check_mode
-        result = self._execute_module(module_args={**args, "wait": False} if stops else args, task_vars=task_vars)
+        guard = action_loader.get("rbee_guarded", class_only=True)
+        result = guard.guarded(self, {**args, "wait": False} if stops else args, task_vars)
         stopping = result.get("rbee_result", {}).pop("stopping", {}) if stops else {}
         if result.get("failed") or not stopping:
             return result

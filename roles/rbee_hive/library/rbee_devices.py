@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_devices import devices
+from ansible.module_utils.rbee_node import NodeError, fail
+from ansible.module_utils.rbee_plan import check_device
 
 DOCUMENTATION = r"""
 module: rbee_devices
@@ -12,7 +14,13 @@ short_description: Find out what a node can compute on
 description:
   - Asks nvidia-smi, rocm-smi, vulkaninfo and /proc. A driver that does not answer within 20 s counts as none.
   - Changes nothing; check mode is the same.
-options: {}
+  - With I(declared) it fails, naming what is there, when one of these workers needs a device that this machine
+    does not have, and returns nothing.
+options:
+  declared:
+    description: Workers, each with C(backend) and C(device).
+    type: list
+    elements: dict
 author: rbee
 """
 
@@ -37,12 +45,19 @@ rbee_result:
 
 
 def main():
-    module = AnsibleModule(argument_spec={}, supports_check_mode=True)
+    module = AnsibleModule(argument_spec={"declared": {"type": "list", "elements": "dict"}}, supports_check_mode=True)
     found = devices()
+    try:
+        for worker in module.params["declared"] or []:
+            check_device({"backend": worker["backend"], "device": int(worker.get("device", 0))}, found)
+    except NodeError as e:
+        fail(module, e)
     counts = {}
     for device in found:
         counts[device["backend"]] = counts.get(device["backend"], 0) + 1
     result = {"devices": found, "backends": counts}
+    if module.params["declared"] is not None:
+        module.exit_json(changed=False)
     module.exit_json(changed=False, ansible_facts={"rbee_devices": found}, rbee_result=result)
 
 

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.rbee_lock import ARGUMENTS
+from ansible.module_utils.rbee_lock import check as check_lock
 from ansible.module_utils.rbee_node import (
     TARGET,
     NodeError,
     fail,
     killed,
     listening,
+    refuse_masked,
     require_hive,
     run,
     running,
@@ -54,6 +57,9 @@ options:
     description: Command that installs rbee on this node, for the error where it is missing.
     type: str
     default: ansible-playbook site.yml
+  run:
+    description: Identity of the run; the action of the same name fills it in.
+    type: dict
 author: rbee
 attributes:
   check_mode: {support: full}
@@ -79,6 +85,7 @@ rbee_result:
 def start(params, check):
     target = show(TARGET)[TARGET]
     require_hive(target, params["install_hint"])
+    refuse_masked(target)
     units = [*worker_units(params["etc_dir"]).values(), *worker_sockets(params["etc_dir"]).values()]
     # Of an instance with a socket that is the enabled one: its worker sleeps until somebody asks.
     workers = {p["Id"]: p for p in units if p["UnitFileState"] == "enabled"}
@@ -135,11 +142,14 @@ def main():
             "wait": {"type": "bool", "default": True},
             "timeout_s": {"type": "float", "default": 330.0},
             "etc_dir": {"type": "path", "default": "/etc/rbee"},
+            **ARGUMENTS,
             "install_hint": {"type": "str", "default": "ansible-playbook site.yml"},
         },
         supports_check_mode=True,
     )
     try:
+        if not module.check_mode:
+            check_lock(module.params["run"])
         result = (start if module.params["state"] == "started" else stop)(module.params, module.check_mode)
     except NodeError as e:
         fail(module, e)

@@ -8,6 +8,7 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_devices import devices
 from ansible.module_utils.rbee_gguf import GgufError, facts
+from ansible.module_utils.rbee_lock import ARGUMENTS, take
 from ansible.module_utils.rbee_node import (
     TARGET,
     NodeError,
@@ -96,6 +97,9 @@ options:
     description: Command that installs rbee on this node.
     type: str
     default: ansible-playbook site.yml
+  run:
+    description: Identity of the run; the action of the same name fills it in. The run then holds the node's lock.
+    type: dict
 author: rbee
 """
 
@@ -279,10 +283,13 @@ def main():
             "models_dir": {"type": "path", "default": "/var/lib/rbee/models"},
             "install_path": {"type": "path", "default": "/opt/rbee"},
             "install_hint": {"type": "str", "default": "ansible-playbook site.yml"},
+            **ARGUMENTS,
         },
         supports_check_mode=True,
     )
     try:
+        if module.params["run"] and not module.check_mode and module.params["ask_only"] is None:
+            take(module.params["run"])  # until the run's end: two that start a worker here would choose the same name and port
         found, narration = plan(module.params)
     except (NodeError, CatalogError) as e:
         if module.params["ask_only"] is not None:

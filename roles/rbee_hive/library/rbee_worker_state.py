@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.rbee_lock import ARGUMENTS
+from ansible.module_utils.rbee_lock import check as check_lock
 from ansible.module_utils.rbee_node import (
     NodeError,
     fail,
     instances,
     killed,
     listening,
+    refuse_foreign_port,
+    refuse_masked,
     run,
     running,
     settled,
@@ -68,6 +72,9 @@ options:
     description: Where the instances' settings are.
     type: path
     default: /etc/rbee
+  run:
+    description: Identity of the run; the action of the same name fills it in.
+    type: dict
 author: rbee
 attributes:
   check_mode: {support: full}
@@ -140,7 +147,13 @@ def start(params, check):
     }
     there = asleep if not params["wake"] else set()
     down = [u for u in units if params["restart"] or not (up(before[u]) or u in there)]
+    for unit in down:
+        refuse_masked(before[unit])
     if down and not check:
+        for name in map(unit_instance, down):
+            held = running(before[worker_unit(name)]) or (name in sockets and listening(sockets[name]))
+            if not held and settings[name].get("port"):
+                refuse_foreign_port(name, settings[name]["port"])
         # A start is refused for units that failed too often.
         run("systemctl", "reset-failed", *down, *(socket_unit(unit_instance(u)) for u in down if unit_instance(u) in sockets))
         run("systemctl", "restart", "--no-block", *down, check=True)
@@ -191,12 +204,15 @@ def main():
             "invocation": {"type": "str"},
             "timeout_s": {"type": "float", "default": 330.0},
             "etc_dir": {"type": "path", "default": "/etc/rbee"},
+            **ARGUMENTS,
         },
         supports_check_mode=True,
     )
     if not module.params["names"]:
         module.fail_json(msg="names is empty: give at least one instance, for example cpu0")
     try:
+        if not module.check_mode:
+            check_lock(module.params["run"])
         result = (start if module.params["state"] == "started" else stop)(module.params, module.check_mode)
     except NodeError as e:
         fail(module, e)

@@ -16,7 +16,10 @@ TARGET = "rbee-hive.target"
 QUEEN_UNIT = "rbee-queen.service"
 TEMPLATE = "rbee-worker@.service"
 FIRST_PORT = 8001
-SHOWN = "Id,LoadState,ActiveState,SubState,Result,NRestarts,MainPID,StatusText,UnitFileState,InvocationID,ExecMainStatus,Job"
+SHOWN = (
+    "Id,LoadState,ActiveState,SubState,Result,NRestarts,MainPID,StatusText,UnitFileState,InvocationID,ExecMainStatus,Job,"
+    "ExecMainStartTimestampMonotonic,FragmentPath,DropInPaths,NeedDaemonReload"
+)
 
 NAME = re.compile(r"^(?=.{1,26}$)[a-z]+[0-9]+(-[a-z0-9]+)?$")
 
@@ -123,6 +126,15 @@ def require_hive(props, host_hint):
     """Raise NodeError MISSING_DEPENDENCY unless the target's unit file is there."""
     if props.get("LoadState") in (None, "not-found"):
         raise NodeError("MISSING_DEPENDENCY", f"rbee is not installed here: systemd does not know {TARGET}", host_hint)
+
+
+def refuse_masked(props):
+    """Raise NodeError UNIT_MASKED for a unit that the administrator has masked: that is not ours to undo."""
+    if props.get("LoadState") == "masked":
+        unit = props["Id"]
+        raise NodeError(
+            "UNIT_MASKED", f"{unit} is masked: its administrator has forbidden to start it", f"systemctl unmask {unit}", unit=unit
+        )
 
 
 def journal(unit, lines=12, own=False):
@@ -243,6 +255,39 @@ def parse_listening(text):
     """Return the TCP ports in state LISTEN of /proc/net/tcp or tcp6."""
     rows = (line.split() for line in text.splitlines()[1:])
     return {int(row[1].rsplit(":", 1)[1], 16) for row in rows if len(row) > 3 and row[3] == "0A"}
+
+
+def port_owner(port):
+    """Return ``"name (process N)"`` of whoever listens on a TCP port; None if nobody does."""
+    inodes = set()
+    for path in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            rows = [line.split() for line in Path(path).read_text(encoding="ascii").splitlines()[1:]]
+        except OSError:
+            continue
+        inodes |= {r[9] for r in rows if len(r) > 9 and r[3] == "0A" and int(r[1].rsplit(":", 1)[1], 16) == port}
+    if not inodes:
+        return None
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if any(str(fd.readlink()) in wanted for fd in (process / "fd").iterdir()):
+                return f"{(process / 'comm').read_text(encoding='utf-8').strip()} (process {process.name})"
+        except OSError:
+            continue
+    return "another program"
+
+
+def refuse_foreign_port(name, port):
+    """Raise NodeError PORT_TAKEN when a program listens on the port of a worker that does not run itself."""
+    if owner := port_owner(port):
+        raise NodeError(
+            "PORT_TAKEN",
+            f"port {port} of worker {name} is taken by {owner}",
+            f"stop that program, or give the worker another port in rbee_workers ({name}: port: {port + 1000})",
+            port=port,
+            owner=owner,
+        )
 
 
 def listening_ports():

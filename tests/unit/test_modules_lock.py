@@ -1,0 +1,85 @@
+"""The lock of a node: one run at a time, and none that blocks for ever."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import node_modules
+import pytest
+from ansible.module_utils import rbee_lock
+from ansible.module_utils.rbee_node import NodeError
+
+guarded = node_modules.load("action_plugins", "rbee_guarded")
+
+
+def run(name: str, **more: Any) -> dict[str, Any]:
+    return {"id": name, "host": "ctl", "user": "root", "pid": 1, "playbook": "site.yml", **more}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "lock.json")
+
+
+def test_a_second_run_is_told_who_holds_it_and_the_first_goes_on(path: str) -> None:
+    assert rbee_lock.take(run("a"), path) is None
+    with pytest.raises(NodeError) as e:
+        rbee_lock.take(run("b"), path)
+    assert e.value.code == "NODE_LOCKED"
+    assert "root@ctl" in e.value.message
+    assert "site.yml" in e.value.message
+    assert e.value.hint
+    rbee_lock.check(run("a"), path)
+    assert rbee_lock.take(run("a"), path) is None
+    with pytest.raises(NodeError):
+        rbee_lock.check(run("b"), path)
+    with pytest.raises(NodeError):
+        rbee_lock.check(None, path)
+
+
+def test_nobody_can_release_what_another_one_holds(path: str) -> None:
+    rbee_lock.take(run("a"), path)
+    assert not rbee_lock.release(run("b"), path)
+    assert rbee_lock.release(run("a"), path)
+    assert not rbee_lock.release(run("a"), path)
+    assert rbee_lock.take(run("b"), path) is None
+
+
+def test_a_lock_without_a_sign_of_life_ends_and_a_sign_of_life_renews_it(path: str) -> None:
+    record = {**run("a"), "touched": 1000.0}
+    assert rbee_lock.holder(run("b"), record, 1000 + rbee_lock.LEASE_S - 1) == record
+    assert rbee_lock.holder(run("b"), record, 1000 + rbee_lock.LEASE_S) is None
+    assert rbee_lock.holder(run("b"), record, 999) is None  # from the future: the clock was set back
+    rbee_lock.write({**record, "since": 0.0, "touched": time.time() - 100}, path)
+    rbee_lock.check(run("a"), path)
+    assert time.time() - (rbee_lock.read(path) or {})["touched"] < 50
+
+
+@pytest.mark.parametrize("text", ["", "{half", "[]", "{}"])
+def test_a_broken_file_is_no_lock(path: str, text: str) -> None:
+    Path(path).write_text(text)
+    assert rbee_lock.take(run("a"), path) is None
+
+
+def test_a_run_of_this_machine_whose_process_is_gone_is_dead_and_no_other(path: str) -> None:
+    process = subprocess.Popen(["sleep", "60"])
+    record = guarded.identity(process.pid)
+    try:
+        assert not guarded.dead(record)
+        assert not guarded.dead({**record, "machine": "another one", "started": 0})
+        assert guarded.dead({**record, "started": record["started"] - 1})  # the id was given to another process since
+    finally:
+        process.kill()
+        process.wait()
+    assert guarded.dead(record)
+    rbee_lock.take(record, path)
+    mine = guarded.identity(os.getpid())
+    with pytest.raises(NodeError):
+        rbee_lock.take(mine, path)
+    assert (rbee_lock.take({**mine, "dead": record["id"]}, path) or {})["id"] == record["id"]
+    assert (rbee_lock.read(path) or {}).keys() >= {"since", "touched", "user", "host", "pid"}
+    assert "dead" not in (rbee_lock.read(path) or {})
