@@ -7,6 +7,7 @@ case, an environment of named variables only, and extra variables through a file
 from __future__ import annotations
 
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -69,6 +70,8 @@ class HostOutcome:
     result: dict[str, Any] = field(default_factory=dict)
     error: RbeeError | None = None
     changed: int = 0
+    #: What each changed task says about it: task, what, diff (text, may be empty).
+    changes: tuple[Mapping[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -271,6 +274,7 @@ class _Collector:
         self._failed: dict[str, TaskDone] = {}
         self._unreachable: dict[str, TaskDone] = {}
         self._seen: dict[str, None] = {}
+        self._changes: dict[str, list[Mapping[str, str]]] = {}
         self._stats: Stats | None = None
         self._output: list[str] = []
         self._task, self._task_at, self._event_at = "Ansible starts", time.monotonic(), time.monotonic()
@@ -304,6 +308,8 @@ class _Collector:
             self._unreachable[event.host] = event
         elif event.status == "failed" and not event.ignored:
             self._failed[event.host] = event
+        if event.status == "ok" and event.changed:
+            self._changes.setdefault(event.host, []).extend(changes_of(event))
         for holder in (event.result, event.result.get("ansible_facts") or {}):
             if isinstance(holder, dict) and isinstance(holder.get("rbee_result"), dict):
                 self._results[event.host] = holder["rbee_result"]
@@ -333,7 +339,7 @@ class _Collector:
             return HostOutcome("unreachable", result, unreachable(host, _message(self._unreachable[host].result)), changed)
         if failed:
             return HostOutcome("failed", result, task_error(host, self._failed.get(host)), changed)
-        return HostOutcome("ok", result, None, changed)
+        return HostOutcome("ok", result, None, changed, tuple(self._changes.get(host, ())))
 
     def _general_failure(self, rc: int, path: Path) -> RbeeError:
         tail = "\n".join(line for line in self._output if line.strip())[-1500:]
@@ -344,6 +350,31 @@ class _Collector:
             hint=f"ansible-playbook --syntax-check {path}",
             ansible_exit=rc,
         )
+
+
+def changes_of(event: TaskDone) -> list[dict[str, str]]:
+    """Return what a changed task changed: one entry, or one for each changed item of a loop; with the diff as text."""
+    items = event.result.get("results")
+    changed = [i for i in items if isinstance(i, dict) and i.get("changed")] if isinstance(items, list) else [event.result]
+    task = event.task.rpartition(" : ")[2]
+    found = []
+    for item in changed:
+        diffs = item.get("diff") or []
+        diffs = [d for d in (diffs if isinstance(diffs, list) else [diffs]) if isinstance(d, dict)]
+        what = next((str(d["after_header"]) for d in diffs if d.get("after_header")), None)
+        what = what or str(item.get("dest") or item.get("path") or item.get("name") or item.get("_ansible_item_label") or "")
+        found.append({"task": task, "what": what, "diff": "".join(_diff_text(d) for d in diffs)})
+    return found
+
+
+def _diff_text(diff: Mapping[str, Any]) -> str:
+    """Return one of Ansible's diffs as unified text; secrets never come here (no_log)."""
+    if "prepared" in diff:
+        return str(diff["prepared"])
+    sides = [diff.get(side, "") for side in ("before", "after")]
+    before, after = (s if isinstance(s, str) else json.dumps(s, indent=1, sort_keys=True, default=str) for s in sides)
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), "before", "after", lineterm="", n=1)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _message(result: Mapping[str, Any]) -> str:

@@ -213,6 +213,48 @@ def _killed(host: str, outcome: Data) -> Iterator[str]:
         yield f"{host}-{kill['name']}: killed (pid {kill['pid']}, {kill['signal']}): {kill['reason']}"
 
 
+def plan(data: Data) -> View:
+    """What would change, one table a machine; and how."""
+    yield from _differences(data, "would change nothing")
+
+
+def drift(data: Data) -> View:
+    """Where machines differ, one table each."""
+    yield from _differences(data, "as declared")
+
+
+def _differences(data: Data, none: str) -> View:
+    for host, found in data["hosts"].items():
+        if found["status"] != "ok":
+            continue
+        if not (found["drift"] or found["changes"]):
+            yield f"{host}: {none}"
+        if found["drift"]:
+            rows = ((d["kind"], d["what"], d["expected"], d["found"], d["next"]) for d in found["drift"])
+            yield _table(("differs", "what", "expected", "found", "next"), rows, f"{host}: differs")
+        if found["changes"]:
+            yield _table(("task", "what"), ((c["task"], c["what"]) for c in found["changes"]), f"{host}: would change")
+            for change in found["changes"]:
+                if change["diff"]:
+                    yield f"{host}: {change['what'] or change['task']}\n{change['diff'].rstrip()}"
+
+
+def upgraded(data: Data) -> View:
+    """Outcome of an upgrade, machine by machine."""
+    for host, found in data["hosts"].items():
+        yield f"{host}: {'runs this version' if found['status'] == 'ok' else found['status']}"
+
+
+def removed(data: Data) -> View:
+    """What was taken off each machine."""
+    for host, found in data["hosts"].items():
+        if found["status"] != "ok":
+            continue
+        gone = found.get("removed", [])
+        kept = f"; models stay in {found['models_kept']}" if found.get("models_kept") else ""
+        yield f"{host}: {'removed ' + ', '.join(gone) if gone else 'nothing of rbee was there'}{kept}"
+
+
 def worker_started(data: Data) -> View:
     """A worker that was started, or ran already."""
     w = data["worker"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rbee_ctl.commands.options import Json, Nodes, Verbose, session
+from rbee_ctl.commands.options import Json, Nodes, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 from rbee_ctl.session import Session
 
@@ -214,3 +214,21 @@ def import_ssh(
         new.append(name)
     data = {"imported": new, "already_there": there, "inventory": str(path)}
     return OperationResult("hive import-ssh", data=data, view="imported")
+
+
+@app.command()
+def uninstall(
+    ctx: typer.Context,
+    node: Annotated[str, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory")],
+    purge: Annotated[bool, typer.Option("--purge", help="remove the models too")] = False,
+    yes: Yes = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Take rbee off a machine: workers, units, runtimes, settings, user. Models stay, unless --purge."""
+    from rbee_ctl.commands.fleet import per_host
+
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    s.ui.confirm(f"Take rbee off {node}{', with its models' if purge else ''}?", yes=yes)
+    return per_host("hive uninstall", s.play("uninstall", limit=node, extra_vars={"rbee_purge": purge}), "removed")

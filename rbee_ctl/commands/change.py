@@ -1,0 +1,92 @@
+"""What would change, what differs, and bringing a fleet to another version: plan, drift, upgrade, drain."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rbee_ctl.commands.options import Json, Nodes, Verbose, session
+from rbee_ctl.result import OperationResult
+from rbee_serve.contract.errors import ExitCode
+
+if TYPE_CHECKING:
+    from rbee_ctl.playbook import PlaybookResult
+
+Deep = Annotated[bool, typer.Option("--deep", help="read every model file again and compare its digest")]
+
+
+def plan(ctx: typer.Context, node: Nodes = None, json: Json = False, verbose: Verbose = False) -> OperationResult:
+    """Show what site.yml would change, and touch nothing. Exit code 0: nothing, 6: something."""
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    play = s.play("site", limit=node, check=True)
+    return _report("plan", play, {host: {"changes": _changes(play, host)} for host in play.hosts}, "plan")
+
+
+def drift(
+    ctx: typer.Context, node: Nodes = None, deep: Deep = False, json: Json = False, verbose: Verbose = False
+) -> OperationResult:
+    """Show where machines differ: the plan, and what systemd and processes say. Exit code 0: nowhere, 6: somewhere."""
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    seen = s.play("drift", limit=node, extra_vars={"rbee_drift_deep": deep})
+    if any(o.status != "ok" for o in seen.hosts.values()) or seen.error is not None:
+        return _report("drift", seen, {}, "drift")
+    play = s.play("site", limit=node, check=True)
+    hosts = {
+        host: {"drift": seen.hosts[host].result.get("drift", []) if host in seen.hosts else [], "changes": _changes(play, host)}
+        for host in play.hosts
+    }
+    return _report("drift", play, hosts, "drift")
+
+
+def _changes(play: PlaybookResult, host: str) -> list[dict[str, Any]]:
+    return [dict(change) for change in play.hosts[host].changes]
+
+
+def _report(command: str, play: PlaybookResult, hosts: dict[str, dict[str, Any]], view: str) -> OperationResult:
+    from rbee_ctl.commands.fleet import errors_of
+
+    empty: dict[str, Any] = {"drift": [], "changes": []}
+    data = {host: {"status": outcome.status, **empty, **hosts.get(host, {})} for host, outcome in play.hosts.items()}
+    differs = any(found["drift"] or found["changes"] for found in data.values())
+    code = play.exit_code if play.exit_code != ExitCode.OK or not differs else ExitCode.CHANGES
+    return OperationResult(
+        command,
+        data={"hosts": data, "differs": differs},
+        view=view,
+        errors=errors_of(play),
+        exit_code=code,
+        partial=any(o.status == "ok" for o in play.hosts.values()),
+    )
+
+
+def upgrade(
+    ctx: typer.Context,
+    node: Nodes = None,
+    at_once: Annotated[int, typer.Option("--at-once", min=1, help="machines whose workers are away at the same time")] = 1,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Bring queen and workers to this version while they serve, machine after machine; a failing self test stops the roll."""
+    from rbee_ctl.commands.fleet import per_host
+
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    extra = {"rbee_serial": at_once} if at_once > 1 else None
+    return per_host("upgrade", s.play("upgrade", limit=node, extra_vars=extra), "upgraded")
+
+
+def drain(
+    ctx: typer.Context,
+    node: Annotated[str, typer.Argument(metavar="NODE", help="machine of the inventory")],
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Take a machine out of service: no new requests, running ones are handed over or end, then nothing of rbee runs there."""
+    from rbee_ctl.commands.fleet import per_host
+
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    return per_host("drain", s.play("drain", limit=node), "hosts")
