@@ -50,14 +50,18 @@ class Wanted:
     def admits(self, worker: Worker) -> bool:
         """Apply the filters other than the model."""
         record = worker.record
-        return (
-            (self.worker_id is None or record.id == self.worker_id)
-            and (self.node is None or record.hive_id == self.node)
-            and (self.backend is None or record.backend == self.backend)
-            and (self.device is None or record.device == self.device)
-            and all(record.labels.get(name) == value for name, value in self.labels)
-            and (not self.exact or record.continuation_class == self.continuation_class)
-        )
+        if (
+            (self.worker_id is not None and record.id != self.worker_id)
+            or (self.node is not None and record.hive_id != self.node)
+            or (self.backend is not None and record.backend != self.backend)
+            or (self.device is not None and record.device != self.device)
+            or (self.exact and record.continuation_class != self.continuation_class)
+        ):
+            return False
+        for name, value in self.labels:  # noqa: SIM110 -- all() over a generator costs as much as everything above
+            if record.labels.get(name) != value:
+                return False
+        return True
 
     def filters(self) -> dict[str, str | int]:
         """Return the filters in force, for messages."""

@@ -57,16 +57,32 @@ def test_model_may_be_left_out_where_only_one_is_served() -> None:
         choose(fleet({"model_id": "a"}, {"model_id": "b"}), Wanted(), 0.0)
 
 
-@pytest.mark.parametrize("wanted", [Wanted(node="lab1"), Wanted(device=3), Wanted(worker_id="lab1-cuda3")])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        Wanted(node="lab1"),
+        Wanted(device=3),
+        Wanted(backend="cuda"),
+        Wanted(worker_id="lab1-cuda3"),
+        Wanted(labels=(("site", "hull"),)),
+        Wanted(labels=(("gpu", "big"), ("site", "hull"))),
+        Wanted(continuation_class="B", exact=True),
+    ],
+)
 def test_each_filter_picks_the_only_one_that_fits(wanted: Wanted) -> None:
-    registry = fleet({}, {"worker_id": "lab1-cuda3", "device": 3}, {})
+    only = {"device": 3, "backend": "cuda", "labels": {"site": "hull", "gpu": "big"}, "continuation_class": "B"}
+    registry = fleet({"labels": {"site": "york"}}, {"worker_id": "lab1-cuda3"} | only, {})
 
     assert {choose(registry, wanted, 0.0).id for _ in range(5)} == {"lab1-cuda3"}
 
 
-@pytest.mark.parametrize("filters", [{"node": "nowhere"}, {"device": 7}, {"worker_id": "x"}])
+@pytest.mark.parametrize(
+    "filters", [{"node": "nowhere"}, {"device": 7}, {"worker_id": "x"}, {"backend": "rocm"}, {"labels": (("a", "b"),)}]
+)
 def test_filters_that_fit_nobody_are_named(filters: dict[str, Any]) -> None:
-    with pytest.raises(NoWorkerAvailable, match=r"served, but by no worker with (node=nowhere|device=7|worker_id=x)"):
+    with pytest.raises(
+        NoWorkerAvailable, match=r"served, but by no worker with (node=nowhere|device=7|worker_id=x|backend=rocm|label a=b)"
+    ):
         choose(fleet({}, {}), Wanted("smollm2", **filters), 0.0)
 
 
