@@ -15,6 +15,7 @@ from rbee_serve.common.apis import anthropic_api, embeddings, ollama_api, openai
 from rbee_serve.common.audit import AuditLog
 from rbee_serve.common.credentials import ClientKeys, fingerprint
 from rbee_serve.common.http import RequestLimits, create_base_app
+from rbee_serve.common.openapi import with_document
 from rbee_serve.contract.errors import InvalidApiKey
 from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
@@ -100,7 +101,7 @@ def create_app(
     native = native_api.routes(queen)
     jobs = Jobs(JobRunner(settings, Internal(Router(native))).run, job_commands.lane)
     app = create_base_app(
-        [*native, *jobs_api.routes(queen, jobs), *(route for api in _APIS for route in api.routes(backend))],
+        with_document([*native, *jobs_api.routes(queen, jobs), *(r for api in _APIS for r in api.routes(backend))], "rbee queen"),
         authenticate=authenticate if client_keys is not None else None,
         limits=RequestLimits.of(settings),
         lifespan=lifespan,

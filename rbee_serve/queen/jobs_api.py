@@ -10,9 +10,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rbee_serve.common.http import JsonResponse, read_json, sse
+from rbee_serve.common.openapi import takes
 from rbee_serve.contract.errors import OperationNotAllowed
 from rbee_serve.contract.events import DONE, encode
-from rbee_serve.contract.operations import Operation, parse_operation
+from rbee_serve.contract.operations import AnyOperation, Operation, parse_operation
 from rbee_serve.queen.job_commands import READ_ONLY
 from rbee_serve.queen.jobs import Job, Jobs
 from rbee_serve.queen.state import Queen, caller
@@ -34,6 +35,7 @@ class _JobsApi:
     def __init__(self, queen: Queen, jobs: Jobs) -> None:
         self._queen, self._jobs = queen, jobs
 
+    @takes(AnyOperation)
     async def begin(self, request: Request) -> Response:
         """Begin a job: a wrong operation or field is refused at once."""
         operation = parse_operation(await read_json(request))
@@ -55,6 +57,7 @@ class _JobsApi:
         await self._jobs.cancel(request.path_params["job_id"])
         return Response(status_code=204)
 
+    @takes(streams="text/event-stream")
     async def follow(self, request: Request) -> Response:
         """Stream a job's events from the first one on."""
         return sse(_lines(self._job(request)), ping_interval_s=self._queen.settings.ping_interval_s)

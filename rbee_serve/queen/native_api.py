@@ -16,6 +16,7 @@ from starlette.routing import Route
 from rbee_serve import __version__
 from rbee_serve.common.credentials import same
 from rbee_serve.common.http import JsonResponse, bearer_token, correlation_id, read_json, sse, while_connected
+from rbee_serve.common.openapi import takes
 from rbee_serve.contract.api import (
     API_VERSION,
     CACHED_HEADER,
@@ -110,6 +111,7 @@ class NativeApi:
             }
         )
 
+    @takes(InferenceRequest, streams="text/event-stream")
     async def inference(self, request: Request) -> Response | Closing | Attached:
         """Relay one generation, streamed or whole."""
         queen = self._queen
@@ -166,6 +168,7 @@ class NativeApi:
             stream.cancel()
         return Response(status_code=204)
 
+    @takes(Heartbeat)
     async def heartbeat(self, request: Request) -> Response:
         """Take a worker's heartbeat; its key is the fleet token."""
         queen = self._queen
@@ -187,6 +190,7 @@ class NativeApi:
             queen.record(f"worker.{outcome.value}", **facts)
         return JsonResponse({"status": "ok", "message": outcome.value})
 
+    @takes(query=_WORKER_FILTERS)
     async def workers(self, request: Request) -> Response:
         """List live workers, filtered by ``node``, ``model`` and ``state``."""
         query = dict(request.query_params)

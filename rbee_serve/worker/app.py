@@ -14,6 +14,7 @@ from rbee_serve import __version__
 from rbee_serve.common.apis import embeddings, openai_api
 from rbee_serve.common.credentials import same
 from rbee_serve.common.http import JsonResponse, RequestLimits, create_base_app, sse
+from rbee_serve.common.openapi import takes, with_document
 from rbee_serve.common.sdnotify import Notifier
 from rbee_serve.contract import events
 from rbee_serve.contract.api import API_VERSION, SERVICE_NAME, WorkerState
@@ -50,7 +51,7 @@ def create_app(
         return worker.fleet_token is not None and same(token, worker.fleet_token)
 
     app = create_base_app(
-        _routes(worker, lifecycle),
+        with_document(_routes(worker, lifecycle), "rbee worker"),
         authenticate=authenticate if fleet_token is not None else None,
         limits=RequestLimits.of(settings),
         lifespan=lambda _: lifecycle.run(),
@@ -105,6 +106,7 @@ class WorkerApi:
             body["progress_url"] = f"{self._worker.settings.public_url}/v1/loading/progress"
         return JsonResponse(body)
 
+    @takes(streams="text/event-stream")
     async def loading(self, _: Request) -> ASGIApp:
         """Stream the progress of loading; after it, ``ready`` at once."""
         return sse(self._progress(), ping_interval_s=self._worker.settings.ping_interval_s)

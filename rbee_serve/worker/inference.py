@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rbee_serve.common.http import JsonResponse, correlation_id, read_json, sse, while_connected
+from rbee_serve.common.openapi import takes
 from rbee_serve.contract import events
 from rbee_serve.contract.api import (
     DEADLINE_HEADER,
@@ -48,6 +49,7 @@ class InferenceApi:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
+    @takes(InferenceRequest, streams="text/event-stream")
     async def infer(self, request: Request) -> Response | _Closing:
         """Generate, streamed or whole. An error before the first event has its own status; a later one is an event."""
         wanted = parse(InferenceRequest, await read_json(request))

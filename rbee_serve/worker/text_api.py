@@ -10,6 +10,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rbee_serve.common.http import JsonResponse, read_json, while_connected
+from rbee_serve.common.openapi import takes
 from rbee_serve.contract.api import ChatMessage, InferenceRequest, Message, NamedTool, Tool, parse
 from rbee_serve.worker.state import Worker
 
@@ -55,6 +56,7 @@ class TextApi:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
+    @takes(TokenizeRequest)
     async def tokenize(self, request: Request) -> Response:
         """Return the token ids of a text as a prompt would have them."""
         wanted = parse(TokenizeRequest, await read_json(request))
@@ -63,6 +65,7 @@ class TextApi:
         ids = await while_connected(request, work)
         return JsonResponse({"token_ids": ids, "count": len(ids)})
 
+    @takes(DetokenizeRequest)
     async def detokenize(self, request: Request) -> Response:
         """Return the text of token ids."""
         wanted = parse(DetokenizeRequest, await read_json(request))
@@ -70,6 +73,7 @@ class TextApi:
         text = await while_connected(request, self._worker.engine.detokenize(wanted.token_ids, special=wanted.special))
         return JsonResponse({"text": text})
 
+    @takes(ApplyTemplateRequest)
     async def apply_template(self, request: Request) -> Response:
         """Return the prompt that a conversation becomes, and how many tokens it has."""
         wanted = parse(ApplyTemplateRequest, await read_json(request))

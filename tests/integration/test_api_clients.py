@@ -421,7 +421,7 @@ def test_a_tool_call_that_is_required_comes_in_every_api(
     ai: openai.OpenAI, llama: ollama.Client, claude: anthropic.Anthropic, choice: Any
 ) -> None:
     def fits(arguments: Any) -> bool:
-        return arguments["city"] in ("Paris", "Rome") and arguments["days"] in (1, 2) and len(arguments) == 2
+        return arguments["city"] in ("Paris", "Rome") and arguments["days"] in range(10) and len(arguments) == 2
 
     common: dict[str, Any] = {"model": MODEL, "messages": USER, "tools": [TOOL], "max_tokens": 100, "seed": 3}
     whole = ai.chat.completions.create(**common, tool_choice=choice).choices[0]

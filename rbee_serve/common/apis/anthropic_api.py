@@ -29,6 +29,7 @@ from rbee_serve.common.apis.streams import (
 )
 from rbee_serve.common.apis.tool_calls import Arguments, Call, Text
 from rbee_serve.common.http import ErrorShape, JsonResponse, correlation_id, read_json, sse, while_connected
+from rbee_serve.common.openapi import takes
 from rbee_serve.contract.api import InferenceRequest, StopReason, StopStrings, TolerantMessage, parse
 from rbee_serve.contract.errors import InvalidRequest, RbeeError
 from rbee_serve.contract.events import comment
@@ -221,6 +222,7 @@ class AnthropicApi:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
+    @takes(MessagesRequest, streams="text/event-stream")
     async def messages(self, request: Request) -> Response | Closing:
         """Answer a conversation."""
         body = await read_json(request)
@@ -240,6 +242,7 @@ class AnthropicApi:
             await generations.aclose()
         return JsonResponse(shape.whole(answer), headers=headers)
 
+    @takes(CountTokensRequest)
     async def count_tokens(self, request: Request) -> Response:
         """Count the tokens of a conversation as the model's own template renders it."""
         wanted = parse(CountTokensRequest, await read_json(request))

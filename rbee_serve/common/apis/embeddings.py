@@ -15,6 +15,7 @@ from starlette.routing import Route
 from rbee_serve.common.apis.openai_shapes import error_body
 from rbee_serve.common.apis.streams import Backend
 from rbee_serve.common.http import ErrorShape, JsonResponse, read_json
+from rbee_serve.common.openapi import takes
 from rbee_serve.contract.api import TolerantMessage, parse
 from rbee_serve.contract.errors import InvalidRequest
 
@@ -77,6 +78,7 @@ class EmbeddingsApi:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
+    @takes(EmbeddingsRequest)
     async def embeddings(self, request: Request) -> Response:
         """Turn texts, or lists of token ids, into vectors of length 1."""
         wanted = parse(EmbeddingsRequest, await read_json(request))

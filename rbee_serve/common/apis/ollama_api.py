@@ -31,6 +31,7 @@ from rbee_serve.common.apis.ollama_messages import (
 from rbee_serve.common.apis.streams import Answer, Backend, Closing, End, Failed, Generations, Model, Reading, opened
 from rbee_serve.common.apis.tool_calls import Arguments, Call, Text
 from rbee_serve.common.http import ErrorShape, JsonResponse, correlation_id, ndjson, read_json, while_connected
+from rbee_serve.common.openapi import takes
 from rbee_serve.contract.api import InferenceRequest, StopReason, parse
 from rbee_serve.contract.errors import InvalidRequest, ModelNotFound, RbeeError
 
@@ -126,6 +127,7 @@ class OllamaApi:
         models = [m for m in self._backend.models() if m.loaded]
         return JsonResponse({"models": [_tag(m) | _loaded(m) for m in models]})
 
+    @takes(OllamaShowRequest)
     async def show(self, request: Request) -> Response:
         """Show one model."""
         wanted = parse(OllamaShowRequest, await read_json(request))
@@ -150,6 +152,7 @@ class OllamaApi:
             }
         )
 
+    @takes(OllamaChatRequest, streams="application/x-ndjson")
     async def chat(self, request: Request) -> Response | Closing:
         """Answer a conversation."""
         began = time.perf_counter()
@@ -162,6 +165,7 @@ class OllamaApi:
         inference = chat_inference(wanted, model.id, self._sampling(wanted.options, model))
         return await self._answer(request, inference, _Shape(wanted.model, _chat_line, began))
 
+    @takes(OllamaGenerateRequest, streams="application/x-ndjson")
     async def generate(self, request: Request) -> Response | Closing:
         """Answer a prompt."""
         began = time.perf_counter()
@@ -174,6 +178,7 @@ class OllamaApi:
         inference = generate_inference(wanted, model.id, self._sampling(wanted.options, model))
         return await self._answer(request, inference, _Shape(wanted.model, _generate_line, began))
 
+    @takes(OllamaEmbedRequest)
     async def embed(self, request: Request) -> Response:
         """Turn texts into vectors of length 1."""
         began = time.perf_counter()
@@ -191,6 +196,7 @@ class OllamaApi:
             headers=dict(found.headers),
         )
 
+    @takes(OllamaEmbeddingsRequest)
     async def embeddings(self, request: Request) -> Response:
         """Turn one text into a vector (the older route)."""
         wanted = parse(OllamaEmbeddingsRequest, await read_json(request))

@@ -16,6 +16,7 @@ from rbee_serve.common.apis.openai_shapes import ChatShape, CompletionShape, Sha
 from rbee_serve.common.apis.streams import Backend, Began, Closing, End, Failed, Generations, Model, Part, Token, Waiting, opened
 from rbee_serve.common.apis.tool_calls import Arguments, Call, Text
 from rbee_serve.common.http import ErrorShape, JsonResponse, correlation_id, read_json, sse, while_connected
+from rbee_serve.common.openapi import takes
 from rbee_serve.contract.api import parse
 from rbee_serve.contract.events import DONE, comment
 
@@ -52,6 +53,7 @@ class OpenAIApi:
         """Show one model."""
         return JsonResponse(_model(self._backend.model(request.path_params["model"])))
 
+    @takes(ChatCompletionRequest, streams="text/event-stream")
     async def chat(self, request: Request) -> Response | Closing:
         """Chat completions. The worker renders the model's own chat template."""
         body = await read_json(request)
@@ -59,6 +61,7 @@ class OpenAIApi:
         wanted = parse(ChatCompletionRequest, body)
         return await self._answer(request, wanted, ChatShape, parallel_calls=wanted.parallel_tool_calls is not False)
 
+    @takes(CompletionRequest, streams="text/event-stream")
     async def completions(self, request: Request) -> Response | Closing:
         """Completions of raw prompts."""
         body = await read_json(request)

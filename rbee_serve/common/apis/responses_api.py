@@ -18,6 +18,7 @@ from rbee_serve.common.apis.responses_messages import UNSUPPORTED, ResponsesRequ
 from rbee_serve.common.apis.streams import Backend, Began, Closing, End, Failed, Generations, Part, Reading, Waiting, opened
 from rbee_serve.common.apis.tool_calls import Arguments, Call, Text
 from rbee_serve.common.http import ErrorShape, JsonResponse, correlation_id, read_json, sse, while_connected
+from rbee_serve.common.openapi import takes
 from rbee_serve.contract.api import StopReason, parse
 from rbee_serve.contract.events import comment
 
@@ -35,6 +36,7 @@ class ResponsesApi:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
+    @takes(ResponsesRequest, streams="text/event-stream")
     async def responses(self, request: Request) -> Response | Closing:
         """Answer an input of text, messages, calls and their results."""
         body = await read_json(request)
