@@ -135,6 +135,18 @@ class QueenClient:
             raise MalformedResponse(f"GET {path}: an object expected, got {type(body).__name__}", hint="rbee-ctl config show")
         return body
 
+    def post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the decoded answer, {} for an empty one; never repeated: what was asked for may have been done."""
+        with self._reaching():
+            response = self._http.post(path, json=dict(body or {}))
+        if response.is_error:
+            raise self._refusal(response)
+        try:
+            found = response.json() if response.content else {}
+        except ValueError as e:
+            raise MalformedResponse(f"POST {path}: the answer is no JSON ({e})", hint="rbee-ctl config show") from e
+        return found if isinstance(found, dict) else {}
+
     def workers(self, **filters: str | None) -> list[dict[str, Any]]:
         """Return the live workers' records; ``filters`` are node, model and state."""
         found = self.get("/v1/workers", {k: v for k, v in filters.items() if v is not None}).get("workers")

@@ -444,3 +444,42 @@ def lab(data: Data) -> View:
         return ["no lab machines"]
     rows = ((n["name"], n["state"], n["address"], data["lab"]["network"], data["lab"]["bridge"]) for n in data["nodes"])
     return [_table(("machine", "state", "address", "network", "bridge"), rows)]
+
+
+def processes(data: Data) -> View:
+    """Worker processes of one machine."""
+    if not data["processes"]:
+        return [f"no worker processes on {data['node']}"]
+    rows = (
+        (p["pid"], p["role"], p["worker_id"], p["model_id"], duration(p["uptime_s"]), f"{p['cpu_s']} s", size(p["rss_bytes"]))
+        for p in data["processes"]
+    )
+    return [_table(("pid", "role", "worker", "model", "up", "cpu", "memory"), rows)]
+
+
+def process_deleted(data: Data) -> View:
+    """A process that was ended."""
+    p = data["process"]
+    yield f"{p['node']}: process {p['pid']} ended with {p['unit']}; rbee-ctl worker start or hive start brings the worker back"
+
+
+def retired(data: Data) -> View:
+    """A worker that takes no more requests."""
+    yield f"{data['worker']['id']}: retiring; running requests end normally"
+
+
+def health(data: Data) -> View:
+    """Workers and whether they are ready."""
+    if not data["workers"]:
+        return ["no live workers"]
+    rows = (
+        (w["id"], w["node"], "yes" if w["ready"] else "no", w["state"], f"{w['last_heartbeat_age_s']}s") for w in data["workers"]
+    )
+    return [_table(("worker", "node", "ready", "state", "heard"), rows)]
+
+
+def cleaned(data: Data) -> View:
+    """Workers that nobody declared."""
+    for host, outcome in data["hosts"].items():
+        names = ", ".join(outcome.get("removed", [])) if outcome["status"] == "ok" else outcome["status"]
+        yield f"{host}: {names or 'nothing to remove'}"

@@ -6,11 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from rbee_ctl.commands.options import Backend, Json, Node, Verbose, session
+from rbee_ctl.commands import process
+from rbee_ctl.commands.options import Backend, Json, Node, Nodes, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 
 app = typer.Typer(help="Workers: start, stop, list, get.", no_args_is_help=True)
-plural = typer.Typer(help="Alias of worker.", no_args_is_help=True)
+plural = typer.Typer(help="Live workers: list, health, shutdown.", no_args_is_help=True)
+app.add_typer(process.app, name="process")
 
 
 @app.command("spawn", hidden=True)
@@ -117,3 +119,72 @@ def get(ctx: typer.Context, worker_id: Annotated[str, typer.Argument(metavar="WO
         return OperationResult(
             "worker get", data={"worker": queen.get(f"/v1/workers/{quote(worker_id, safe='')}")}, view="record"
         )
+
+
+@app.command()
+def retire(
+    ctx: typer.Context,
+    worker_id: Annotated[str, typer.Argument(metavar="WORKER")],
+    yes: Yes = False,
+    json: Json = False,
+) -> OperationResult:
+    """Give a worker no more requests; those that run end normally. It stays retired when the queen restarts."""
+    from urllib.parse import quote
+
+    s = session(ctx, json=json)
+    s.ui.confirm(f"retire {worker_id}? It takes no more requests until it is started anew.", yes=yes)
+    with s.queen() as queen:
+        answer = queen.post(f"/v1/workers/{quote(worker_id, safe='')}/retire")
+    return OperationResult("worker retire", data={"worker": {"id": worker_id, **answer}}, view="retired")
+
+
+@plural.command("health")
+@app.command()
+def health(ctx: typer.Context, node: Node = None, json: Json = False) -> OperationResult:
+    """Say of each live worker whether it is ready, in which state it is and when it was last heard."""
+    s = session(ctx, json=json)
+    with s.queen() as queen:
+        found = [
+            {
+                "id": w.get("id"),
+                "node": w.get("hive_id"),
+                "ready": w.get("status") in ("idle", "busy"),
+                "state": w.get("status"),
+                "last_heartbeat_age_s": w.get("last_heartbeat_age_s"),
+            }
+            for w in queen.workers(node=node)
+        ]
+    return OperationResult("workers health", data={"workers": found}, view="health")
+
+
+@plural.command("shutdown")
+@app.command(hidden=True)
+def shutdown(
+    ctx: typer.Context,
+    worker_id: Annotated[str, typer.Option("--id", metavar="WORKER", help="id of the worker: lab1-cpu0")],
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Stop one worker (as `worker stop ID`)."""
+    return stop(ctx, [worker_id], node=None, json=json, verbose=verbose)
+
+
+@app.command()
+def cleanup(
+    ctx: typer.Context,
+    node: Nodes = None,
+    check: Annotated[bool, typer.Option("--check", help="say what would be removed and touch nothing")] = False,
+    yes: Yes = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Remove the workers that the inventory does not declare; models stay."""
+    from rbee_ctl.commands.fleet import per_host
+
+    s = session(ctx, json=json, verbose=verbose)
+    s.known_node(node)
+    if not check:
+        s.ui.confirm(
+            f"remove all workers on {node or 'every machine'} that {s.settings.inventory_path} does not declare?", yes=yes
+        )
+    return per_host("worker cleanup", s.play("worker_cleanup", limit=node, check=check), "cleaned")

@@ -21,9 +21,6 @@ PENDING = {
     "worker_binary_list",
     "worker_binary_get",
     "worker_binary_delete",
-    "worker_process_list",
-    "worker_process_get",
-    "worker_process_delete",
     "hive_uninstall",
 }
 #: Fields that an operation can not do without.

@@ -1,0 +1,93 @@
+"""``rbee-ctl logs``: the journal of a machine's units. The one command that runs ssh itself: Ansible can not stream."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rbee_ctl.commands.options import session
+from rbee_ctl.result import OperationResult
+
+if TYPE_CHECKING:
+    from rbee_ctl.inventory import Host
+
+
+def logs(
+    ctx: typer.Context,
+    node: Annotated[
+        str | None, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory; default: the only one")
+    ] = None,
+    worker: Annotated[str | None, typer.Option("--worker", metavar="NAME", help="this worker alone (cpu0, or its id)")] = None,
+    queen: Annotated[bool, typer.Option("--queen", help="the queen alone")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl+C")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="how many of the last lines first")] = 50,
+) -> OperationResult:
+    """Show the journal of rbee's units on a machine."""
+    from rbee_ctl.commands.hive import one_node
+    from rbee_serve.contract.errors import ExitCode, NodeUnreachable, SshCommandFailed
+
+    s = session(ctx)
+    host = one_node(s, node)
+    units = ["rbee-*"]
+    if worker is not None:
+        units = [f"rbee-worker@{worker.removeprefix(f'{host.name}-')}.service"]
+    elif queen:
+        units = ["rbee-queen.service"]
+    command = journal_command(host, units, follow=follow, lines=lines)
+    sys.stdout.flush()
+    # stdin stays open as long as this process lives: its end is what ends journalctl over there, also after kill -9.
+    child = subprocess.Popen(command, stdin=subprocess.PIPE)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if child.stdin is not None:
+            child.stdin.close()
+        try:
+            child.wait(5)
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            child.wait()
+        return OperationResult("logs", exit_code=ExitCode.INTERRUPTED)
+    if code == 255:
+        raise NodeUnreachable(
+            f"{host.name}: ssh ended with 255; its words stand above", hint=f"rbee-ctl hive ssh-test --node {host.name}"
+        )
+    if code != 0:
+        raise SshCommandFailed(
+            f"{host.name}: journalctl ended with {code}; its words stand above",
+            hint="the user needs root, passwordless sudo or the group systemd-journal there",
+        )
+    return OperationResult("logs")
+
+
+def journal_command(host: Host, units: list[str], *, follow: bool, lines: int) -> list[str]:
+    """Return the command that shows the journal of ``units``: over ssh as the inventory says, or here."""
+    journal = ["journalctl", "--no-pager", "--output=short-iso", f"--lines={lines}", *(a for u in units for a in ("--unit", u))]
+    script = shlex.join(journal)
+    if follow:
+        # With the connection gone journalctl would live on until its next line: whoever waits for our end stops it.
+        script = f"{script} --follow <&- & p=$!; cat >/dev/null; kill $p 2>/dev/null; wait $p 2>/dev/null; exit 0"
+    variables = host.variables
+    user = variables.get("ansible_user") or variables.get("ansible_ssh_user")
+    if variables.get("ansible_connection") == "local":
+        return ["sh", "-c", script] if os.geteuid() == 0 else ["sudo", "-n", "sh", "-c", script]
+    options = ["BatchMode=yes", "ConnectTimeout=10", "ControlMaster=no", "ControlPath=none", "LogLevel=ERROR"]
+    command = ["ssh", *(a for o in options for a in ("-o", o))]
+    if port := variables.get("ansible_port"):
+        command += ["-p", str(port)]
+    if key := variables.get("ansible_ssh_private_key_file"):
+        command += ["-i", str(Path(str(key)).expanduser())]
+    if user:
+        command += ["-l", str(user)]
+    for name in ("ansible_ssh_common_args", "ansible_ssh_extra_args"):
+        command += shlex.split(str(variables.get(name) or ""))
+    root = "" if user == "root" else "sudo -n "
+    return [*command, "--", host.address, f"{root}sh -c {shlex.quote(script)}"]
