@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbee_ctl.commands import audit, change, hive, infer, key, lab, logs, model, overview, queen, runtime, serve, setup, worker
+from rbee_ctl.commands import audit, change, hive, infer, init, key, lab, logs, model, overview, queen, runtime, serve, setup, worker
 from rbee_ctl.render import Ui
 from rbee_ctl.result import ErrorItem, OperationResult, failure
 from rbee_ctl.session import Session
@@ -45,6 +45,9 @@ app.command("plan")(change.plan)
 app.command("drift")(change.drift)
 app.command("upgrade")(change.upgrade)
 app.command("drain")(change.drain)
+app.command("init")(init.init)
+app.command("install")(init.install)
+app.command("apply")(init.apply)
 app.command("logs")(logs.logs)
 app.command("serve")(serve.serve)
 app.command("env")(overview.env)

@@ -81,14 +81,17 @@ def look(params):
     there = [kind for kind in ("cpu", "cuda", "rocm", "vulkan") if runtimes(params["install_path"], kind)]
     facts = read_toml(Path(params["etc_dir"], "hive.toml"))
     version = facts.get("rbee_version") or facts.get("version")
-    target = show(TARGET)[TARGET] if systemd else {}
+    booted = Path("/run/systemd/system").is_dir()
+    manager = f"{systemd or 'none'}{'' if booted else ', not in charge'}"
+    target = show(TARGET)[TARGET] if booted else {}
     install = params["install_hint"]
     machine = f"{os.uname().sysname} {os.uname().machine}"
     checks = [
         check("privileges", os.geteuid() == 0, "root" if os.geteuid() == 0 else f"uid {os.geteuid()}", "root (by sudo)",
               "give the user passwordless sudo, or set ansible_become_password in a vault"),
         check("machine", machine == "Linux x86_64", machine, "Linux x86_64", "use another machine"),
-        check("systemd", systemd >= params["systemd_minimum"], systemd, f">= {params['systemd_minimum']}", "upgrade the system"),
+        check("systemd", booted and systemd >= params["systemd_minimum"], manager,
+              f">= {params['systemd_minimum']}", "use a machine that systemd has booted"),
         check("python", sys.version_info[:2] >= wanted, python, f">= {params['python_minimum']}", "apt-get install python3"),
         check("disk", free >= params["disk_minimum_bytes"], f"{free / 1e9:.1f} GB free",
               f">= {params['disk_minimum_bytes'] / 1e9:.1f} GB", "rbee-ctl model list; rbee-ctl model delete"),

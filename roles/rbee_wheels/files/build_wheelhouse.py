@@ -4,15 +4,16 @@
     build_wheelhouse.py --plan          {"version", "archive", "present"}; builds and writes nothing
     build_wheelhouse.py                 the same, after building what is not there
 
-The archive holds the wheel of this checkout, the llama-cpp-python wheel, all they need in the exact versions of
-requirements/constraints.txt, and requirements-{queen,worker}.txt. Its version, ``<rbee version>-<8 hex digits>``, follows
-from the inputs (source files, constraints, Python, llama wheel), so that it is known before anything is built and the same
-inputs always mean the same runtime. Standard library only.
+The archive holds the wheel of this checkout (or of the installation that this file is part of), the llama-cpp-python wheel,
+all they need in the exact versions of requirements/constraints.txt, and requirements-{queen,worker}.txt. Its version,
+``<rbee version>-<8 hex digits>``, follows from the inputs (source files, constraints, Python, llama wheel), so that it is
+known before anything is built and the same inputs always mean the same runtime. Standard library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import fcntl
 import hashlib
 import json
@@ -22,6 +23,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
+from importlib import metadata
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -34,20 +37,59 @@ RUNTIMES = ("queen", "worker")
 KEEP = 8
 
 
+def installed(source: Path) -> metadata.Distribution | None:
+    """Return rbee as installed for this interpreter when ``source`` is no checkout but the data inside that installation."""
+    if (source / "pyproject.toml").is_file():
+        return None
+    try:
+        return metadata.distribution("rbee")
+    except metadata.PackageNotFoundError:
+        raise SystemExit(f"{source} is no checkout of rbee, and {sys.executable} has no rbee installed") from None
+
+
+def installed_files(rbee: metadata.Distribution) -> list[metadata.PackagePath]:
+    """Return the files of the wheel that rbee was installed from: no scripts, nothing that pip or Python added."""
+    added = {"INSTALLER", "REQUESTED", "RECORD", "direct_url.json"}
+    found = [f for f in rbee.files or [] if ".." not in f.parts and "__pycache__" not in f.parts and f.name not in added]
+    return sorted(found)
+
+
 def input_key(source: Path) -> str:
     """Digest of everything that decides what the wheels are."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {llama.cache_key()}".encode())
-    files = [source / f for f in FILES]
-    for package in SOURCES:
-        files += sorted(p for p in (source / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    for path in files:
-        digest.update(f"\n{path.relative_to(source)}\n".encode())
+    if (rbee := installed(source)) is not None:
+        files = [(str(f), Path(str(f.locate()))) for f in installed_files(rbee)]
+    else:
+        paths = [source / f for f in FILES]
+        for package in SOURCES:
+            paths += sorted(p for p in (source / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+        files = [(str(p.relative_to(source)), p) for p in paths]
+    for name, path in files:
+        digest.update(f"\n{name}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
+def repack(rbee: metadata.Distribution, folder: Path) -> Path:
+    """Write the wheel that rbee was installed from into ``folder`` again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wheel = folder / f"rbee-{rbee.version}-py3-none-any.whl"
+    rows = []
+    with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in installed_files(rbee):
+            data = Path(str(file.locate())).read_bytes()
+            sha = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            rows.append(f"{file},sha256={sha},{len(data)}\n")
+            archive.writestr(zipfile.ZipInfo(str(file), (1980, 1, 1, 0, 0, 0)), data)
+        record = f"rbee-{rbee.version}.dist-info/RECORD"
+        archive.writestr(zipfile.ZipInfo(record, (1980, 1, 1, 0, 0, 0)), "".join(rows) + f"{record},,\n")
+    return wheel
+
+
 def rbee_version(source: Path) -> str:
-    """Return the version in pyproject.toml."""
+    """Return the version in pyproject.toml, or of the installation."""
+    if (rbee := installed(source)) is not None:
+        return rbee.version
     match = re.search(r'^version = "([^"]+)"', (source / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     if match is None:
         raise SystemExit(f"{source}/pyproject.toml has no version")
@@ -84,8 +126,11 @@ def build(source: Path, cache: Path, archive: Path, python: str) -> None:
     with tempfile.TemporaryDirectory(prefix=".wheelhouse-", dir=archive.parent) as scratch:
         built, wheels = Path(scratch, "built"), Path(scratch, "wheels")
         wheels.mkdir()
-        pip(python, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source))
-        rbee = next(built.glob("rbee-*.whl"))
+        if (distribution := installed(source)) is not None:
+            rbee = repack(distribution, built)
+        else:
+            pip(python, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source))
+            rbee = next(built.glob("rbee-*.whl"))
         for runtime in RUNTIMES:
             resolved = Path(scratch, runtime)
             links = ("--find-links", str(built), "--find-links", str(llama_wheel.parent), "--find-links", str(wheels))
