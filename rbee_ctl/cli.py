@@ -12,7 +12,23 @@ from typing import Annotated, Any
 
 import typer
 
-from rbee_ctl.commands import audit, change, hive, infer, init, key, lab, logs, model, overview, queen, runtime, serve, setup, worker
+from rbee_ctl.commands import (
+    audit,
+    change,
+    hive,
+    infer,
+    init,
+    key,
+    lab,
+    logs,
+    model,
+    overview,
+    queen,
+    runtime,
+    serve,
+    setup,
+    worker,
+)
 from rbee_ctl.render import Ui
 from rbee_ctl.result import ErrorItem, OperationResult, failure
 from rbee_ctl.session import Session
