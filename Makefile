@@ -1,6 +1,6 @@
 # The words of the development loop: setup, demo, test, lint. `make help` lists all.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit lint format molecule docs clean
+.PHONY: help setup demo test test-unit lint format molecule bench docs clean
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -35,6 +35,9 @@ format: ## let ruff rewrite the code
 molecule: setup ## molecule scenarios on lab machines
 	molecule test -s default
 	molecule test -s lifecycle
+
+bench: setup ## measure beside llama.cpp's own servers and write docs/benchmarks.md; ARGS="--only CASE --rounds N --quick --list"
+	@python -m bench $(ARGS)
 
 docs: setup ## write the generated pages: docs/settings.md, docs/errors.md, docs/cli.md
 	python scripts/docs.py

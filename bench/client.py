@@ -6,6 +6,19 @@ import asyncio
 import json
 import time
 from dataclasses import dataclass, field
+from typing import Protocol
+
+
+class Target(Protocol):
+    """A server as the client needs it (servers.Server)."""
+
+    name: str
+    port: int
+    path: str
+    token: str | None
+
+    def body(self, prompt: str, max_tokens: int) -> dict[str, object]:
+        """Return the request."""
 
 
 @dataclass
@@ -23,6 +36,11 @@ class Stream:
         return self.tokens[0] - self.sent
 
     @property
+    def ended(self) -> float:
+        """When the last token came."""
+        return self.tokens[-1]
+
+    @property
     def gaps(self) -> list[float]:
         """Seconds between consecutive tokens."""
         return [b - a for a, b in zip(self.tokens, self.tokens[1:], strict=False)]
@@ -38,14 +56,18 @@ def _text_of(event: dict[str, object]) -> str | None:
     return None
 
 
-async def stream(host: str, port: int, path: str, body: dict[str, object], token: str | None = None) -> Stream:
-    """POST ``body`` and read the event stream to its end."""
+async def stream(
+    host: str, port: int, path: str, body: dict[str, object], token: str | None = None, into: list[Stream] | None = None
+) -> Stream:
+    """POST ``body`` and read the event stream to its end; the growing result is put into ``into`` at once."""
     reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
     payload = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\nContent-Length: {len(payload)}\r\n"
     if token:
         head += f"Authorization: Bearer {token}\r\n"
     result = Stream(sent=time.monotonic())
+    if into is not None:
+        into.append(result)
     try:
         writer.write(head.encode() + b"Connection: close\r\n\r\n" + payload)
         await writer.drain()
@@ -65,3 +87,13 @@ async def stream(host: str, port: int, path: str, body: dict[str, object], token
         return result
     finally:
         writer.close()
+
+
+async def at_once(server: Target, prompts: list[str], max_tokens: int) -> list[Stream]:
+    """Send all requests at the same moment and return their streams; raises RuntimeError when one is not whole."""
+    asked = (stream("127.0.0.1", server.port, server.path, server.body(p, max_tokens), server.token) for p in prompts)
+    streams = list(await asyncio.gather(*asked))
+    for one in streams:
+        if one.error or len(one.tokens) < max_tokens - 1:  # llama.cpp's server says the last token with the reason
+            raise RuntimeError(f"{server.name}: {one.error or f'{len(one.tokens)} tokens of {max_tokens}'}")
+    return streams

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -46,15 +47,16 @@ def build(cache: Path, variant: str) -> Path:
     cmake = shutil.which("cmake") or "cmake"
     print(f"building llama-server from the sdist of llama-cpp-python {version} ({variant}): about 6 minutes", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="rbee-llama-server-") as folder:
-        get = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:", "--no-build-isolation"]
+        get = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python"]
         subprocess.run([*get, "-d", folder, f"llama-cpp-python=={version}"], check=True)
         with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
             archive.extractall(folder, filter="data")
         source = next(Path(folder).glob("llama_cpp_python-*/vendor/llama.cpp"))
         subprocess.run([cmake, "-S", str(source), "-B", f"{folder}/build", *options], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(
-            [cmake, "--build", f"{folder}/build", "--parallel", "--target", "llama-server"], check=True, stdout=subprocess.DEVNULL
-        )
+        # Without a number --parallel means no limit at all: dozens of compilers at once.
+        jobs = str(len(os.sched_getaffinity(0)))
+        make = [cmake, "--build", f"{folder}/build", "--parallel", jobs, "--target", "llama-server"]
+        subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(f"{folder}/build/bin/llama-server", target)
     return target

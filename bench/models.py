@@ -89,3 +89,16 @@ def random_1b(cache: Path, seed: int = 1) -> Path:
     writer.close()
     part.rename(target)
     return target
+
+
+def kv_bytes_per_token(model: Path) -> int:
+    """Return how many bytes of an f16 KV cache a token takes."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(model).fields
+
+    def number(name: str) -> int:
+        return int(fields[f"llama.{name}"].contents())
+
+    head = number("embedding_length") // number("attention.head_count")
+    return 2 * 2 * number("block_count") * number("attention.head_count_kv") * head

@@ -20,6 +20,18 @@ from pathlib import Path
 CONTEXT_TOKENS = 2048
 
 
+def cpu_variant() -> str:
+    """Return llama.cpp's CPU variant that a worker picks on this machine."""
+    code = "from rbee_serve.worker.engine import libs, llama; print(libs.load_cpu_variant(llama.bindings()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()[-1]
+
+
+def gpu_arguments(backend: str) -> list[str]:
+    """Return what makes llama-server put all weights where the worker has them."""
+    return [] if backend == "cpu" else ["-ngl", "999"]
+
+
 @dataclass(frozen=True)
 class Server:
     """A running server: where to ask, how, and its process (for memory)."""
@@ -29,6 +41,7 @@ class Server:
     path: str
     token: str | None
     pid: int
+    began: float  # monotonic seconds, just before its process was made
 
     def body(self, prompt: str, max_tokens: int) -> dict[str, object]:
         """Return a greedy request that does not end early, in this server's own form."""
@@ -37,17 +50,17 @@ class Server:
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True, "ignore_eos": True}
         return body if self.name == "llama-server" else {**body, "logit_bias": {"2": -100, "0": -100}}
 
-    def rss_mb(self) -> float:
-        """Return anonymous plus file-mapped resident memory of the whole process tree, MB."""
+    def pss_mb(self) -> float:
+        """Return the resident memory of the whole process tree, MB of 10^6 bytes; what processes share counts once (PSS)."""
         total, todo = 0, [self.pid]
         while todo:
             pid = todo.pop()
             with contextlib.suppress(OSError):
-                for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-                    if line.startswith("VmRSS:"):
+                for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+                    if line.startswith("Pss:"):
                         total += int(line.split()[1])
                 todo += [int(c) for t in Path(f"/proc/{pid}/task").iterdir() for c in (t / "children").read_text().split()]
-        return total / 1024
+        return total * 1024 / 1e6
 
 
 def free_port() -> int:
@@ -72,13 +85,15 @@ def wait_http(url: str, process: subprocess.Popen[bytes], limit_s: float = 120.0
 
 
 @contextlib.contextmanager
-def running(name: str, command: list[str], port: int, path: str, ready: str, token: str | None = None) -> Iterator[Server]:
-    """Run ``command`` for the length of the block."""
+def running(name: str, command: list[str], port: int, path: str, ready: str | None, token: str | None = None) -> Iterator[Server]:
+    """Run ``command`` for the length of the block; ``ready``: what to ask until it is, None: do not wait."""
     with tempfile.TemporaryFile() as log:
+        began = time.monotonic()
         process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         try:
-            wait_http(f"http://127.0.0.1:{port}{ready}", process, token=token)
-            yield Server(name, port, path, token, process.pid)
+            if ready is not None:
+                wait_http(f"http://127.0.0.1:{port}{ready}", process, token=token)
+            yield Server(name, port, path, token, process.pid, began)
         except RuntimeError as e:
             log.seek(0)
             raise RuntimeError(f"{name}: {e}\n{log.read()[-2000:].decode('utf-8', 'replace')}") from e
@@ -92,7 +107,7 @@ def running(name: str, command: list[str], port: int, path: str, ready: str, tok
 
 
 @contextlib.contextmanager
-def rbee_worker(model: Path, slots: int, threads: int, **settings: object) -> Iterator[Server]:
+def rbee_worker(model: Path, slots: int, threads: int, *, wait: bool = True, **settings: object) -> Iterator[Server]:
     """Run a worker as its unit would, with a token and without a queen."""
     port, token = free_port(), secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="rbee-bench-") as folder:
@@ -118,7 +133,7 @@ def rbee_worker(model: Path, slots: int, threads: int, **settings: object) -> It
         config = Path(folder, "worker.toml")
         config.write_text("\n".join(lines) + "\n")
         command = [sys.executable, "-m", "rbee_serve.worker.main", "--config", str(config)]
-        with running("rbee", command, port, "/v1/inference", "/v1/ready", token) as server:
+        with running("rbee", command, port, "/v1/inference", "/v1/ready" if wait else None, token) as server:
             yield server
 
 

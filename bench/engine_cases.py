@@ -1,0 +1,300 @@
+"""Cases about the worker: throughput, latency, prefixes, memory, starts. Peers: llama-server and llama_cpp.server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import statistics
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import llama_server, models, peers, servers
+from bench.client import Stream, at_once, stream
+from bench.prompts import Prompts
+from bench.results import Results, Row
+from bench.servers import Server
+
+PROMPT, ANSWER = 64, 128
+
+
+@dataclass
+class Run:
+    """What all cases share."""
+
+    cache: Path
+    results: Results
+    rounds: int
+    quick: bool
+    threads: int
+    backend: str
+    prompts: Prompts = field(default_factory=lambda: Prompts(time.time_ns()))
+
+    @property
+    def answer(self) -> int:
+        """Tokens to generate."""
+        return 24 if self.quick else ANSWER
+
+    def peer_binary(self) -> Path:
+        """llama-server for the instruction set that the worker picks."""
+        return llama_server.build(self.cache, servers.cpu_variant())
+
+
+@contextlib.contextmanager
+def side_by_side(run: Run, model: Path, slots: int) -> Iterator[tuple[Server, Server]]:
+    """A worker and llama-server, both up, both asked once."""
+    binary = run.peer_binary()
+    with (
+        servers.rbee_worker(model, slots, run.threads, backend=run.backend) as ours,
+        servers.llama_server(binary, model, slots, run.threads, *servers.gpu_arguments(run.backend)) as peer,
+    ):
+        for server in (ours, peer):
+            asyncio.run(at_once(server, [run.prompts.text(PROMPT)], 8))
+        yield ours, peer
+
+
+def rate(streams: list[Stream], tokens: int) -> float:
+    """Aggregate tokens a second, from the first request to the last token."""
+    return tokens * len(streams) / (max(s.ended for s in streams) - min(s.sent for s in streams))
+
+
+def p50_ttft_ms(streams: list[Stream]) -> float:
+    """Median time to first token, ms."""
+    return statistics.median(s.ttft for s in streams) * 1000
+
+
+def p99_gap_ms(streams: list[Stream]) -> float:
+    """99th percentile of the pauses between tokens, ms."""
+    gaps = sorted(g for s in streams for g in s.gaps)
+    return gaps[min(len(gaps) - 1, int(len(gaps) * 0.99))] * 1000
+
+
+def throughput(run: Run) -> None:
+    """135 M: 1, 8 and 16 streams beside llama-server; TTFT at 16 and pauses at 8 come from the same runs."""
+    with side_by_side(run, models.q4_0(run.cache), 16) as pair:
+        _throughput(run, "135M", pair, (1, 8, 16))
+
+
+def throughput_1b(run: Run) -> None:
+    """1.1 B of random weights: 1 and 8 streams beside llama-server."""
+    with side_by_side(run, models.random_1b(run.cache), 8) as pair:
+        _throughput(run, "1.1B", pair, (1, 8))
+
+
+def _throughput(run: Run, model: str, pair: tuple[Server, Server], counts: tuple[int, ...]) -> None:
+    for count in counts:
+        seen: tuple[list[list[Stream]], list[list[Stream]]] = ([], [])
+        for _ in range(run.rounds if count > 1 else run.rounds + 2):
+            for server, into in zip(pair, seen, strict=True):
+                prompts = [run.prompts.text(PROMPT) for _ in range(count)]
+                into.append(asyncio.run(at_once(server, prompts, run.answer)))
+
+        def values(measure: object, which: int, seen: object = seen) -> list[float]:
+            return [measure(streams) for streams in seen[which]]  # type: ignore[index, operator]
+
+        def add(key: str, what: str, unit: str, measure: object, goal: float | None, *, at_least: bool = False) -> None:
+            peer = values(measure, 1)
+            run.results.add(Row(key, what, unit, values(measure, 0), goal, at_least, peer, "llama-server"))
+
+        name = f"{model} Q4_0, {count} stream{'s' if count > 1 else ''}"
+        tokens = run.answer
+        goal = 1.0 if count in (1, 8) else None
+        group = "throughput" if model == "135M" else "throughput-1b"
+        add(f"{group}/{count}", f"{name}: tokens/s together", "tok/s", lambda s, n=tokens: rate(s, n), goal, at_least=True)
+        if count == 8:
+            add(f"{group}/p99-{count}", f"{name}: pause between tokens, p99", "ms", p99_gap_ms, 1.5)
+        if count > 1:
+            ttft_goal = 0.3 if count == 16 else None
+            add(f"{group}/ttft-{count}", f"{name} arriving at once: time to first token, p50", "ms", p50_ttft_ms, ttft_goal)
+
+
+def gap(run: Run) -> None:
+    """135 M: four streams run, a prompt of 1,024 tokens arrives: their worst pause until its first token."""
+    length = 200 if run.quick else 1024
+
+    async def measure(server: Server) -> float:
+        async def one() -> Stream:
+            return await stream(
+                "127.0.0.1", server.port, server.path, server.body(run.prompts.text(PROMPT), 400), server.token, into=seen
+            )
+
+        seen: list[Stream] = []
+        tasks = [asyncio.create_task(one()) for _ in range(4)]
+        while len(seen) < 4 or min(len(s.tokens) for s in seen) < 24:
+            await asyncio.sleep(0.01)
+            for task in tasks:
+                if task.done():
+                    task.result()
+        long_one = await stream("127.0.0.1", server.port, server.path, server.body(run.prompts.text(length), 4), server.token)
+        began, end = long_one.sent, long_one.tokens[0]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        pauses = [b - a for s in seen for a, b in zip(s.tokens, [*s.tokens[1:], end], strict=True) if b > began and a < end]
+        await asyncio.sleep(0.3)  # both servers give up the four cut streams before the next round
+        return max(pauses) * 1000
+
+    with side_by_side(run, models.q4_0(run.cache), 8) as (ours, peer):
+        found: tuple[list[float], list[float]] = ([], [])
+        for _ in range(run.rounds):
+            for server, into in zip((ours, peer), found, strict=True):
+                into.append(asyncio.run(measure(server)))
+    what = "135M Q4_0, 4 running streams while a 1,024-token prompt arrives: worst pause"
+    run.results.add(Row("gap/4", what, "ms", found[0], 0.2, False, found[1], "llama-server"))
+
+
+def shared(run: Run) -> None:
+    """135 M: eight requests at once that share 1,000 tokens, warm, and cold (extra)."""
+    length = 200 if run.quick else 1000
+    with side_by_side(run, models.q4_0(run.cache), 8) as pair:
+        for warm in (True, False):
+            found: tuple[list[float], list[float]] = ([], [])
+            for _ in range(run.rounds):
+                for server, into in zip(pair, found, strict=True):
+                    prefix = run.prompts.text(length)
+                    if warm:
+                        asyncio.run(at_once(server, [f"{prefix} {run.prompts.text(24)}"], 4))
+                    streams = asyncio.run(at_once(server, [f"{prefix} {run.prompts.text(24)}" for _ in range(8)], 24))
+                    into.append(p50_ttft_ms(streams))
+            how = "warm" if warm else "cold"
+            what = f"135M Q4_0, 8 requests at once sharing a {how} 1,000-token prefix: time to first token, p50"
+            goal = 0.1 if warm else None
+            run.results.add(Row(f"shared/{how}", what, "ms", found[0], goal, False, found[1], "llama-server"))
+
+
+def binding_server(run: Run) -> None:
+    """135 M: 8 and 16 streams beside ``python -m llama_cpp.server``."""
+    model, name = models.q4_0(run.cache), "llama_cpp.server"
+    python = peers.python_with_llama_cpp_server(run.cache)
+    with (
+        servers.rbee_worker(model, 16, run.threads, backend=run.backend) as ours,
+        servers.llama_cpp_server(python, model, run.threads) as peer,
+    ):
+        for count in (8, 16):
+            seen: dict[str, list[list[Stream]]] = {ours.name: [], peer.name: []}
+            for _ in range(min(run.rounds, 2)):
+                for server in (ours, peer):
+                    prompts = [run.prompts.text(PROMPT) for _ in range(count)]
+                    seen[server.name].append(asyncio.run(at_once(server, prompts, run.answer)))
+            mine, theirs = seen[ours.name], seen[peer.name]
+            tokens = run.answer
+            key, what = f"binding/{count}", f"135M Q4_0, {count} streams: tokens/s together"
+            rates = [rate(s, tokens) for s in mine], [rate(s, tokens) for s in theirs]
+            run.results.add(Row(key, what, "tok/s", rates[0], 3, True, rates[1], name))
+            key, what = f"binding/ttft-{count}", f"135M Q4_0, {count} streams: time to first token, p50"
+            ttfts = [p50_ttft_ms(s) for s in mine], [p50_ttft_ms(s) for s in theirs]
+            run.results.add(Row(key, what, "ms", ttfts[0], 0.05, False, ttfts[1], name))
+
+
+def _metric(server: Server, name: str) -> float:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/metrics", headers={"Authorization": f"Bearer {server.token}"}
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        found = re.search(rf"^{name} (\S+)$", answer.read().decode(), re.MULTILINE)
+    if not found:
+        raise RuntimeError(f"the worker has no metric {name}")
+    return float(found[1])
+
+
+def python_share(run: Run) -> None:
+    """135 M, 8 streams: what the engine process does in a step besides waiting for llama.cpp's decode."""
+    names = "worker_engine_busy_seconds_total", "worker_engine_decode_seconds_total"
+    shares = []
+    with servers.rbee_worker(models.q4_0(run.cache), 8, run.threads, backend=run.backend) as ours:
+        asyncio.run(at_once(ours, [run.prompts.text(PROMPT)], 8))
+        for _ in range(run.rounds):
+            time.sleep(1.2)  # the engine reports its times twice a second
+            before = [_metric(ours, n) for n in names]
+            asyncio.run(at_once(ours, [run.prompts.text(PROMPT) for _ in range(8)], run.answer))
+            time.sleep(1.2)
+            busy, decode = (_metric(ours, n) - b for n, b in zip(names, before, strict=True))
+            shares.append((1 - decode / busy) * 100)
+    run.results.add(Row("python/8", "135M Q4_0, 8 streams: Python's share of the engine's steps", "%", shares, 2))
+
+
+def memory(run: Run) -> None:
+    """135 M, 8 slots: resident memory of front and engine beyond weights and KV cache, after 8 streams."""
+    slots, values = 8, []
+    with servers.rbee_worker(models.q4_0(run.cache), slots, run.threads, backend=run.backend) as ours:
+        asyncio.run(at_once(ours, [run.prompts.text(PROMPT) for _ in range(slots)], run.answer))
+        kv = slots * servers.CONTEXT_TOKENS * models.kv_bytes_per_token(models.q4_0(run.cache))
+        weights = models.q4_0(run.cache).stat().st_size
+        values.append(ours.pss_mb() - (kv + weights) / 1e6)
+        total = ours.pss_mb()
+    run.results.add(Row("memory/total", "135M Q4_0, 8 slots of 2,048 tokens: memory of front and engine (PSS)", "MB", [total]))
+    run.results.add(Row("memory/above", "… of it beyond model file and KV cache", "MB", values, 120))
+
+
+def start(run: Run) -> None:
+    """135 M: exec of the worker to the first token at the client, page cache warm."""
+    values = [_started(run, models.q4_0(run.cache), run.prompts.text(8), None)[0] for _ in range(run.rounds + 1)][1:]
+    run.results.add(Row("start/135M", "135M Q4_0, 4 slots: exec to first token at the client", "s", values, 0.5))
+
+
+def wake(run: Run) -> None:
+    """135 M and 1.1 B: start to first token of a known 1,000-token prompt, prefix restored from disk against not."""
+    length = 200 if run.quick else 1000
+    for name, model in (("135M", models.q4_0(run.cache)), ("1.1B", models.random_1b(run.cache))):
+        ours, without = [], []
+        for _ in range(run.rounds):
+            with tempfile.TemporaryDirectory(prefix="rbee-prefixes-") as store:
+                prefix = run.prompts.text(length)
+                _started(run, model, prefix, store)
+                again, cached = _started(run, model, f"{prefix} {run.prompts.text(8)}", store)
+                if not cached:
+                    raise RuntimeError("the prefix did not come back from disk")
+                ours.append(again)
+                without.append(_started(run, model, f"{prefix} {run.prompts.text(8)}", None)[0])
+        what = f"{name} Q4_0, wake with a 1,000-token prompt: exec to first token, prefix from disk"
+        run.results.add(Row(f"wake/{name}", what, "s", ours, 0.2, False, without, "without"))
+
+
+def _started(run: Run, model: Path, prompt: str, store: str | None) -> tuple[float, int]:
+    """Start a worker, ask at once, end it; return seconds from exec to the first token, and cached tokens."""
+    settings: dict[str, object] = {"prefix_store_dir": store} if store else {}
+    with servers.rbee_worker(model, 4, run.threads, wait=False, backend=run.backend, **settings) as server:
+        while True:
+            answer = _first_token(server, prompt)
+            if answer is not None:
+                return answer[0] - server.began, answer[1]
+            time.sleep(0.005)
+
+
+def _first_token(server: Server, prompt: str) -> tuple[float, int] | None:
+    """Return when the first token came and how much was cached; None while the worker does not answer or loads."""
+    headers = {"Authorization": f"Bearer {server.token}", "Content-Type": "application/json"}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/v1/inference", json.dumps(server.body(prompt, 4)).encode(), headers
+    )
+    first, cached = 0.0, 0
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            for line in answer:
+                if line.startswith(b"data: {"):
+                    event = json.loads(line[6:])
+                    if event["type"] == "started":
+                        cached = event.get("cached_tokens", 0)
+                    elif event["type"] == "token" and not first:
+                        first = time.monotonic()
+    except OSError:
+        return None
+    return (first, cached) if first else None
+
+
+CASES = {
+    "throughput": throughput,
+    "binding": binding_server,
+    "gap": gap,
+    "shared": shared,
+    "python": python_share,
+    "memory": memory,
+    "start": start,
+    "wake": wake,
+    "throughput-1b": throughput_1b,
+}
