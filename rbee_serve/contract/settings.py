@@ -125,7 +125,23 @@ class WorkerSettings(Settings):
     )
     threads: int = Field(0, ge=0, le=512, description="compute threads; 0: as many as the process may use")
     prompt_block_tokens: int = Field(
-        128, ge=32, le=4096, description="prompt tokens evaluated between two decode steps while others decode"
+        128,
+        ge=32,
+        le=4096,
+        description="prompt tokens evaluated in one call; smaller ones are taken where stream_gap_s asks for it",
+    )
+    stream_gap_s: Seconds = Field(
+        0.25,
+        description="longest pause that prompts of others make between two tokens of a running stream, "
+        "as far as a block of 64 prompt tokens (32 with kv_type q8_0) takes no longer",
+    )
+    prefix_store_dir: Path | None = Field(
+        None,
+        description="folder in which an engine that ends leaves the prompt prefixes it holds for the next one, each instance "
+        "in a folder of its name; under systemd one of CacheDirectory=. Holds prompts' tokens in plain. None: nothing is kept",
+    )
+    prefix_store_max_bytes: int = Field(
+        1 << 30, ge=1 << 20, description="size of the files in prefix_store_dir; the least recently used are removed"
     )
     kv_type: KvType = Field("f16", description="type of the KV cache; q8_0 takes half the memory and makes streams exact")
     deterministic: bool = Field(

@@ -49,6 +49,8 @@ class Generation:
         metrics = self._worker.metrics
         metrics.tokens_in.inc(event.prompt_tokens)
         metrics.tokens_cached.inc(event.cached_tokens)
+        if event.cached_tokens and event.cached_from:
+            metrics.prefix_hits.labels(source=event.cached_from).inc()
         return event
 
     async def events(self) -> AsyncIterator[TokenOut | Finished]:

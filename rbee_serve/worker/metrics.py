@@ -32,18 +32,23 @@ class Metrics:
         self.tokens_generated = counter("tokens_generated", "tokens sampled for clients")
         self.tokens_in = counter("tokens_in", "prompt tokens of accepted requests")
         self.tokens_cached = counter("tokens_cached", "prompt tokens that needed no evaluation")
+        self.prefix_hits = counter("prefix_hits", "requests of which part of the prompt was cached, by where", "source")
         self.heartbeats = counter("heartbeats", "heartbeats sent, by result", "result")
         self.duration_ms = histogram("inference_duration_ms", "from acceptance to the last event, milliseconds")
         self.first_token_ms = histogram("time_to_first_token_ms", "from acceptance to the first token, milliseconds")
         self._uptime = gauge("uptime_seconds", "age of the process")
         self._vram = gauge("vram_bytes", "device memory held by weights, KV cache and buffers; 0 on a CPU")
+        self._engine_busy = gauge("engine_busy_seconds_total", "time that the engine has worked")
+        self._engine_decode = gauge("engine_decode_seconds_total", "of it in llama.cpp's decode; the rest is Python")
         self._slots_total = gauge("slots_total", "streams decoded in parallel")
         self._slots_busy = gauge("slots_busy", "slots taken")
 
-    def render(self, *, slots_total: int, slots_busy: int, vram_bytes: int) -> bytes:
+    def render(self, *, slots_total: int, slots_busy: int, vram_bytes: int, engine_times: tuple[float, float]) -> bytes:
         """Return everything in Prometheus' text format."""
         self._uptime.set(time.monotonic() - self._began)
         self._vram.set(vram_bytes)
+        self._engine_busy.set(engine_times[0])
+        self._engine_decode.set(engine_times[1])
         self._slots_total.set(slots_total)
         self._slots_busy.set(slots_busy)
         return generate_latest(self.collector)

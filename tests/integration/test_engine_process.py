@@ -147,7 +147,7 @@ def test_engine_running_stream_is_not_held_up_by_a_long_prompt(model_path: Path)
     """Between any two tokens of a stream lies at most one block of somebody else's prompt."""
 
     async def run() -> None:
-        async with running(model_path, slots=2, prompt_block_tokens=64) as engine:
+        async with running(model_path, slots=2, prompt_block_tokens=64, stream_gap_s=0.001) as engine:
             during = 0
             events = engine.generate(request("Once upon a time", max_tokens=400, ignore_eos=True))
             async with aclosing(events):

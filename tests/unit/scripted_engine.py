@@ -98,6 +98,10 @@ class ScriptedEngine:
     def step_age_s(self) -> float:
         return self.age_s
 
+    @property
+    def times(self) -> tuple[float, float]:
+        return 2.0, 1.5
+
     async def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
         if self.refusal is not None:
             raise self.refusal

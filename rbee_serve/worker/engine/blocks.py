@@ -45,14 +45,23 @@ class Blocks:
         """What of the cut decides about bits; part of the continuation class."""
         return "any" if not self.two_kernels else "tiled" if self._mixed else "rows"
 
-    def end(self, start: int, prompt: int, total: int) -> int:
-        """Return where the call that begins at position ``start`` ends; ``total`` = prompt + tokens to replay."""
+    def end(self, start: int, prompt: int, total: int, wanted: int | None = None) -> int:
+        """Return where the call that begins at position ``start`` ends; ``total`` = prompt + tokens to replay.
+
+        ``wanted``: a smaller block for this call, as far as the kernels allow one.
+        """
         if start >= prompt:
             return min(start + REPLAY_BLOCK, total)
         left = prompt - start
-        if self._mixed and left < self.block + KERNEL_ROWS:
+        block = self.block if wanted is None else max(min(wanted, self.block), min(self.smallest, self.block))
+        if self._mixed and left < block + KERNEL_ROWS:
             return prompt
-        return min(start + self.block, prompt)
+        return min(start + block, prompt)
+
+    @property
+    def smallest(self) -> int:
+        """Smallest block that `end` may be asked for."""
+        return KERNEL_ROWS if self._mixed else REPLAY_BLOCK
 
     def reusable(self, common: int, prompt: int, *, evaluated_as_prompt: int) -> int:
         """Return how many of ``common`` leading tokens a prompt of ``prompt`` tokens may take over.

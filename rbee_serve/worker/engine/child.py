@@ -20,6 +20,7 @@ from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, RbeeErro
 from rbee_serve.worker.engine import llama
 from rbee_serve.worker.engine.embedding import Embedder
 from rbee_serve.worker.engine.model_file import read_header
+from rbee_serve.worker.engine.prefix_store import PrefixStore
 from rbee_serve.worker.engine.protocol import EngineConfig, GenerateRequest
 from rbee_serve.worker.engine.scheduler import Event, Scheduler
 from rbee_serve.worker.engine.wire import Unpacker, pack
@@ -44,6 +45,12 @@ def as_params(values: dict[str, Any]) -> SamplingParams:
     return cast("SamplingParams", SimpleNamespace(**values))
 
 
+class FrontGone(SystemExit):
+    """The front has closed the connection: the end of this process, with 0."""
+
+    code = 0
+
+
 class EngineLoop:
     """Connection to the front, and the loop."""
 
@@ -51,6 +58,8 @@ class EngineLoop:
         self._connection = connection
         self._unpacker = Unpacker()
         self._ticked = 0.0
+        self._timed = 0.0
+        self._busy_s = 0.0
 
     def send(self, message: Any) -> None:
         """Send; ends the process when the front is gone."""
@@ -74,7 +83,7 @@ class EngineLoop:
         except ConnectionResetError:
             data = b""
         if not data:
-            raise SystemExit(0)
+            raise FrontGone
         return list(self._unpacker.feed(data))
 
     def load(self, config: EngineConfig) -> tuple[llama.Model, Scheduler]:
@@ -91,7 +100,10 @@ class EngineLoop:
 
         progress(0.0)
         model = llama.Model(config, header, progress)
-        scheduler = Scheduler(model, config.slots)
+        store = None
+        if config.prefix_store_dir is not None:
+            store = PrefixStore(Path(config.prefix_store_dir), model.state_fingerprint, config.prefix_store_max_bytes)
+        scheduler = Scheduler(model, config.slots, gap_s=config.stream_gap_s, store=store)
         self_test(scheduler)
         self.send({"ready": model.facts(), "layers_total": layers})
         return model, scheduler
@@ -100,6 +112,7 @@ class EngineLoop:
         """Step for ever: as fast as possible while there is work, else wait for a message."""
         embedder = Embedder(model)
         while True:
+            began = time.perf_counter() if scheduler.has_work or embedder.has_work else None
             events: list[Event] = []
             for message in self.receive(0.0 if scheduler.has_work or embedder.has_work else TICK_S):
                 events += self._handle(message, scheduler)
@@ -111,8 +124,11 @@ class EngineLoop:
             if embedder.has_work:
                 for number, answer in embedder.step():
                     self._reply(number, answer)
-            if time.monotonic() - self._ticked >= TICK_S:
-                self.give_out([])
+            if began is not None:
+                self._busy_s += time.perf_counter() - began
+            if time.monotonic() - self._timed >= TICK_S:
+                self._timed = time.monotonic()
+                self.send({"times": [self._busy_s, model.decode_s]})
 
     def _handle(self, message: dict[str, Any], scheduler: Scheduler) -> list[Event]:
         if (request := message.get("submit")) is not None:
@@ -179,7 +195,11 @@ def main() -> None:
     except RbeeError as e:
         loop.send({"failed": e.envelope()["error"]})
         raise SystemExit(1) from None
-    loop.run(model, scheduler)
+    try:
+        loop.run(model, scheduler)
+    except FrontGone:
+        scheduler.park()
+        raise
 
 
 if __name__ == "__main__":

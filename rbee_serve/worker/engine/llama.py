@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import sys
+import time
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +91,8 @@ class Model:
         self._pieces: dict[int, bytes] = {}
         self._eog: dict[int, bool] = {}
         self._eog_ids: NDArray[np.int64] | None = None
+        self._copies_pending = False
+        self.decode_s = 0.0  # seconds spent in llama_decode
 
     # --- loading ------------------------------------------------------------------------------------------------
 
@@ -192,7 +195,7 @@ class Model:
         batch.tokens[:n], batch.pos[:n], batch.seq[:n] = table[:, 0], table[:, 1], table[:, 2]
         batch.logits[:n] = 1
         batch.size = n
-        return int(self.ll.llama_decode(self.ctx, batch.struct))
+        return self._call()
 
     def prefill(self, tokens: NDArray[np.int32], start: int, seq: int, *, logits: bool) -> int:
         """Evaluate a block of one sequence from position ``start``; with ``logits`` those of its last token are kept."""
@@ -203,7 +206,14 @@ class Model:
         batch.logits[:n] = 0
         batch.logits[n - 1] = logits
         batch.size = n
-        return int(self.ll.llama_decode(self.ctx, batch.struct))
+        return self._call()
+
+    def _call(self) -> int:
+        began = time.perf_counter()
+        code = int(self.ll.llama_decode(self.ctx, self._batch.struct))
+        self.decode_s += time.perf_counter() - began
+        self._copies_pending = False
+        return code
 
     def logits(self, index: int) -> NDArray[np.float32]:
         """Return a view (no copy) on the logits of batch row ``index`` of the last call; -1: the last one kept."""
@@ -226,6 +236,27 @@ class Model:
         """Copy a whole sequence (with separate streams llama.cpp copies no part of one)."""
         self.ll.llama_memory_seq_rm(self.memory, target, -1, -1)
         self.ll.llama_memory_seq_cp(self.memory, source, target, -1, -1)
+        self._copies_pending = True
+
+    @property
+    def state_settled(self) -> bool:
+        """Whether states may be saved and loaded: llama.cpp moves the data of a copy only with the next call."""
+        return not self._copies_pending
+
+    def save_state(self, seq: int) -> bytes:
+        """Return what llama.cpp keeps of a sequence; empty when it refuses."""
+        size = self.ll.llama_state_seq_get_size(self.ctx, seq)
+        buffer = (ctypes.c_uint8 * size)()
+        return bytes(memoryview(buffer)[: self.ll.llama_state_seq_get_data(self.ctx, buffer, size, seq)])
+
+    def load_state(self, seq: int, state: bytes) -> bool:
+        """Replace a sequence by a saved one of the same `state_fingerprint`; False, and the sequence empty, when refused."""
+        self.cut(seq, 0)
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if self.ll.llama_state_seq_set_data(self.ctx, buffer, len(state), seq) == len(state):
+            return True
+        self.cut(seq, 0)
+        return False
 
     # --- text ---------------------------------------------------------------------------------------------------
 
@@ -278,15 +309,27 @@ class Model:
 
     # --- what was loaded ----------------------------------------------------------------------------------------
 
+    def _identity(self) -> tuple[str, str, str]:
+        """Return digest of the model, engine build, and the class of workers that compute the same bits."""
+        config = self.config
+        digest = config.model_sha256 or fingerprint(Path(config.model_path))
+        version = importlib.metadata.version("llama-cpp-python")
+        build = f"llama-cpp-python {version} (llama.cpp {self.ll.llama_version().decode()})"
+        same = [digest, build, config.backend, self.isa, self.header.quantization, config.kv_type, self.blocks.kind]
+        same += [f"{fingerprint(Path(path))} {scale}" for path, scale in config.lora]
+        return digest, build, hashlib.sha256("\n".join(same).encode()).hexdigest()[:16]
+
+    @property
+    def state_fingerprint(self) -> str:
+        """What must be equal for `load_state`: what makes bits equal, and the number of sequences (llama.cpp's format)."""
+        return f"{self._identity()[2]}-{self.config.slots}"
+
     def facts(self) -> dict[str, Any]:
         """Return the fields of protocol.EngineInfo."""
         ll, config, header = self.ll, self.config, self.header
         bos, eos = ll.llama_vocab_bos(self.vocab), ll.llama_vocab_eos(self.vocab)
         template = ll.llama_model_chat_template(self.model, None)
-        digest = config.model_sha256 or fingerprint(Path(config.model_path))
-        build = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')} (llama.cpp {ll.llama_version().decode()})"
-        same_bits = [digest, build, config.backend, self.isa, header.quantization, config.kv_type, self.blocks.kind]
-        same_bits += [f"{fingerprint(Path(path))} {scale}" for path, scale in config.lora]
+        digest, build, same_bits = self._identity()
         exact = 0
         if self.batch_invariant:
             exact = min(_F16_EXACT_TOKENS, self.context_tokens) if config.kv_type == "f16" else self.context_tokens
@@ -309,7 +352,7 @@ class Model:
             "device_memory_bytes": self.log.device_bytes(),
             "threads": self.threads,
             "engine_version": build,
-            "continuation_class": hashlib.sha256("\n".join(same_bits).encode()).hexdigest()[:16],
+            "continuation_class": same_bits,
             "metadata": {
                 "cpu_variant": self.variant,
                 "isa_class": self.isa,

@@ -44,6 +44,9 @@ from rbee_serve.worker.engine.wire import Unpacker, pack
 
 _log = logging.getLogger(__name__)
 
+#: Seconds that an engine has to write its prefixes to disk before it is killed.
+_PARK_S = 10.0
+
 
 class _Stream:
     """Events of one request between the reader of the socket and its consumer. At most max_tokens + 2 are ever held."""
@@ -81,6 +84,7 @@ class ProcessEngine:
         self._numbers = itertools.count(1)
         self._last_words: deque[str] = deque(maxlen=3)  # of the engine's stderr: an assert says there what it found
         self._heard = time.monotonic()
+        self._times = (0.0, 0.0)
         self._process: asyncio.subprocess.Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -108,7 +112,10 @@ class ProcessEngine:
         self._tasks = [asyncio.create_task(self._read(reader, listener)), asyncio.create_task(self._limit_loading()), listener]
 
     async def close(self) -> None:
-        """End the process (idempotent): close the connection, wait 2 s, kill."""
+        """End the process (idempotent): close the connection, wait until it has ended by itself, else kill.
+
+        It has 2 s, and where it writes prefixes to disk as long as that may take.
+        """
         self._closing = True
         for task in self._tasks:
             task.cancel()
@@ -116,7 +123,7 @@ class ProcessEngine:
             self._writer.close()
         if self._process is not None and self._process.returncode is None:
             try:
-                await asyncio.wait_for(self._process.wait(), 2)
+                await asyncio.wait_for(self._process.wait(), _PARK_S if self._config.prefix_store_dir else 2)
             except TimeoutError:
                 self._process.kill()
                 await self._process.wait()
@@ -159,6 +166,11 @@ class ProcessEngine:
     def step_age_s(self) -> float:
         """Seconds since the engine's loop last reported that it moves."""
         return time.monotonic() - self._heard
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """Seconds that the engine has worked, and of these in llama.cpp's decode."""
+        return self._times
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -273,6 +285,8 @@ class ProcessEngine:
     def _dispatch(self, message: dict[str, Any]) -> None:
         for kind, request_id, payload in message.get("events", ()):
             self._deliver(kind, request_id, payload)
+        if (times := message.get("times")) is not None:
+            self._times = times[0], times[1]
         if (load := message.get("load")) is not None:
             self._set_progress(LoadProgress(**load))
         elif (ready := message.get("ready")) is not None:

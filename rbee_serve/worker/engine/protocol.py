@@ -32,6 +32,9 @@ class EngineConfig:
     cpu_variant: str | None = None
     deterministic: bool = False  # refuse to load what can not be made exact
     lora: list[tuple[str, float]] = field(default_factory=list)  # adapter file, scale
+    stream_gap_s: float = 0.25  # longest pause that prompts make in running streams
+    prefix_store_dir: str | None = None  # where prefixes are kept for the next process; None: nowhere
+    prefix_store_max_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Started:
 
     prompt_tokens: int
     cached_tokens: int
+    cached_from: str = ""  # "memory" or "disk"
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,10 @@ class Engine(Protocol):
     def step_age_s(self) -> float:
         """Seconds since the engine's own loop last reported that it moves (it does so at least every second, from
         that loop and no side thread). The watchdog is fed from this."""
+
+    @property
+    def times(self) -> tuple[float, float]:
+        """Seconds that the engine has worked, and of these in llama.cpp's decode; reported twice a second."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
         """Submit and yield Started, TokenOut*, Finished.

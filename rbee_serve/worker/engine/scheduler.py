@@ -1,8 +1,10 @@
 """The step loop's brain: slots, admission, prefix reuse, one batched decode per step, prompt blocks in between.
 
-Each step: one token for every running stream in one call, given out at once; then at most one block of one waiting
-prompt, so that a long prompt never stalls running streams for longer than one block. What makes continuations exact
-is in blocks.py.
+Each step is one call to llama.cpp: one token for every running stream, or one block of one waiting prompt. Prompts
+have the time between two tokens of the running streams up to the configured gap, and one block in any case, as small
+as the gap asks for: so a burst of newcomers gets its first tokens soon and a long prompt stalls nobody for longer.
+Requests that share a prefix evaluate it once, also when they arrive together: one does, the others wait for it and
+copy. What makes continuations exact is in blocks.py.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rbee_serve.worker.engine.llama import Model
+    from rbee_serve.worker.engine.prefix_store import PrefixStore
     from rbee_serve.worker.engine.protocol import GenerateRequest
 
 # Values of contract.api.StopReason; that module is not imported here because pydantic costs a cold start 0.15 s.
 EOS, MAX_TOKENS, STOP_SEQUENCE, CANCELLED, ERROR = "EOS", "MAX_TOKENS", "STOP_SEQUENCE", "CANCELLED", "ERROR"
 #: Copying a cached prefix from another slot pays from this many tokens on.
 _WORTH_COPYING = 32
+#: Reading a prefix from disk pays from this many tokens on; shorter ones are not written either.
+_WORTH_STORING = 128
 #: Every so many blocks the prompt that has waited longest comes first, however long it is.
 _FAIR_TURN = 4
 
@@ -55,6 +60,9 @@ class Generation:
     made: list[int] = field(default_factory=list)  # tokens generated here
     began: float = field(default_factory=time.monotonic)
     decode_began: float = 0.0
+
+    leader: tuple[Slot, Generation, int] | None = None  # it evaluates so many leading positions of ours: we wait and copy
+    cached_from: str = ""  # where the reused part of the prompt came from: "", "memory" or "disk"
 
     @property
     def filling(self) -> bool:
@@ -83,8 +91,14 @@ def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
 class Scheduler:
     """Owns the model's sequences. Single-threaded: all methods are called from the engine's loop."""
 
-    def __init__(self, model: Model, slots: int) -> None:
+    def __init__(self, model: Model, slots: int, *, gap_s: float = 0.0, store: PrefixStore | None = None) -> None:
+        """``gap_s``: longest pause that prompts make in running streams, as far as the smallest block allows; ``store``:
+        prefixes kept on disk."""
         self._model, self._blocks = model, model.blocks
+        self._gap_s, self._store = gap_s, store
+        self._token_s = 0.0  # seconds that a prompt token takes, measured; 0: not yet
+        self._decoded = time.monotonic()  # when running streams last got their tokens
+        self._filled_since = False  # whether a block was evaluated since then
         self._constraints = Constraints(model)
         self._slots = [Slot(i) for i in range(slots)]
         self._waiting: deque[Generation] = deque()
@@ -174,38 +188,56 @@ class Scheduler:
         return []
 
     def step(self, give_out: Callable[[list[Event]], None]) -> None:
-        """Advance every running stream by one token and at most one prompt by one block.
+        """Make one call to llama.cpp: a token for every running stream, or a block of one prompt.
 
-        ``give_out`` is called with the tokens as soon as they are there, before the block begins.
+        ``give_out`` is called with what is there before the call, and with what it brought.
         """
-        events = self._admit()
+        if events := [*self._admit(), *self._catch_up()]:
+            give_out(events)
         running = [(s, s.generation) for s in self._slots if s.generation is not None]
         decoding = [(s, g) for s, g in running if not g.filling]
+        filling = [(s, g) for s, g in running if g.filling and g.leader is None]
+        if filling:
+            slot, generation = self._next_to_fill(filling)
+            end = self._blocks.end(generation.done, len(generation.prompt), len(generation.ids), self._wanted(bool(decoding)))
+            if not decoding or not self._filled_since or self._has_time_for(end - generation.done):
+                events = self._fill(slot, generation, end)
+                # The first streams to run have just got a token: their gap begins here.
+                self._filled_since = bool(decoding)
+                if not decoding:
+                    self._decoded = time.monotonic()
+                if events:
+                    give_out(events)
+                return
         if decoding:
-            events += self._decode(decoding)
-        if events:
+            events = self._decode(decoding)
+            self._decoded, self._filled_since = time.monotonic(), False
             give_out(events)
-        filling = [(s, g) for s, g in running if g.filling]
-        if filling and (events := self._fill(*self._next_to_fill(filling))):
-            give_out(events)
+
+    def _wanted(self, decoding: bool) -> int | None:
+        """Return how many tokens fill the gap, where streams wait and the pace is known."""
+        return int(self._gap_s / self._token_s) if decoding and self._token_s else None
+
+    def _has_time_for(self, tokens: int) -> bool:
+        return time.monotonic() - self._decoded + tokens * self._token_s <= self._gap_s
 
     # --- admission and prefix reuse ---------------------------------------------------------------------------
 
     def _admit(self) -> list[Event]:
         events: list[Event] = []
         while self._waiting and (free := [s for s in self._slots if s.generation is None]):
-            events.append(self._place(self._waiting.popleft(), free))
+            events += self._place(self._waiting.popleft(), free)
         return events
 
     def _reusable(self, slot: Slot, prompt: NDArray[np.int32]) -> int:
         common = common_prefix(slot.cached, prompt)
         return self._blocks.reusable(common, len(prompt), evaluated_as_prompt=slot.canonical)
 
-    def _place(self, generation: Generation, free: list[Slot]) -> Event:
+    def _place(self, generation: Generation, free: list[Slot]) -> list[Event]:
         """Give a slot and what a cache has of the prompt.
 
         The free slot that shares most is taken as it is when that costs its cache little; else the least recently used
-        one gets a copy, also from a slot that is busy.
+        one gets a copy, also from a slot that is busy, or what is on disk.
         """
         prompt = generation.prompt
         shares = {s.seq: self._reusable(s, prompt) for s in self._slots}
@@ -217,16 +249,108 @@ class Scheduler:
         if keep and spoils and oldest is not slot:
             donor = max((slot, donor), key=lambda s: shares[s.seq])
             slot, keep = oldest, shares[oldest.seq]
-        if shares[donor.seq] - keep >= _WORTH_COPYING:
+        generation.cached_from = "memory"
+        if restored := self._restore(prompt, oldest, shares[donor.seq]):
+            slot, keep, generation.cached_from = oldest, restored, "disk"
+        elif shares[donor.seq] - keep >= _WORTH_COPYING:
             slot, keep = oldest, shares[donor.seq]
             if donor is not slot:
                 self._model.copy(donor.seq, slot.seq)
-        keep = self._model.cut(slot.seq, keep)
-        slot.generation, slot.cached, slot.canonical = generation, prompt[:keep], self._blocks.canonical(keep, len(prompt))
-        generation.done, generation.began = keep, time.monotonic()
+        self._keep(slot, generation, self._model.cut(slot.seq, keep))
+        slot.generation, generation.began = generation, time.monotonic()
         request = generation.request
         generation.sampler = Sampler(self._model, request.params, prompt.tolist(), request.generated_ids, generation.constraint)
-        return "started", request.request_id, {"prompt_tokens": len(prompt), "cached_tokens": keep}
+        generation.leader = self._leader_for(slot, generation)
+        return [] if generation.leader else [self._started(generation)]
+
+    def _keep(self, slot: Slot, generation: Generation, keep: int) -> None:
+        """Note that the slot holds the first ``keep`` tokens of the prompt and nothing else."""
+        prompt = generation.prompt
+        slot.cached, slot.canonical = prompt[:keep], self._blocks.canonical(keep, len(prompt))
+        generation.done = keep
+
+    @staticmethod
+    def _started(generation: Generation) -> Event:
+        source = generation.cached_from if generation.done else ""
+        facts = {"prompt_tokens": len(generation.prompt), "cached_tokens": generation.done, "cached_from": source}
+        return "started", generation.request.request_id, facts
+
+    def _leader_for(self, slot: Slot, generation: Generation) -> tuple[Slot, Generation, int] | None:
+        """Return who is about to evaluate more of the same beginning than is cached anywhere, and how much of it."""
+        best: tuple[Slot, Generation, int] | None = None
+        least = generation.done + _WORTH_COPYING
+        for other in self._slots:
+            busy = other.generation
+            if other is slot or busy is None or not busy.filling:
+                continue
+            common = common_prefix(busy.ids, generation.prompt)
+            canonical = self._blocks.canonical(len(busy.prompt), len(busy.prompt))
+            share = self._blocks.reusable(common, len(generation.prompt), evaluated_as_prompt=canonical)
+            if share >= least:
+                best, least = (other, busy, share), share + 1
+        return best
+
+    def _catch_up(self) -> list[Event]:
+        """Give those who wait for somebody's evaluation of their prefix a copy once it is there, or has ended early."""
+        events: list[Event] = []
+        for slot in self._slots:
+            generation = slot.generation
+            if generation is None or generation.leader is None:
+                continue
+            other, leader, share = generation.leader
+            if other.generation is leader and leader.filling and leader.done < share:
+                continue
+            generation.leader = None
+            donor = max((s for s in self._slots if s is not slot), key=lambda s: self._reusable(s, generation.prompt))
+            share = self._reusable(donor, generation.prompt)
+            if share - generation.done >= _WORTH_COPYING:
+                self._model.copy(donor.seq, slot.seq)
+                self._keep(slot, generation, self._model.cut(slot.seq, share))
+            events.append(self._started(generation))
+        return events
+
+    # --- prefixes on disk ---------------------------------------------------------------------------------------
+
+    def _restore(self, prompt: NDArray[np.int32], slot: Slot, warm: int) -> int:
+        """Read the prefix that shares most into a slot, if that is much more than ``warm``; return how much it shares."""
+        if self._store is None or not self._store.entries or not self._model.state_settled:
+            return 0
+        shares = [
+            self._blocks.reusable(common_prefix(e.tokens, prompt), len(prompt), evaluated_as_prompt=e.canonical)
+            for e in self._store.entries
+        ]
+        share = max(shares)
+        if share - warm < _WORTH_STORING:
+            return 0
+        entry = self._store.entries[shares.index(share)]
+        state = self._store.load(entry)
+        if state is None or len(entry.tokens) > self._model.context_tokens:
+            return 0
+        slot.cached, slot.canonical = slot.cached[:0], 0
+        if not self._model.load_state(slot.seq, state):
+            self._store.drop(entry, "llama.cpp refused it")
+            return 0
+        return share
+
+    def park(self) -> None:
+        """Write what the slots hold to disk, for the next process: the part that it could reuse. Nothing runs any more."""
+        store = self._store
+        if store is None or not self._model.state_settled:
+            return
+        kept: list[NDArray[np.int32]] = []
+        for slot in sorted(self._slots, key=lambda s: -len(s.cached)):
+            # Where two kernels make different bits only what was evaluated as a prompt is ever reused.
+            usable = min(len(slot.cached), slot.canonical) if self._blocks.kind == "tiled" else len(slot.cached)
+            tokens = slot.cached[:usable]
+            if usable < _WORTH_STORING or any(common_prefix(k, tokens) == usable for k in kept):
+                continue
+            kept.append(tokens)
+            known = [e for e in store.entries if common_prefix(e.tokens, tokens) == usable]
+            if known:
+                store.touch(known[0])
+            elif self._model.cut(slot.seq, usable) == usable and (state := self._model.save_state(slot.seq)):
+                store.save(tokens, min(slot.canonical, usable), state)
+        store.shrink()
 
     # --- one step -----------------------------------------------------------------------------------------------
 
@@ -235,15 +359,23 @@ class Scheduler:
         self._turn += 1
         if self._turn % _FAIR_TURN == 0:
             return min(filling, key=lambda pair: pair[1].began)
-        return min(filling, key=lambda pair: (len(pair[1].ids) - pair[1].done, pair[1].began))
+        rest = {id(g): len(g.ids) - g.done for _, g in filling}
+        for slot in self._slots:  # whoever waits for a prompt is as near to its first token as what is left of both
+            if slot.generation is not None and slot.generation.leader is not None:
+                leader = slot.generation.leader[1]
+                if id(leader) in rest:
+                    rest[id(leader)] = min(rest[id(leader)], len(slot.generation.ids) - leader.done)
+        return min(filling, key=lambda pair: (rest[id(pair[1])], pair[1].began))
 
-    def _fill(self, slot: Slot, generation: Generation) -> list[Event]:
-        """Evaluate the next block of a prompt (or of tokens generated elsewhere); its last gives the first token."""
-        start, total = generation.done, len(generation.ids)
-        end = self._blocks.end(start, len(generation.prompt), total)
+    def _fill(self, slot: Slot, generation: Generation, end: int) -> list[Event]:
+        """Evaluate a prompt (or tokens generated elsewhere) up to ``end``; its last block gives the first token."""
+        start, total, began = generation.done, len(generation.ids), time.monotonic()
         code = self._model.prefill(generation.ids[start:end], start, slot.seq, logits=end == total)
         if code != 0:
             return self._failed([(slot, generation)], code)
+        if end - start >= _WORTH_COPYING:  # a token alone takes several times as long as one of a block
+            pace = (time.monotonic() - began) / (end - start)
+            self._token_s = pace if not self._token_s else 0.7 * self._token_s + 0.3 * pace
         generation.done = end
         slot.cached = generation.ids[:end]
         slot.canonical = self._blocks.canonical(end, len(generation.prompt))
