@@ -77,6 +77,8 @@ async def stream(
             return result
         while line := await reader.readline():
             # Chunk sizes and headers never begin with "data: {", so the chunked framing need not be parsed.
+            if line.startswith(b"data: [DONE]"):
+                break
             if not line.startswith(b"data: {"):
                 continue
             now = time.monotonic()

@@ -191,7 +191,8 @@ def binding_server(run: Run) -> None:
             run.results.add(Row(key, what, "ms", ttfts[0], 0.05, False, ttfts[1], name))
 
 
-def _metric(server: Server, name: str) -> float:
+def metric(server: Server, name: str) -> float:
+    """Return a figure of a worker's /metrics."""
     request = urllib.request.Request(
         f"http://127.0.0.1:{server.port}/metrics", headers={"Authorization": f"Bearer {server.token}"}
     )
@@ -210,10 +211,10 @@ def python_share(run: Run) -> None:
         asyncio.run(at_once(ours, [run.prompts.text(PROMPT)], 8))
         for _ in range(run.rounds):
             time.sleep(1.2)  # the engine reports its times twice a second
-            before = [_metric(ours, n) for n in names]
+            before = [metric(ours, n) for n in names]
             asyncio.run(at_once(ours, [run.prompts.text(PROMPT) for _ in range(8)], run.answer))
             time.sleep(1.2)
-            busy, decode = (_metric(ours, n) - b for n, b in zip(names, before, strict=True))
+            busy, decode = (metric(ours, n) - b for n, b in zip(names, before, strict=True))
             shares.append((1 - decode / busy) * 100)
     run.results.add(Row("python/8", "135M Q4_0, 8 streams: Python's share of the engine's steps", "%", shares, 2))
 

@@ -108,8 +108,8 @@ def running(name: str, command: list[str], port: int, path: str, ready: str | No
 
 @contextlib.contextmanager
 def rbee_worker(model: Path, slots: int, threads: int, *, wait: bool = True, **settings: object) -> Iterator[Server]:
-    """Run a worker as its unit would, with a token and without a queen."""
-    port, token = free_port(), secrets.token_hex(16)
+    """Run a worker as its unit would, with a token and without a queen unless ``settings`` name one."""
+    port, token = free_port(), str(settings.pop("fleet_token", "")) or secrets.token_hex(16)
     with tempfile.TemporaryDirectory(prefix="rbee-bench-") as folder:
         secret = Path(folder, "fleet-token")
         secret.touch(0o600)
