@@ -6,13 +6,19 @@ from typing import Annotated
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.session import Session
 
 Json = Annotated[bool, typer.Option("--json", help="print one JSON envelope")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="show Ansible's own output")]
-Node = Annotated[str | None, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory")]
+Node = Annotated[
+    str | None, typer.Option("--node", "--hive", metavar="NODE", autocompletion=completion.nodes, help="machine of the inventory")
+]
 Nodes = Annotated[
-    str | None, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory; default: all of them")
+    str | None,
+    typer.Option(
+        "--node", "--hive", metavar="NODE", autocompletion=completion.nodes, help="machine of the inventory; default: all of them"
+    ),
 ]
 Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="cpu, cuda, rocm or vulkan")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.commands import process
 from rbee_ctl.commands.options import Backend, Json, Node, Nodes, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
@@ -110,7 +111,11 @@ def list_(
 
 
 @app.command()
-def get(ctx: typer.Context, worker_id: Annotated[str, typer.Argument(metavar="WORKER")], json: Json = False) -> OperationResult:
+def get(
+    ctx: typer.Context,
+    worker_id: Annotated[str, typer.Argument(metavar="WORKER", autocompletion=completion.workers)],
+    json: Json = False,
+) -> OperationResult:
     """Show one live worker."""
     from urllib.parse import quote
 
@@ -124,7 +129,7 @@ def get(ctx: typer.Context, worker_id: Annotated[str, typer.Argument(metavar="WO
 @app.command()
 def retire(
     ctx: typer.Context,
-    worker_id: Annotated[str, typer.Argument(metavar="WORKER")],
+    worker_id: Annotated[str, typer.Argument(metavar="WORKER", autocompletion=completion.workers)],
     yes: Yes = False,
     json: Json = False,
 ) -> OperationResult:
