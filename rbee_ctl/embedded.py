@@ -206,7 +206,7 @@ class Embedded:
         key = f"rbee-{secrets.token_urlsafe(32)}"
         record = {
             "id": "embedded",
-            "name": "rbee-ctl serve",
+            "name": "rbee-ctl-serve",
             "sha256": hashlib.sha256(key.encode()).hexdigest(),
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
