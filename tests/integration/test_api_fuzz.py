@@ -1,0 +1,82 @@
+"""schemathesis against a real queen with a real worker: whatever a client sends, no answer says that the service is at fault."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from fleet import Fleet
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+
+pytestmark = pytest.mark.integration
+
+#: What a queen may say when nothing is wrong with it: nobody fits the request, or nobody is free.
+_CAPACITY = {"NO_WORKER_AVAILABLE", "ALL_SLOTS_BUSY"}
+#: Operations of jobs change machines.
+_LEFT_OUT = "/v1/jobs"
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory, model_path: Any) -> Iterator[Fleet]:
+    running = Fleet(tmp_path_factory.mktemp("fuzz"), model_path)
+    try:
+        running.start_queen()
+        running.add_worker("lab1", slots=4)
+        running.wait_ready()
+        yield running
+    finally:
+        running.close()
+
+
+def check(answer: httpx.Response, what: str) -> None:
+    if answer.status_code < 500:
+        return
+    body = answer.json()
+    code = body["code"] if isinstance(body["error"], str) else body["error"]["code"]
+    assert answer.status_code == 503, f"{what}: {answer.status_code} {answer.text[:500]}"
+    assert code in _CAPACITY, f"{what}: {answer.text[:500]}"
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_nothing_that_is_sent_is_answered_with_a_fault_of_the_service(fleet: Fleet, mode: GenerationMode) -> None:
+    with fleet.client() as client:
+        schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+        checked = 0
+        for found in schema.get_all_operations():
+            operation = found.ok()
+            takes_something = operation.body or operation.query or operation.path_parameters
+            if operation.path.startswith(_LEFT_OUT) or (mode is GenerationMode.NEGATIVE and not takes_something):
+                continue
+
+            @settings(
+                max_examples=6,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(case=operation.as_strategy(generation_mode=mode))
+            def attack(case: Any) -> None:
+                nonlocal checked
+                values = case.as_transport_kwargs(base_url=fleet.queen.url)
+                given_ = {k: v for k, v in (values.get("headers") or {}).items() if k.lower() != "authorization"}
+                headers = given_ | dict(client.headers) | {"X-Request-Deadline": str(time.time() + 0.5)}
+                request = httpx.Request(
+                    values["method"],
+                    values["url"],
+                    params=values.get("params"),
+                    headers=headers,
+                    json=values.get("json"),
+                    content=values.get("data"),
+                )
+                check(client.send(request), f"{values['method']} {values['url']} {values.get('json')!r:.300}")
+                checked += 1
+
+            attack()
+    assert checked > 50
