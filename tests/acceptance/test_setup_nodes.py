@@ -87,7 +87,7 @@ def test_a_key_that_is_refused_is_tried_once(registry: Registry) -> None:
     for mode, words in ((0o600, "SSH refused the key"), (0o644, "chmod 600")):
         key.chmod(mode)
         done = registry.add("--ssh-key", str(key))
-        assert done.returncode == 4, done.stderr
+        assert done.returncode == 8, done.stderr
         assert done.stderr.count("attempt ") == 1
         assert words in done.stderr
         assert "SSH_AUTH_FAILED" in done.stderr
