@@ -15,7 +15,7 @@ from rbee_serve.queen.forward import ask
 from rbee_serve.queen.native_api import stream_headers
 from rbee_serve.queen.placement import known_models, serves
 from rbee_serve.queen.registry import Worker
-from rbee_serve.queen.state import Queen
+from rbee_serve.queen.state import Queen, caller
 
 #: Largest max_tokens that workers accept by default (SPEC 3.8).
 _MAX_TOKENS_LIMIT = 2048
@@ -59,10 +59,11 @@ class FleetBackend:
         """Return the headers by which the queen says what it did."""
         return stream_headers(stream) if isinstance(stream, relay.Stream) else {}
 
-    def models(self) -> list[Model]:
-        """Return the models that live workers serve, by id."""
-        workers = self._live()
-        return [_model([w for w in workers if w.record.model_id == name]) for name in known_models(workers)]
+    def models(self, http: Request | None = None) -> list[Model]:
+        """Return the models that live workers serve, by id: those that the request's key may use."""
+        workers, key = self._live(), caller(http) if http is not None else None
+        names = [name for name in known_models(workers) if key is None or key.allows(name)]
+        return [_model([w for w in workers if w.record.model_id == name]) for name in names]
 
     def model(self, name: str) -> Model:
         """Return one model by its id or reference."""

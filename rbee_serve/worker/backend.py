@@ -80,7 +80,7 @@ class WorkerBackend:
         """Return the headers that go with an answer."""
         return self._inference.headers(stream.generation) if isinstance(stream, WorkerStream) else {}
 
-    def models(self) -> list[Model]:
+    def models(self, http: Request | None = None) -> list[Model]:
         """Return the one model."""
         s, info = self._worker.settings, self._worker.engine.info
         facts = model_info(info) if info else {}

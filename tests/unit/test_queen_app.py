@@ -418,3 +418,15 @@ def test_a_request_that_fails_gives_its_place_back() -> None:
     answers = [app.ask("POST", "/v1/inference", json={"prompt": "x"}).status_code for _ in range(3)]
 
     assert answers == [503, 503, 503]
+
+
+def test_a_key_sees_the_models_that_it_may_use() -> None:
+    app = limited(models=["mine*"])
+    app.beat("lab1-cpu0", model_id="mine-7b")
+    app.beat("lab2-cpu0", model_id="other", url="http://10.0.0.2:8001")
+
+    listed = [m["id"] for m in app.ask("GET", "/v1/models").json()["data"]]
+    tags = [m["name"] for m in app.ask("GET", "/api/tags").json()["models"]]
+
+    assert listed == ["mine-7b"]
+    assert [t.removesuffix(":latest") for t in tags] == ["mine-7b"]

@@ -118,13 +118,13 @@ class OllamaApi:
         """Tell rbee's version."""
         return JsonResponse({"version": __version__})
 
-    async def tags(self, _: Request) -> Response:
+    async def tags(self, request: Request) -> Response:
         """List the models that can be asked for."""
-        return JsonResponse({"models": [_tag(m) for m in self._backend.models()]})
+        return JsonResponse({"models": [_tag(m) for m in self._backend.models(request)]})
 
-    async def ps(self, _: Request) -> Response:
+    async def ps(self, request: Request) -> Response:
         """List the models that are loaded."""
-        models = [m for m in self._backend.models() if m.loaded]
+        models = [m for m in self._backend.models(request) if m.loaded]
         return JsonResponse({"models": [_tag(m) | _loaded(m) for m in models]})
 
     @takes(OllamaShowRequest)

@@ -45,9 +45,9 @@ class OpenAIApi:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
-    async def models(self, _: Request) -> Response:
+    async def models(self, request: Request) -> Response:
         """List the models that can be asked for."""
-        return JsonResponse({"object": "list", "data": [_model(m) for m in self._backend.models()]})
+        return JsonResponse({"object": "list", "data": [_model(m) for m in self._backend.models(request)]})
 
     async def model(self, request: Request) -> Response:
         """Show one model."""

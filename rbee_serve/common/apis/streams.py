@@ -91,8 +91,8 @@ class Backend(Protocol):
     def headers(self, stream: Stream) -> dict[str, str]:
         """Return the headers that go with an answer."""
 
-    def models(self) -> list[Model]:
-        """Return what can be asked for, by id."""
+    def models(self, http: Request | None = None) -> list[Model]:
+        """Return what can be asked for, by id; with a request: what its sender may ask for."""
 
     def model(self, name: str) -> Model:
         """Return one model by any of its names; raises ModelNotFound."""
