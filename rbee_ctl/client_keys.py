@@ -59,6 +59,7 @@ class KeyList:
         self,
         name: str,
         *,
+        admin: bool = False,
         models: list[str] | None,
         expires_at: float | None,
         requests_per_minute: int | None,
@@ -81,6 +82,7 @@ class KeyList:
                 id=digest[:12],
                 name=name,
                 sha256=digest,
+                admin=admin,
                 created_at=now.isoformat(timespec="seconds"),
                 expires_at=expires_at,
                 models=models,
@@ -120,7 +122,7 @@ class KeyList:
         except OSError as e:
             raise ConfigInvalid(f"cannot read {self._folder / 'client-key'}: {e.strerror}") from e
         digest = hashlib.sha256(secret.encode()).hexdigest()
-        return [ClientKey(id=digest[:12], name=FIRST, sha256=digest, created_at="site.yml")]
+        return [ClientKey(id=digest[:12], name=FIRST, sha256=digest, admin=True, created_at="site.yml")]
 
     def _read(self) -> ClientKeyFile:
         try:

@@ -207,6 +207,7 @@ class Embedded:
         record = {
             "id": "embedded",
             "name": "rbee-ctl-serve",
+            "admin": True,
             "sha256": hashlib.sha256(key.encode()).hexdigest(),
             "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }

@@ -424,13 +424,14 @@ def keys(data: Data) -> View:
             k["id"],
             k["created_at"],
             day(k["expires_at"]),
+            "yes" if k["admin"] else None,
             "all" if k["models"] is None else ", ".join(k["models"]),
             k["requests_per_minute"],
             k["concurrent_requests"],
         )
         for k in data["keys"]
     )
-    return [_table(("name", "id", "created", "expires", "models", "per minute", "at once"), rows)]
+    return [_table(("name", "id", "created", "expires", "admin", "models", "per minute", "at once"), rows)]
 
 
 def version(data: Data) -> View:

@@ -43,6 +43,7 @@ def create(
     expires: Annotated[str | None, typer.Option("--expires", metavar="WHEN", help="30d, 12h, 2w or a date")] = None,
     rpm: Annotated[int | None, typer.Option("--rpm", min=1, max=1_000_000, help="requests a minute")] = None,
     concurrent: Annotated[int | None, typer.Option("--concurrent", min=1, max=100_000, help="requests at once")] = None,
+    admin: Annotated[bool, typer.Option("--admin", help="may also run fleet operations and retire workers")] = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
@@ -53,6 +54,7 @@ def create(
     now = datetime.datetime.now(datetime.UTC)
     secret, key = KeyList(s.settings.state_path).create(
         name,
+        admin=admin,
         models=model or None,
         expires_at=expiry(expires, now) if expires is not None else None,
         requests_per_minute=rpm,

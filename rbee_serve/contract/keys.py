@@ -22,6 +22,7 @@ class ClientKey(BaseModel):
     name: str = Field(pattern=KEY_NAME_PATTERN)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     created_at: str = Field(default="", max_length=64, description="ISO 8601, or what made the key")
+    admin: bool = Field(default=False, description="may run fleet operations, retire workers and see everybody's jobs")
     expires_at: float | None = Field(default=None, gt=0, description="seconds since the epoch")
     models: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = Field(
         default=None, max_length=256, description="model ids that the key may use; `*` at the end stands for any rest"

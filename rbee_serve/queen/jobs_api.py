@@ -11,12 +11,12 @@ from starlette.routing import Route
 
 from rbee_serve.common.http import JsonResponse, read_json, sse
 from rbee_serve.common.openapi import takes
-from rbee_serve.contract.errors import OperationNotAllowed
+from rbee_serve.contract.errors import JobNotFound, OperationNotAllowed
 from rbee_serve.contract.events import DONE, encode
 from rbee_serve.contract.operations import AnyOperation, Operation, parse_operation
 from rbee_serve.queen.job_commands import READ_ONLY
 from rbee_serve.queen.jobs import Job, Jobs
-from rbee_serve.queen.state import Queen, caller
+from rbee_serve.queen.state import Queen, caller, require_admin
 
 
 def routes(queen: Queen, jobs: Jobs) -> list[Route]:
@@ -43,9 +43,9 @@ class _JobsApi:
         job = self._jobs.submit(operation, request.scope.get("state"))
         return JsonResponse({"job_id": job.id, "sse_url": f"/v1/jobs/{job.id}/stream"})
 
-    async def list_all(self, _: Request) -> Response:
-        """List jobs, newest first."""
-        return JsonResponse({"jobs": [job.summary() for job in self._jobs.all()]})
+    async def list_all(self, request: Request) -> Response:
+        """List jobs, newest first: all of them to an administrator, one's own to others."""
+        return JsonResponse({"jobs": [job.summary() for job in self._jobs.all() if _may_see(request, job)]})
 
     async def look(self, request: Request) -> Response:
         """Show one job with its result."""
@@ -54,7 +54,7 @@ class _JobsApi:
 
     async def cancel(self, request: Request) -> Response:
         """End a job and all that it started: 204, also when it has ended already."""
-        await self._jobs.cancel(request.path_params["job_id"])
+        await self._jobs.cancel(self._job(request).id)
         return Response(status_code=204)
 
     @takes(streams="text/event-stream")
@@ -63,29 +63,33 @@ class _JobsApi:
         return sse(_lines(self._job(request)), ping_interval_s=self._queen.settings.ping_interval_s)
 
     def _job(self, request: Request) -> Job:
-        return self._jobs.get(request.path_params["job_id"])
+        job = self._jobs.get(request.path_params["job_id"])
+        if not _may_see(request, job):
+            raise JobNotFound("no such job", hint="GET /v1/jobs lists them")  # nor is it told that there is one
+        return job
 
     def _check_allowed(self, request: Request, operation: Operation) -> None:
         """Refuse fleet operations to those who could do no more than infer before.
 
-        Raises OperationNotAllowed for a key that is limited to models, and where the queen asks for no key at all: any
+        Raises OperationNotAllowed for a key that is no administrator's, and where the queen asks for no key at all: any
         program on this machine could send it.
         """
         if isinstance(operation, READ_ONLY):
             return
-        key = caller(request)
         if self._queen.client_keys is None and operation.operation != "infer":
             raise OperationNotAllowed(
                 "this queen asks for no key, so it runs no fleet operations",
                 hint="give it client keys (client_keys_file), or use rbee-ctl",
                 operation=operation.operation,
             )
-        if key is not None and key.models is not None:
-            raise OperationNotAllowed(
-                f"key {key.name!r} is limited to models and may run no jobs",
-                hint="use a key without such a limit, or POST /v1/inference",
-                operation=operation.operation,
-            )
+        if operation.operation != "infer":
+            require_admin(request, "run fleet operations")
+
+
+def _may_see(request: Request, job: Job) -> bool:
+    """Whether the job is the caller's own, or the caller an administrator."""
+    key = caller(request)
+    return key is None or key.admin or job.caller.get("caller") == key
 
 
 async def _lines(job: Job) -> AsyncGenerator[bytes]:

@@ -37,7 +37,7 @@ from rbee_serve.queen.metrics import CONTENT_TYPE
 from rbee_serve.queen.reattach import Attached, Tape
 from rbee_serve.queen.registry import BeatOutcome, Worker
 from rbee_serve.queen.relay import Stream
-from rbee_serve.queen.state import Closing, Queen, caller, collect
+from rbee_serve.queen.state import Closing, Queen, caller, collect, require_admin
 
 logger = logging.getLogger(__name__)
 
@@ -227,6 +227,7 @@ class NativeApi:
 
     async def _retire(self, request: Request, path: str) -> Worker:
         queen = self._queen
+        require_admin(request, "retire workers")
         worker = queen.registry.get(request.path_params["worker_id"], queen.clock())
         asleep = worker.record.status is WorkerState.DORMANT
         queen.registry.retire(worker)
@@ -234,6 +235,7 @@ class NativeApi:
         # Nobody wakes a worker to send it away.
         told = not asleep and await queen.relay.tell(worker, path)
         logger.info("worker retired", extra={"worker_id": worker.id, "told": told})
+        queen.record("worker.retired", worker_id=worker.id, key=key.name if (key := caller(request)) is not None else None)
         return worker
 
     async def hive(self, request: Request) -> Response:

@@ -15,7 +15,7 @@ from rbee_serve.common.audit import AuditLog
 from rbee_serve.common.credentials import ClientKeys
 from rbee_serve.common.http import while_connected
 from rbee_serve.contract.api import DEADLINE_HEADER, InferenceRequest
-from rbee_serve.contract.errors import InvalidRequest, NoWorkerAvailable, WorkerDraining
+from rbee_serve.contract.errors import InvalidRequest, NoWorkerAvailable, OperationNotAllowed, WorkerDraining
 from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen.key_limits import KeyLimits
@@ -112,6 +112,16 @@ class Queen:
                 await asyncio.wait_for(self.relay.quiet.wait(), self.settings.drain_timeout_s)
         for stream in list(self.relay.streams.values()):
             stream.abort(WorkerDraining("the queen was stopped before the answer was complete", tokens_out=stream.tokens_out))
+
+
+def require_admin(http: Request, what: str) -> None:
+    """Raise OperationNotAllowed where the request's key may use models alone; a queen without keys asks nobody."""
+    key = caller(http)
+    if key is not None and not key.admin:
+        raise OperationNotAllowed(
+            f"key {key.name!r} may use models and nothing else: it may not {what}",
+            hint="use the key that rbee-ctl uses, or make one: rbee-ctl key create NAME --admin",
+        )
 
 
 def caller(http: Request) -> ClientKey | None:

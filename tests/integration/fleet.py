@@ -120,7 +120,10 @@ class Fleet:
 
     def __post_init__(self) -> None:
         digest = hashlib.sha256(self.key.encode()).hexdigest()
-        keys = {"version": 1, "keys": [{"id": "k1", "name": "test", "sha256": digest, "created_at": "2026-01-01T00:00:00Z"}]}
+        keys = {
+            "version": 1,
+            "keys": [{"id": "k1", "name": "test", "admin": True, "sha256": digest, "created_at": "2026-01-01T00:00:00Z"}],
+        }
         self._secret("client-keys", json.dumps(keys))
         self._secret("fleet-token", self.token + "\n")
         self.queen = self._service(

@@ -34,7 +34,7 @@ class App:
     app: Starlette = field(init=False)
 
     def __post_init__(self) -> None:
-        keys = ClientKeys([ClientKey(id="k1", name="test", sha256=hashlib.sha256(KEY.encode()).hexdigest())])
+        keys = ClientKeys([ClientKey(id="k1", name="test", admin=True, sha256=hashlib.sha256(KEY.encode()).hexdigest())])
         self.app = create_app(QueenSettings(), client_keys=keys, fleet_token=FLEET, clock=lambda: self.now)
 
     def ask(self, method: str, path: str, *, headers: dict[str, str] = CLIENT, **more: Any) -> httpx.Response:
@@ -430,3 +430,18 @@ def test_a_key_sees_the_models_that_it_may_use() -> None:
 
     assert listed == ["mine-7b"]
     assert [t.removesuffix(":latest") for t in tags] == ["mine-7b"]
+
+
+def test_a_guest_runs_no_fleet_operation_retires_nobody_and_sees_no_foreign_job() -> None:
+    guest = limited()
+    guest.beat()
+    refused = [
+        guest.ask("POST", "/v1/jobs", json={"operation": "hive_stop", "alias": "lab1"}),
+        guest.ask("POST", "/v1/workers/lab1-cpu0/retire"),
+        guest.ask("DELETE", "/v1/workers/lab1-cpu0"),
+    ]
+
+    assert [(r.status_code, r.json()["error"]["code"]) for r in refused] == [(403, "OPERATION_NOT_ALLOWED")] * 3
+    assert guest.ask("GET", "/v1/workers/lab1-cpu0").json()["status"] == "idle"
+    assert guest.ask("GET", "/v1/jobs").json() == {"jobs": []}
+    assert guest.ask("GET", "/v1/jobs/job-1").status_code == 404
