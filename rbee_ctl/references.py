@@ -30,14 +30,15 @@ def unknown_model(error: RbeeError, reference: str | None) -> RbeeError:
     if not isinstance(error, ModelNotFound) or reference is None or reference.startswith(tuple(_KINDS)):
         return error
     known = [str(k) for k in error.details.get("known", [])]
-    return _invalid(reference, f"is no reference and no known model (known: {', '.join(known) or 'none'})")
+    return _invalid(reference, f"is no reference and no known model (known: {', '.join(known) or 'none'})", known=known)
 
 
-def _invalid(reference: str, why: str) -> InvalidModelRef:
+def _invalid(reference: str, why: str, **details: list[str]) -> InvalidModelRef:
     return InvalidModelRef(
         f"model {reference!r} {why}; expected: {FORMATS}",
         hint="rbee-ctl model list shows what the machines have",
         model=reference,
+        **details,
     )
 
 
