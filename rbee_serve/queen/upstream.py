@@ -102,7 +102,7 @@ class Attempt:
                 await self._answer.head(until)
                 return self._answer
             except TimeoutError as e:
-                raise self._out_of_time("did not answer", self._limits.first_byte_s) from e
+                raise self._out_of_time(until, "did not answer", self._limits.first_byte_s) from e
             except BrokenError as e:
                 # A kept connection that the worker had just closed looks the same as a worker that died: ask once more
                 # on a fresh one. Nothing was delivered yet, so nothing can be delivered twice.
@@ -131,7 +131,7 @@ class Attempt:
             while (piece := await answer.read(until)) and len(body) <= _MAX_ERROR_BODY:
                 body += piece
         except TimeoutError as e:
-            raise self._out_of_time("did not finish its answer", self._limits.first_byte_s) from e
+            raise self._out_of_time(until, "did not finish its answer", self._limits.first_byte_s) from e
         except BrokenError as e:
             raise self._broken("broke off its answer", e) from e
         error = error_of(answer.status, body, self.worker.id)
@@ -165,13 +165,14 @@ class Attempt:
         loop = asyncio.get_running_loop()
         while True:
             began = loop.time()
+            until = min(self._deadline, began + stall_s - self._silent_s)
             try:
-                data = await answer.read(min(self._deadline, began + stall_s - self._silent_s))
+                data = await answer.read(until)
             except WokenError:
                 self._silent_s += loop.time() - began
                 raise
             except TimeoutError as e:
-                raise self._out_of_time("made no token" if self._decoding else "sent nothing", stall_s) from e
+                raise self._out_of_time(until, "made no token" if self._decoding else "sent nothing", stall_s) from e
             except BrokenError as e:
                 raise self._broken("broke off the stream", e) from e
             if not data:
@@ -212,8 +213,10 @@ class Attempt:
         if answer is not None:
             answer.close()
 
-    def _out_of_time(self, what: str, limit_s: float) -> Exception:
-        if asyncio.get_running_loop().time() >= self._deadline:
+    def _out_of_time(self, until: float, what: str, limit_s: float) -> Exception:
+        """Return whose time is up: the request's own, or the worker's. Not asked of the clock: a timer may be early by less
+        than the clock can tell, and a worker must not count as failed because a client was in a hurry."""
+        if until >= self._deadline:
             return RequestTimeout("the deadline of the request has passed", hint="ask for fewer tokens or a longer timeout_s")
         error = ConnectionTimeout(f"worker {self.worker.id} {what} for {limit_s:g} s", worker_id=self.worker.id)
         return TryFailedError(error, broken=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -80,3 +81,48 @@ def test_nothing_that_is_sent_is_answered_with_a_fault_of_the_service(fleet: Fle
 
             attack()
     assert checked > 50
+
+
+HOSTILE: list[Any] = [
+    "\ud800",
+    {"a": "\udfff"},
+    ["x", "\ud83d"],
+    json.loads("[" * 90 + "]" * 90),
+    json.loads("[" * 300 + "]" * 300),
+    10**30,
+    -(10**400),
+    float("nan"),
+    float("inf"),
+    True,
+    None,
+    {},
+    [],
+    [[]],
+    "x\x00\x1b[31m'; DROP TABLE--<script>../../etc/passwd",
+]
+
+
+def test_hostile_values_in_every_field_are_refused_or_harmless(fleet: Fleet) -> None:
+    """Half surrogate pairs, absurd nesting, numbers without measure, wrong types: in every field of every body."""
+    with fleet.client() as client:
+        document = client.get("/openapi.json").json()
+        checked = 0
+        for path, methods in document["paths"].items():
+            body = methods.get("post", {}).get("requestBody")
+            if body is None or path.startswith(_LEFT_OUT):
+                continue
+            name = body["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+            schema = document["components"]["schemas"][name]
+            good = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x"}
+            base = {k: v for k, v in (good | {"max_tokens": 1}).items() if k in schema["properties"]}
+            if path == "/v1/inference":
+                del base["prompt"]
+            for field in schema["properties"]:
+                for value in HOSTILE:
+                    content = json.dumps(base | {field: value})
+                    headers = {"X-Request-Deadline": str(time.time() + 0.3), "Content-Type": "application/json"}
+                    check(client.post(path, content=content, headers=headers), f"{path} {field} {value!r:.60}")
+                    checked += 1
+        state = client.get("/v1/workers/lab1-cpu0").json()["status"]
+    assert checked > 1000
+    assert state in ("idle", "busy"), "clients in a hurry do not make a worker count as failed"
