@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 #: Seconds between two lines of progress that differ in their figures alone, where stderr is no terminal.
 PROGRESS_PAUSE_S = 1.0
-_FIGURES = re.compile(r"[\d.]+")
+#: Numbers by themselves; those in names (lab1, cpu0) tell one machine's progress from another's.
+_FIGURES = re.compile(r"(?<![\w.-])[\d.]+")
 _DIM, _RED, _RESET = "\x1b[2m", "\x1b[31m", "\x1b[0m"
 
 

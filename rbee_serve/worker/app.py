@@ -100,7 +100,6 @@ class WorkerApi:
             "ready": state in (WorkerState.IDLE, WorkerState.BUSY),
             "state": state.value,
             "model_loaded": loaded,
-            "registered": self._worker.told is state,
         }
         if state is WorkerState.LOADING:
             body["progress_url"] = f"{self._worker.settings.public_url}/v1/loading/progress"
@@ -149,9 +148,11 @@ class WorkerApi:
         return JsonResponse(body, status_code=202)
 
     async def info(self, _: Request) -> Response:
-        """Show the worker's record (SPEC 3.6)."""
-        record = self._worker.record().model_dump(mode="json")
-        return JsonResponse({"name": SERVICE_NAME, "role": "worker", "api_version": API_VERSION, "worker": record})
+        """Show the worker's record (SPEC 3.6); ``registered``: the queen has taken note of the state it is in now."""
+        worker = self._worker
+        record, registered = worker.record().model_dump(mode="json"), worker.told is worker.state
+        about = {"name": SERVICE_NAME, "role": "worker", "api_version": API_VERSION}
+        return JsonResponse(about | {"registered": registered, "worker": record})
 
     async def metrics(self, _: Request) -> Response:
         """Answer Prometheus."""

@@ -18,10 +18,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from rbee_serve.common.http import RequestLimits
 from rbee_serve.common.sdnotify import Notifier
 from rbee_serve.common.serving import Leave, run
 
 IDLE_S = 0.03
+LIMITS = RequestLimits(1_000_000, 32_768, 30.0, 1000)
 
 
 def serve(port: int) -> int:
@@ -42,7 +44,7 @@ def serve(port: int) -> int:
 
     app = Starlette(routes=[Route("/", answer)])
     leave = Leave(due, lambda: None)
-    run(app, host="127.0.0.1", port=port, notifier=Notifier({}), graceful_timeout_s=1, leave=leave)
+    run(app, host="127.0.0.1", port=port, notifier=Notifier({}), graceful_timeout_s=1, leave=leave, limits=LIMITS)
     return 0
 
 

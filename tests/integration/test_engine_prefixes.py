@@ -35,7 +35,7 @@ def test_engine_evaluates_a_prefix_once_for_requests_that_arrive_together(model_
             assert [a.ids for a in together] == alone[:3]
             cached = [a.started.cached_tokens for a in together if a.started]
             assert cached[0] == 0
-            assert min(cached[1:]) > 128
+            assert min(cached[1:]) >= 128
             assert {a.started.cached_from for a in together[1:] if a.started} == {"memory"}
 
             async with aclosing(engine.generate(request("A word. " + PREFIX + "gone", max_tokens=12))) as leading:

@@ -345,7 +345,6 @@ def test_while_loading_the_port_answers_and_says_where_progress_is() -> None:
             "ready": True,
             "state": "idle",
             "model_loaded": True,
-            "registered": False,
         }
 
         late = await front.get("/v1/loading/progress")
@@ -387,7 +386,6 @@ def test_death_of_the_engine_ends_the_process_with_1() -> None:
             "ready": False,
             "state": "failed",
             "model_loaded": False,
-            "registered": False,
         }
 
     with_front(check)

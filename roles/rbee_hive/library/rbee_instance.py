@@ -258,7 +258,7 @@ def rejoin(settings, etc_dir, limit_s):
         return
     host = settings.get("host", "127.0.0.1")
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 -- compared, not bound
-    request = urllib.request.Request(f"http://{host}:{settings['port']}/v1/ready")
+    request = urllib.request.Request(f"http://{host}:{settings['port']}/v1/info")
     with contextlib.suppress(OSError):
         request.add_header(
             "Authorization", "Bearer " + Path(etc_dir, "credentials/fleet-token").read_text(encoding="utf-8").strip()
