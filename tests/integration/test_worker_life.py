@@ -50,11 +50,14 @@ def test_missing_model_file(tmp_path: Path) -> None:
     refused(WorkerProcess(tmp_path, path), str(path), "No such file")
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 a zip file", b"GGUF\x03\x00\x00\x00"])
-def test_model_file_that_is_no_gguf(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "GGUF"), (b"PK\x03\x04 a zip file", "GGUF"), (b"GGUF\x03\x00\x00\x00", "cut off: 8 bytes wanted at 8")],
+)
+def test_model_file_that_is_no_gguf(tmp_path: Path, content: bytes, said: str) -> None:
     path = tmp_path / "model.gguf"
     path.write_bytes(content)
-    refused(WorkerProcess(tmp_path, path), str(path), "GGUF")
+    refused(WorkerProcess(tmp_path, path), str(path), said)
 
 
 def test_model_file_that_is_cut_short_is_found_out_by_llama_cpp(tmp_path: Path, model_path: Path) -> None:
