@@ -19,7 +19,7 @@ test: setup ## all tests: unit, real processes with the real model, booted lab m
 test-unit: setup ## unit and contract tests alone: seconds
 	pytest tests/unit tests/contract
 
-lint: setup ## ruff, mypy strict, import-linter, ansible-lint production, yamllint, shell syntax
+lint: setup ## ruff, mypy strict, import-linter, ansible-lint production, yamllint, shell syntax, all tests can be collected
 	ruff check .
 	ruff format --check .
 	mypy
@@ -27,6 +27,7 @@ lint: setup ## ruff, mypy strict, import-linter, ansible-lint production, yamlli
 	yamllint -s .
 	ansible-lint --offline
 	sh -n scripts/*.sh
+	pytest --collect-only -qq
 
 format: ## let ruff rewrite the code
 	ruff check --fix .
