@@ -77,8 +77,8 @@ class Results:
         rows = sorted(self.rows, key=lambda r: rank.get(r.key.split("/")[0], 99))
         lines = [_HEAD.strip(), "", "## Machine and versions", ""]
         lines += [f"- {k}: {v}" for k, v in self._data["environment"].items()]
-        for title, of_queen in (("Engine and worker", False), ("Queen", True)):
-            part = [r for r in rows if r.key.startswith("queen") is of_queen]
+        for title, mine in (("Engine and worker", None), ("Queen", "queen"), ("rbee-ctl", "ctl")):
+            part = [r for r in rows if (r.key.partition("-")[0] if r.key.startswith(("queen-", "ctl-")) else None) == mine]
             if not part:
                 continue
             lines += ["", f"## {title}", "", "| case | ours | peer | ratio | goal | reached | measured (UTC) |"]

@@ -2,8 +2,9 @@
 
 File: ``$RBEE_CONFIG``, else ``./.lab/config.toml`` (a lab that is up), else ``~/.config/rbee/config.toml``, else
 ``/etc/rbee/config.toml``. ``RBEE_INVENTORY``, ``RBEE_STATE_DIR``, ``RBEE_QUEEN_URL`` and ``RBEE_API_KEY_FILE`` override
-it, ``RBEE_QUEEN_CA_FILE`` names the certificates to trust for an https queen; all but the first two come from
-``<state_dir>/client.toml``, written by ``site.yml``, where nothing names them.
+it, ``RBEE_QUEEN_CA_FILE`` names the certificates to trust for an https queen; what is about the queen comes from
+``<state_dir>/client.toml``, written by ``site.yml``, where nothing names it. ``integrated`` (``RBEE_INTEGRATED``) is ``auto``
+or ``off``: whether this machine is read in rbee-ctl's own process (``rbee_ctl.integrated``).
 Relative paths count from the file that holds them.
 """
 
@@ -18,9 +19,11 @@ from typing import Any
 
 from rbee_serve.contract.errors import ConfigInvalid
 
-KEYS = ("inventory", "state_dir", "queen_url", "queen_ca_file", "api_key_file")
+KEYS = ("inventory", "state_dir", "queen_url", "queen_ca_file", "api_key_file", "integrated")
 _PATHS = frozenset({"inventory", "state_dir", "queen_ca_file", "api_key_file"})
 CLIENT_FILE = "client.toml"
+#: Values of ``integrated``, the default first.
+INTEGRATED = ("auto", "off")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Settings:
     queen_url: Setting
     queen_ca_file: Setting
     api_key_file: Setting
+    integrated: Setting
 
     @property
     def inventory_path(self) -> Path:
@@ -134,5 +138,12 @@ def load(environ: Mapping[str, str] = os.environ) -> Settings:
     if client.is_file():
         for key, value in _read(client, ("queen_url", "queen_ca_file", "api_key_file")).items():
             found.setdefault(key, Setting(value, str(client)))
+    mode = found.setdefault("integrated", Setting(INTEGRATED[0], "default"))
+    if mode.value not in INTEGRATED:
+        raise ConfigInvalid(
+            f"integrated: {' or '.join(INTEGRATED)} expected, got {mode.value!r} (set by {mode.source})",
+            hint="rbee-ctl config show",
+            key="integrated",
+        )
     unset = Setting(None, "not set")
     return Settings(file, **{key: found.get(key, unset) for key in KEYS})

@@ -36,6 +36,11 @@ class Host:
     variables: dict[str, Any] = field(default_factory=dict)
 
     @property
+    def is_here(self) -> bool:
+        """Whether it is the machine that rbee-ctl runs on."""
+        return self.variables.get("ansible_connection") == "local"
+
+    @property
     def install_path(self) -> str:
         """Where runtimes go on the machine."""
         return str(self.variables.get("rbee_install_path") or "/opt/rbee")

@@ -60,6 +60,36 @@ class Session:
 
         return QueenClient(self.settings.queen, self.settings.api_key(), ca_file=self.settings.queen_ca_file.value)
 
+    def look(self, name: str, *, limit: str | None = None, extra_vars: Mapping[str, Any] | None = None) -> PlaybookResult:
+        """Answer a verb that only reads: in this process where all its machines are this one (CAP-27), else by playbook."""
+        hosts = [self.inventory.get(limit)] if limit is not None else self.inventory.hives
+        if not any(h.is_here for h in hosts):
+            return self.play(name, limit=limit, extra_vars=extra_vars)
+        from rbee_ctl import integrated, node_facts
+
+        off = self.settings.integrated.value == "off"
+        why = "integrated is off" if off else integrated.obstacle(name, hosts, extra_vars or {})
+        if why is not None:
+            return self.play(name, limit=limit, extra_vars=extra_vars, mode=f"local: by Ansible, not in this process: {why}")
+        self.ui.narrate("ctl", "mode", "integrated: read in this process, without HTTP and without Ansible")
+        result = integrated.look(name, hosts, extra_vars or {})
+        for host in result.hosts:
+            node_facts.contact(self.settings.state_path, host, None)
+        return result
+
+    def say_remembered(self) -> None:
+        """Name the mode of a verb that contacts no machine, to programs that follow (jobs)."""
+        if self.ui.events:
+            self.ui.narrate("ctl", "mode", "integrated: from the inventory and what is remembered; no machine is contacted")
+
+    def _mode(self, limit: str | None) -> str:
+        """Say how a playbook reaches its machines."""
+        if self.settings.inventory.value is None:
+            return "local: by Ansible on this machine"
+        hosts = [h for h in self.inventory.hosts.values() if limit in (None, h.name)]
+        here = bool(hosts) and all(h.is_here for h in hosts)
+        return "local: by Ansible on this machine" if here else "remote: by Ansible over SSH"
+
     def play(
         self,
         name: str,
@@ -70,14 +100,18 @@ class Session:
         silent: bool = False,
         check: bool = False,
         environ: Mapping[str, str] | None = None,
+        mode: str | None = None,
     ) -> PlaybookResult:
         """Run a playbook against the inventory and narrate it (``silent``: only with --verbose); remember who answered.
 
         ``check``: say what would change and touch nothing. ``environ``: added to Ansible's environment.
+        ``mode``: how the machines are reached, where there was a choice.
         """
         from rbee_ctl import audit, node_facts
         from rbee_ctl.playbook import run_playbook
 
+        if mode is not None or self.ui.events:
+            self.ui.narrate("ctl", "mode", mode or self._mode(limit))
         if not check:
             audit.record(self.settings.state_path, "playbook.start", playbook=name, limit=limit)
         result = run_playbook(

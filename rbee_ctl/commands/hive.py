@@ -61,6 +61,7 @@ def list_(ctx: typer.Context, json: Json = False) -> OperationResult:
     from rbee_ctl import node_facts
 
     s = session(ctx, json=json)
+    s.say_remembered()
     queen, state = s.inventory.queen, s.settings.state_path
     found = []
     for h in s.inventory.hives:
@@ -87,6 +88,7 @@ def get(ctx: typer.Context, node: OneNode = None, json: Json = False) -> Operati
     from rbee_ctl import node_facts
 
     s = session(ctx, json=json)
+    s.say_remembered()
     host = one_node(s, node)
     hive = {
         "name": host.name,

@@ -60,7 +60,7 @@ def list_(
         return _served(s, node)
     if provider not in (None, "hf", "https", "file"):
         raise InvalidRequest(f"provider {provider!r} does not exist; known: hf, https, file", hint="--provider hf")
-    play = s.play("model_list", limit=node, extra_vars={"rbee_model_provider": provider} if provider else None)
+    play = s.look("model_list", limit=node, extra_vars={"rbee_model_provider": provider} if provider else None)
     return per_host("model list", play, "models")
 
 
@@ -88,7 +88,7 @@ def get(ctx: typer.Context, model: _Id, node: Nodes = None, json: Json = False, 
     s = session(ctx, json=json, verbose=verbose)
     check_model(model)
     s.known_node(node)
-    return per_host("model get", s.play("model_get", limit=node, extra_vars={"rbee_model_ref": model}), "model_record")
+    return per_host("model get", s.look("model_get", limit=node, extra_vars={"rbee_model_ref": model}), "model_record")
 
 
 @app.command()

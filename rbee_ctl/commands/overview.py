@@ -96,7 +96,7 @@ def config_show(ctx: typer.Context, json: Json = False) -> OperationResult:
     )
 
 
-_KEYS = ("inventory", "state_dir", "queen_url", "api_key_file")
+_KEYS = ("inventory", "state_dir", "queen_url", "queen_ca_file", "api_key_file", "integrated")
 
 
 def version(ctx: typer.Context, json: Json = False) -> OperationResult:

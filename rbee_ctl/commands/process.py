@@ -53,4 +53,5 @@ def _play(
 
     s = session(ctx, json=json, verbose=verbose)
     host = one_node(s, node).name
-    return host, dict(one_host(s.play("worker_process", limit=host, extra_vars=variables), host, key))
+    begin = s.play if variables.get("rbee_process_delete") else s.look
+    return host, dict(one_host(begin("worker_process", limit=host, extra_vars=variables), host, key))

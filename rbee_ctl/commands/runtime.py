@@ -40,7 +40,7 @@ def list_(
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
-    return per_host("runtime list", s.play("runtime_list", limit=node, extra_vars=_variables(kind)), "runtimes")
+    return per_host("runtime list", s.look("runtime_list", limit=node, extra_vars=_variables(kind)), "runtimes")
 
 
 @binary.command()
@@ -53,7 +53,7 @@ def get(
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
-    return per_host("runtime get", s.play("runtime_get", limit=node, extra_vars=_variables(kind, version)), "runtime_record")
+    return per_host("runtime get", s.look("runtime_get", limit=node, extra_vars=_variables(kind, version)), "runtime_record")
 
 
 @binary.command()

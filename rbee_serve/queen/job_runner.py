@@ -70,7 +70,7 @@ class JobRunner:
         if found is None:
             raise MissingDependency(
                 "this queen's machine has no rbee-ctl: fleet operations run where the inventory is",
-                hint="pip install 'rbee[ctl]' there, or set ctl_command; or run rbee-ctl where you are",
+                hint="run rbee-ctl where you are; or deploy the queen with rbee_queen_jobs: true (docs/operations.md, Jobs)",
             )
         return [found]
 
@@ -98,7 +98,6 @@ class JobRunner:
     # --- rbee-ctl -----------------------------------------------------------------------------------------------------
 
     async def _child(self, job: Job, arguments: list[str]) -> dict[str, Any] | None:
-        job.narrate("queen", "mode", "remote: by rbee-ctl, Ansible and SSH" if job.operation.node else "local: by rbee-ctl here")
         process = await asyncio.create_subprocess_exec(
             *self.command(),
             "--events",

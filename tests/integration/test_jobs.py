@@ -147,7 +147,7 @@ def test_playbooks_of_two_machines_run_side_by_side_and_are_told_live(queen: htt
     # Live: also during the silent task something true came.
     assert any("silent for a while: 2 s" in e.get("human", "") for e in events)
     assert any(e.get("formatted", "").startswith("[one       ] hive_start     : ") for e in events)
-    assert any(e.get("action") == "mode" and e["human"].startswith("remote") for e in events)
+    assert any(e.get("action") == "mode" and e["human"].startswith("local: by Ansible") for e in events)
     result = next(e for e in events if e["type"] == "result")
     assert result["data"]["hosts"]["one"]["target"] == "active on one, failed: [DONE]"  # text that ends no stream
     # Side by side: each began before the other ended.

@@ -8,7 +8,6 @@ import os
 import shutil
 from pathlib import Path
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_gguf import GgufError, facts
 from ansible.module_utils.rbee_node import NodeError, any_runtime_python, fail, instances, running, show, worker_unit
 from ansible.module_utils.rbee_store import (
@@ -254,7 +253,21 @@ def present(params, entries, check):
     return entry, True
 
 
+def report(params, set_aside):
+    """Return the result of list, get or find; with ``set_aside`` list moves broken metadata out of the way."""
+    aside = set_aside and params["state"] == "list"
+    entries, problems = read(params["models_dir"], any_runtime_python(params["install_path"]), set_aside=aside)
+    if params["state"] == "list":
+        shown = [{**e, "used_by": users(params, e)} for e in entries if params["provider"] in (None, e.get("provider"))]
+        return {"models": shown, "problems": problems, "disk": disk(params["models_dir"])}
+    entry = look_up(params, entries, params["state"] == "get")
+    return {"model": {**entry, "used_by": users(params, entry)} if entry else None}
+
+
 def main():
+    # Not at the top: rbee-ctl reads this machine with the functions above, in its own process (CAP-27).
+    from ansible.module_utils.basic import AnsibleModule
+
     module = AnsibleModule(
         argument_spec={
             "state": {"type": "str", "choices": ["list", "get", "find", "present", "absent"], "default": "list"},
@@ -273,20 +286,16 @@ def main():
     )
     params, changed = module.params, False
     try:
-        aside = params["state"] == "list" and not module.check_mode
-        entries, problems = read(params["models_dir"], any_runtime_python(params["install_path"]), set_aside=aside)
-        if params["state"] == "list":
-            shown = [{**e, "used_by": users(params, e)} for e in entries if params["provider"] in (None, e.get("provider"))]
-            result = {"models": shown, "problems": problems, "disk": disk(params["models_dir"])}
-        elif params["state"] == "present":
-            entry, changed = present(params, entries, module.check_mode)
-            result = {"model": entry}
-        elif params["state"] == "absent":
-            result = absent(params, entries, module.check_mode)
-            changed = result["changed"]
+        if params["state"] in ("present", "absent"):
+            entries, _ = read(params["models_dir"], any_runtime_python(params["install_path"]))
+            if params["state"] == "present":
+                entry, changed = present(params, entries, module.check_mode)
+                result = {"model": entry}
+            else:
+                result = absent(params, entries, module.check_mode)
+                changed = result["changed"]
         else:
-            entry = look_up(params, entries, params["state"] == "get")
-            result = {"model": {**entry, "used_by": users(params, entry)} if entry else None}
+            result = report(params, set_aside=not module.check_mode)
     except (NodeError, CatalogError) as e:
         fail(module, e)
     module.exit_json(changed=changed, rbee_result=result)

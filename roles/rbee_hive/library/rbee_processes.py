@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_node import NodeError, fail
 from ansible.module_utils.rbee_processes import worker_process, worker_processes
 
@@ -43,15 +42,22 @@ rbee_result:
 """
 
 
+def report(params):
+    """Return all worker processes, or the one that is asked for."""
+    if params["pid"] is None:
+        return {"processes": worker_processes(params["etc_dir"])}
+    return {"process": worker_process(params["etc_dir"], params["pid"])}
+
+
 def main():
+    # Not at the top: rbee-ctl reads this machine with the functions above, in its own process (CAP-27).
+    from ansible.module_utils.basic import AnsibleModule
+
     module = AnsibleModule(
         argument_spec={"pid": {"type": "int"}, "etc_dir": {"type": "path", "default": "/etc/rbee"}}, supports_check_mode=True
     )
     try:
-        if module.params["pid"] is None:
-            result = {"processes": worker_processes(module.params["etc_dir"])}
-        else:
-            result = {"process": worker_process(module.params["etc_dir"], module.params["pid"])}
+        result = report(module.params)
     except NodeError as e:
         fail(module, e)
     module.exit_json(changed=False, rbee_result=result)

@@ -11,7 +11,6 @@ import shutil
 import time
 from pathlib import Path
 
-from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_node import (
     NodeError,
     fail,
@@ -323,7 +322,19 @@ def current(params, check):
     return str(home or find(params))
 
 
+def report(params):
+    """Return the result of list or get."""
+    if params["state"] == "get":
+        return {"runtime": record(params, find(params)), "changed": False}
+    kinds = [kind_of(params["type"])] if params["type"] else TYPES
+    homes = [h for k in kinds for h in complete(Path(params["install_path"], "runtimes", k))]
+    return {"runtimes": [record(params, h) for h in homes], "changed": False}
+
+
 def main():
+    # Not at the top: rbee-ctl reads this machine with the functions above, in its own process (CAP-27).
+    from ansible.module_utils.basic import AnsibleModule
+
     module = AnsibleModule(
         argument_spec={
             "state": {"type": "str", "choices": ["list", "get", "current", "used", "absent", "making"], "default": "list"},
@@ -350,12 +361,8 @@ def main():
             module.exit_json(**make(params, check))
         if params["state"] == "current":
             module.exit_json(changed=False, path=current(params, check))
-        if params["state"] == "list":
-            kinds = [kind_of(params["type"])] if params["type"] else TYPES
-            homes = [h for k in kinds for h in complete(Path(params["install_path"], "runtimes", k))]
-            result = {"runtimes": [record(params, h) for h in homes], "changed": False}
-        elif params["state"] == "get":
-            result = {"runtime": record(params, find(params)), "changed": False}
+        if params["state"] in ("list", "get"):
+            result = report(params)
         else:
             result = (absent if params["state"] == "absent" else use)(params, check)
     except NodeError as e:
