@@ -168,6 +168,7 @@ class Embedded:
             "host": HOST,
             "port": queen_port,
             "log_level": "info",
+            "log_format": "text",
             "fleet_token_file": str(self.folder / "fleet-token"),
             "client_keys_file": str(self.folder / "client-keys"),
         }
@@ -183,6 +184,7 @@ class Embedded:
             "slots": self._slots,
             "threads": self._threads,
             "queen_url": self.queen_url,
+            "log_format": "text",
             "fleet_token_file": str(self.folder / "fleet-token"),
             "drain_timeout_s": DRAIN_S,
         }

@@ -29,7 +29,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl+C")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="how many of the last lines first")] = 50,
 ) -> OperationResult:
-    """Show the journal of rbee's units on a machine."""
+    """Show the journal of rbee's units on a machine; with --json the lines as the journal has them."""
     from rbee_ctl.commands.hive import one_node
     from rbee_serve.contract.errors import ExitCode, NodeUnreachable, SshCommandFailed
 
@@ -43,9 +43,9 @@ def logs(
     command = journal_command(host, units, follow=follow, lines=lines)
     sys.stdout.flush()
     # stdin stays open as long as this process lives: its end is what ends journalctl over there, also after kill -9.
-    child = subprocess.Popen(command, stdin=subprocess.PIPE)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     try:
-        code = child.wait()
+        code = _shown(child, as_it_is=s.ui.json)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if child.stdin is not None:
@@ -66,6 +66,16 @@ def logs(
             hint="the user needs root, passwordless sudo or the group systemd-journal there",
         )
     return OperationResult("logs")
+
+
+def _shown(child: subprocess.Popen[str], *, as_it_is: bool) -> int:
+    """Print what the child prints and return its exit code. JSON lines of the services become text, or stay ``as_it_is``."""
+    from rbee_serve.contract.log_lines import readable
+
+    for line in child.stdout or ():
+        sys.stdout.write(line if as_it_is else readable(line.rstrip("\n")) + "\n")
+        sys.stdout.flush()
+    return child.wait()
 
 
 def journal_command(host: Host, units: list[str], *, follow: bool, lines: int) -> list[str]:

@@ -1,55 +1,60 @@
-"""Logging of the services: one line a record on stderr, which systemd turns into the journal."""
+"""Logging of the services: one line a record on stderr, which systemd turns into the journal (SPEC E-27)."""
 
 from __future__ import annotations
 
 import contextvars
-import json
+import datetime
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from rbee_serve.contract.errors import ConfigInvalid
+from rbee_serve.contract.log_lines import HEAD, as_json, as_text
+from rbee_serve.contract.settings import LogFormat
 
 #: Id of the request that is being handled; every record carries it (SPEC E-27).
 correlation: contextvars.ContextVar[str | None] = contextvars.ContextVar("correlation_id", default=None)
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_PLAIN = re.compile(r"[^\s\"=\[\]]+")
 #: syslog priorities: `journalctl -p warning` works.
 _PRIORITY = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 
 
 class LineFormatter(logging.Formatter):
-    """``level logger: message key=value ... [correlation id]`` on one line, whatever the values hold."""
+    """A record as one line, whatever its values hold: JSON, or text for people (contract.log_lines)."""
 
-    def __init__(self, *, journal: bool) -> None:
-        """``journal``: begin lines with the priority that journald reads, since it has the time itself."""
-        super().__init__("%(message)s")
-        self._journal = journal
+    def __init__(self, *, journal: bool, text: bool = False) -> None:
+        """``journal``: begin lines with the priority that journald reads; it has the time itself, so a text needs none."""
+        super().__init__()
+        self._journal, self._text = journal, text
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        head = f"<{_PRIORITY.get(record.levelno, 6)}>" if self._journal else self.formatTime(record) + " "
-        extras = "".join(f" {k}={_value(v)}" for k, v in vars(record).items() if k not in _STANDARD)
-        # formatMessage and the traceback may have newlines: one record stays one line, so nobody can forge a second.
-        first, *rest = super().format(record).split("\n", 1)
-        ident = correlation.get()
-        text = f"{record.levelname.lower()} {record.name}: {first}{extras}{f' [{ident}]' if ident else ''}"
-        return head + _one_line(text + "".join("\n" + r for r in rest))
+        head = f"<{_PRIORITY.get(record.levelno, 6)}>" if self._journal else ""
+        fields = self._fields(record)
+        if not self._text:
+            return head + as_json(fields)
+        return (head or f"{fields['time']} ") + as_text(fields)
 
-
-def _value(value: object) -> str:
-    text = str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
-
-
-def _one_line(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    def _fields(self, record: logging.LogRecord) -> dict[str, Any]:
+        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        fields: dict[str, Any] = {
+            "time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if (ident := correlation.get()) is not None:
+            fields["correlation_id"] = ident
+        for name, value in vars(record).items():
+            if name not in _STANDARD:
+                fields[f"{name}_" if name in HEAD else name] = value
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return fields
 
 
 def _is_journal(environ: Mapping[str, str]) -> bool:
@@ -61,16 +66,17 @@ def _is_journal(environ: Mapping[str, str]) -> bool:
     return environ.get("JOURNAL_STREAM") == f"{stat.st_dev}:{stat.st_ino}"
 
 
-def setup_logging(level: str, environ: Mapping[str, str] = os.environ) -> None:
+def setup_logging(level: str, form: LogFormat = "auto", environ: Mapping[str, str] = os.environ) -> None:
     """Send all logging to stderr from ``level`` on; ``RBEE_LOG`` overrides it (SPEC CAP-13).
 
-    Raises ConfigInvalid for a level that does not exist.
+    ``form`` auto: text on a terminal, JSON everywhere else. Raises ConfigInvalid for a level that does not exist.
     """
     wanted = environ.get("RBEE_LOG") or level
     if wanted.lower() not in LEVELS:
         raise ConfigInvalid(f"RBEE_LOG: got {wanted!r}, expected one of {', '.join(LEVELS)}")
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter(journal=_is_journal(environ)))
+    text = form == "text" or (form == "auto" and sys.stderr.isatty())
+    handler.setFormatter(LineFormatter(journal=_is_journal(environ), text=text))
     logging.basicConfig(level=wanted.upper(), handlers=[handler], force=True)
     for chatty in ("httpx", "httpcore", "uvicorn", "sse_starlette", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))

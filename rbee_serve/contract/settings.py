@@ -22,6 +22,7 @@ Backend = Literal["cpu", "cuda", "rocm", "vulkan"]
 BACKEND_NAMES: tuple[str, ...] = ("cpu", "cuda", "rocm", "vulkan", "metal")
 KvType = Literal["f16", "q8_0"]
 LogLevel = Literal["debug", "info", "warning", "error"]
+LogFormat = Literal["auto", "json", "text"]
 
 Port = Annotated[int, Field(ge=1024, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -60,6 +61,7 @@ class Settings(BaseModel):
 
     host: str = Field("127.0.0.1", description="address to listen on")
     log_level: LogLevel = Field("info", description="lowest level that is logged")
+    log_format: LogFormat = Field("auto", description="lines of the log: json, or text for people; auto: text on a terminal")
     fleet_token_file: Path | None = Field(
         None,
         description="file with the token that queen and workers share; "

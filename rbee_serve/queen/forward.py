@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from http import HTTPStatus
 from typing import Any
 
@@ -29,6 +30,8 @@ from rbee_serve.queen.registry import Worker
 from rbee_serve.queen.state import Queen, caller
 from rbee_serve.queen.upstream import error_of
 
+logger = logging.getLogger(__name__)
+
 _turn = itertools.count()
 
 
@@ -47,7 +50,9 @@ async def ask(queen: Queen, http: Request, model: str, path: str, body: dict[str
     finally:
         if lease is not None:
             lease.release()
-    queen.metrics.key_requests.labels(key=key.name if key is not None else "").inc()
+    who = key.name if key is not None else None
+    logger.info("answered", extra={"key": who, "path": path, "model": model, "worker": answer[1].id})
+    queen.metrics.key_requests.labels(key=who or "").inc()
     return answer
 
 

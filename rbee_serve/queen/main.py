@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.check_config:
             sys.stdout.write(f"{args.config}: ok\n")
             return ExitCode.OK
-        setup_logging(settings.log_level)
+        setup_logging(settings.log_level, settings.log_format)
         where = f"{'http' if tls_files(settings) is None else 'https'}://{settings.host}:{settings.port}"
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one that comes before `started` must not end the process
 

@@ -244,6 +244,11 @@ class Stream:
         """Tokens so far; those that the client brought itself count, as they do in ``max_tokens`` and in the numbering."""
         return len(self.ids)
 
+    @property
+    def lasted_ms(self) -> float:
+        """Time since the request was accepted."""
+        return round((time.perf_counter() - self._began) * 1000, 1)
+
     async def opened(self, patience_s: float | None) -> None:
         """Return when a worker has taken the request; with ``patience_s`` (seconds) also when it waits or that is over.
 

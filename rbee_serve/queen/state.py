@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from rbee_serve.queen.placement import resolve
 from rbee_serve.queen.reattach import Tapes
 from rbee_serve.queen.registry import Registry
 from rbee_serve.queen.relay import Api, Relay, Stream
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -92,17 +95,19 @@ class Queen:
         self.metrics.key_requests.labels(key=who or "").inc()
         facts = {"request": stream.id, "key": who, "api": api, "correlation_id": correlation_id}
         self.record("inference.start", **facts, model=stream.model, worker=stream.worker.id if stream.worker else None)
-        stream.on_close.append(
-            lambda: self.record(
-                "inference.end",
-                **facts,
-                worker=stream.worker.id if stream.worker else None,
-                outcome=stream.outcome,
-                prompt_tokens=stream.prompt_tokens,
-                tokens_out=stream.tokens_out,
-            )
-        )
+        stream.on_close.append(lambda: self._ended(stream, facts))
         return stream
+
+    def _ended(self, stream: Stream, facts: dict[str, str | None]) -> None:
+        end = {
+            "worker": stream.worker.id if stream.worker else None,
+            "outcome": stream.outcome,
+            "prompt_tokens": stream.prompt_tokens,
+            "tokens_out": stream.tokens_out,
+        }
+        self.record("inference.end", **facts, **end)
+        line = {"request_id": stream.id, "key": facts["key"], "api": facts["api"], "model": stream.model} | end
+        logger.info("request ended", extra=line | {"queued_ms": round(stream.queued_ms), "duration_ms": stream.lasted_ms})
 
     async def drain(self) -> None:
         """Take nothing new, let running streams end within ``drain_timeout_s`` and tell the rest why they end (SPEC E-09)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
@@ -12,6 +13,8 @@ from rbee_serve.contract.api import StopReason
 from rbee_serve.contract.errors import MalformedResponse, RbeeError, RequestCanceled, RequestTimeout
 from rbee_serve.worker.engine.protocol import EngineEvent, Finished, GenerateRequest, Started, TokenOut
 from rbee_serve.worker.state import Worker
+
+logger = logging.getLogger(__name__)
 
 
 class Generation:
@@ -96,9 +99,13 @@ class Generation:
         finally:
             self._worker.remove(self)
             metrics = self._worker.metrics
-            metrics.requests.labels(outcome=self.outcome or RequestCanceled.code).inc()
+            outcome, lasted_ms = self.outcome or RequestCanceled.code, self._ms(self._began, time.perf_counter())
+            metrics.requests.labels(outcome=outcome).inc()
+            facts: dict[str, object] = {"request_id": self.id, "outcome": outcome, "tokens_out": self.tokens_out}
             if self.started is not None:
-                metrics.duration_ms.observe(self._ms(self._began, time.perf_counter()))
+                metrics.duration_ms.observe(lasted_ms)
+                facts |= {"prompt_tokens": self.started.prompt_tokens, "cached_tokens": self.started.cached_tokens}
+            logger.info("request ended", extra=facts | {"duration_ms": round(lasted_ms, 1)})
 
     async def _next(self) -> EngineEvent:
         if self._ending is not None:

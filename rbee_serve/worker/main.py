@@ -169,10 +169,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.check_config:
             sys.stdout.write(f"{args.config}: ok\n")
             return ExitCode.OK
-        setup_logging(settings.log_level)
+        setup_logging(settings.log_level, settings.log_format)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one that comes before `started` must not end the process
         if token is None and is_loopback(settings.host):
-            sys.stderr.write(f"rbee-worker: no fleet token: every program on this machine may use {settings.public_url}\n")
+            logger.warning("no fleet token: every program on this machine may use this worker", extra={"url": settings.public_url})
         return serve(settings, token, notifier)
     except RbeeError as e:
         notifier.status(e.message)

@@ -583,7 +583,9 @@ def _(world: World, node: str) -> None:
 @then(parsers.parse('the queen heard of "{worker_id}" while it was loading'))
 def _(world: World, worker_id: str) -> None:
     log = world.lab.ssh("lab1", f"journalctl -u rbee-queen --no-pager -o cat --since @{world.seen['since']}").stdout
-    assert re.search(rf"registered .*worker_id={worker_id} .*state=loading", log), log
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    heard = [line["state"] for line in lines if line["message"] == "worker registered" and line["worker_id"] == worker_id]
+    assert "loading" in heard, log
 
 
 @then(

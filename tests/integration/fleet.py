@@ -61,6 +61,11 @@ class Service:
         return self.config.with_suffix(".log").read_text(encoding="utf-8")
 
     @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Return the lines of the log so far; every one of them is JSON."""
+        return [json.loads(line) for line in self.log.splitlines()]
+
+    @property
     def pid(self) -> int:
         assert self.process is not None
         return self.process.pid

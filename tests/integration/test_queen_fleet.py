@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from fleet import MODEL, MODEL_REF, Fleet, events_of, ids_of, text_of, wait_until
+from fleet import MODEL, MODEL_REF, Fleet, Service, events_of, ids_of, text_of, wait_until
 
 pytestmark = pytest.mark.integration
 
@@ -224,7 +224,9 @@ def test_worker_killed_in_the_middle_costs_no_token(
     assert text_of(events) == text_of(undisturbed)
     assert [(e["mode"], e["worker_id"] != victim) for e in resumed] == [("exact", True)]
     assert (events[-1]["type"], events[-1]["tokens_out"]) == ("end", 60)
-    assert f"to_worker={resumed[0]['worker_id']} from_worker={victim}" in fleet.queen.log  # each fail-over, with both
+    told = [line for line in fleet.queen.lines if line.get("request_id") == response.headers["x-request-id"]]
+    moved = [(line["from_worker"], line["to_worker"]) for line in told if line["message"] == "stream goes on at another worker"]
+    assert moved == [(victim, resumed[0]["worker_id"])]  # each fail-over, with both
 
 
 def test_worker_killed_before_the_first_token_is_not_noticed_by_the_client(fleet: Fleet, client: httpx.Client) -> None:
@@ -322,6 +324,40 @@ def test_stopped_worker_leaves_the_list(fleet: Fleet) -> None:
     assert fleet.workers["lab2-cpu0"].stop() == 0
 
     wait_until(lambda: set(fleet.records()) == {"lab1-cpu0"}, "lab2-cpu0 gone", limit_s=5)
+
+
+# --- the logs -------------------------------------------------------------------------------------------------------
+
+
+def lines_about(service: Service, ident: str) -> list[dict[str, Any]]:
+    return [line for line in service.lines if line.get("correlation_id") == ident]
+
+
+def test_a_request_is_found_in_all_logs_by_its_correlation_id_and_its_prompt_in_none(fleet: Fleet, client: httpx.Client) -> None:
+    ident, secret = f"find-me-{time.time_ns()}", "my very private village"
+    request = GREEDY | {"model": MODEL, "prompt": secret}
+    events: list[dict[str, Any]] = []
+    with client.stream("POST", "/v1/inference", json=request, headers={"X-Correlation-ID": ident}) as response:
+        first = response.headers["x-rbee-worker"]
+        request_id = response.headers["x-request-id"]
+        for event in events_of(response):
+            events.append(event)
+            if (event["type"], event.get("i")) == ("token", 5):
+                fleet.workers[first].kill()
+    second = next(e["worker_id"] for e in events if e["type"] == "resumed")
+    # The last line is written when the answer is with the client already.
+    told = wait_until(lambda: [x for x in lines_about(fleet.queen, ident) if x["message"] == "request ended"], "the queen's line")
+    at_worker = wait_until(lambda: lines_about(fleet.workers[second], ident), "the worker's line")
+
+    assert [(x["request_id"], x["worker"], x["outcome"], x["tokens_out"]) for x in told] == [
+        (request_id, second, "MAX_TOKENS", 60)
+    ]
+    assert (told[0]["key"], told[0]["api"], told[0]["level"]) == ("test", "native", "info")
+    assert at_worker[-1]["request_id"] == f"{request_id}.1"
+    assert (at_worker[-1]["outcome"], at_worker[-1]["tokens_out"]) == ("MAX_TOKENS", 60)
+    for service in (fleet.queen, *fleet.workers.values()):
+        assert service.lines  # each one JSON
+        assert secret not in service.log
 
 
 # --- the official client --------------------------------------------------------------------------------------------

@@ -292,7 +292,7 @@ def test_records_of_a_request_carry_its_id(capsys: pytest.CaptureFixture[str]) -
     from rbee_serve.common.log import LineFormatter
 
     handler = logging.StreamHandler()
-    handler.setFormatter(LineFormatter(journal=True))
+    handler.setFormatter(LineFormatter(journal=True, text=True))
     log = logging.getLogger("rbee_serve.common.http")
     log.addHandler(handler)
     try:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rbee_serve.common.log import LineFormatter, correlation, setup_logging
 from rbee_serve.contract.errors import ConfigInvalid
+from rbee_serve.contract.log_lines import readable
 
 
 @pytest.fixture(autouse=True)
@@ -21,29 +26,80 @@ def root_as_it_was() -> Iterator[None]:
     root.setLevel(level)
 
 
-def line(message: str, *args: object, level: int = logging.INFO, journal: bool = True, **extra: object) -> str:
+def line(
+    message: str, *args: object, level: int = logging.INFO, journal: bool = True, text: bool = False, **extra: object
+) -> str:
     record = logging.getLogger("rbee.test").makeRecord("rbee.test", level, "f", 1, message, args, None, None, extra)
-    return LineFormatter(journal=journal).format(record)
+    return LineFormatter(journal=journal, text=text).format(record)
 
 
-def test_extras_follow_as_key_and_value() -> None:
-    assert line("queen %s", "up", port=8080, why="two words") == '<6>info rbee.test: queen up port=8080 why="two words"'
+def fields(*args: Any, **extra: Any) -> dict[str, Any]:
+    parsed: dict[str, Any] = json.loads(line(*args, journal=False, **extra))
+    return parsed
 
 
-@pytest.mark.parametrize("nasty", ["a\nb", "a\r\nb", "\x1b[31mred", "nul\x00", "\u2028", "fake [id]"])
-def test_nothing_breaks_out_of_the_line(nasty: str) -> None:
-    for text in (line(nasty), line("m", value=nasty), line("%s", nasty)):
-        assert text.isprintable()
-        assert len(text.splitlines()) == 1
+def test_a_record_is_one_json_object_with_its_facts() -> None:
+    found = fields("queen %s", "up", port=8080, why="two words", where=Path("/x"))
+
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", found.pop("time"))
+    assert found == {
+        "level": "info",
+        "logger": "rbee.test",
+        "message": "queen up",
+        "port": 8080,
+        "why": "two words",
+        "where": "/x",
+    }
 
 
-def test_correlation_id_stands_last() -> None:
+def test_a_fact_can_not_take_the_place_of_the_head() -> None:
+    found = fields("m", time="never", logger="other", correlation_id="mine")
+
+    assert (found["time_"], found["logger_"], found["logger"]) == ("never", "other", "rbee.test")
+    assert found["time"] != "never"
+
+
+def test_an_exception_is_told_in_the_same_line() -> None:
+    try:
+        raise ValueError("why\nnot")
+    except ValueError:
+        record = logging.getLogger("rbee.test").makeRecord("rbee.test", 40, "f", 1, "m", (), sys.exc_info())
+    for text in (False, True):
+        made = LineFormatter(journal=False, text=text).format(record)
+        assert len(made.splitlines()) == 1
+        assert "ValueError: why" in made
+
+
+def test_text_has_extras_as_key_and_value() -> None:
+    made = line("queen %s", "up", text=True, port=8080, why="two words")
+
+    assert made == '<6>info rbee.test: queen up port=8080 why="two words"'
+
+
+@pytest.mark.parametrize("nasty", ["a\nb", "a\r\nb", "\x1b[31mred", "nul\x00", "\u2028", "fake [id]", "\ud800"])
+@pytest.mark.parametrize("text", [False, True])
+def test_nothing_breaks_out_of_the_line(nasty: str, text: bool) -> None:
+    for made in (line(nasty, text=text), line("m", text=text, value=nasty), line("%s", nasty, text=text)):
+        assert made.isprintable()
+        assert len(made.splitlines()) == 1
+
+
+def test_correlation_id_is_there_while_a_request_is_handled() -> None:
     reset = correlation.set("c-1")
     try:
-        assert line("m", a=1).endswith("m a=1 [c-1]")
+        assert line("m", text=True, a=1).endswith("m a=1 [c-1]")
+        assert fields("m")["correlation_id"] == "c-1"
     finally:
         correlation.reset(reset)
-    assert not line("m").endswith("]")
+    assert "correlation_id" not in fields("m")
+
+
+def test_the_journal_s_lines_are_readable_again() -> None:
+    before = "2026-01-01T00:00:00+0000 lab1 rbee-queen[7]"
+
+    assert readable(f"{before}: {line('m', journal=False, a=1)}") == f"{before}: info rbee.test: m a=1"
+    for other in ("-- Boot --", f"{before}: plain words", f'{before}: {{"time":1', f'{before}: {{"time":'):
+        assert readable(other) == other
 
 
 @pytest.mark.parametrize(("level", "priority"), [(10, 7), (20, 6), (30, 4), (40, 3), (50, 2)])
@@ -52,13 +108,13 @@ def test_journal_gets_the_priority(level: int, priority: int) -> None:
 
 
 def test_terminal_gets_the_time() -> None:
-    assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} info rbee.test: m$", line("m", journal=False))
+    assert re.match(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z info rbee.test: m$", line("m", journal=False, text=True))
 
 
 def test_level_comes_from_settings_and_rbee_log_overrides_it(capsys: pytest.CaptureFixture[str]) -> None:
-    setup_logging("warning", {})
+    setup_logging("warning", environ={})
     logging.getLogger("rbee.a").info("quiet")
-    setup_logging("warning", {"RBEE_LOG": "debug"})
+    setup_logging("warning", "text", {"RBEE_LOG": "debug"})
     logging.getLogger("rbee.a").debug("loud")
 
     err = capsys.readouterr().err
@@ -68,4 +124,11 @@ def test_level_comes_from_settings_and_rbee_log_overrides_it(capsys: pytest.Capt
 
 def test_unknown_level_is_refused() -> None:
     with pytest.raises(ConfigInvalid, match=r"RBEE_LOG: got 'loud', expected one of debug"):
-        setup_logging("info", {"RBEE_LOG": "loud"})
+        setup_logging("info", environ={"RBEE_LOG": "loud"})
+
+
+def test_auto_is_json_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging("info", environ={})
+    logging.getLogger("rbee.a").info("said")
+
+    assert json.loads(capsys.readouterr().err)["message"] == "said"

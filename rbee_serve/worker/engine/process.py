@@ -270,13 +270,11 @@ class ProcessEngine:
         await self._bury(listener)
 
     async def _listen(self, process: asyncio.subprocess.Process) -> None:
-        """Pass the engine's stderr on to ours and keep its last lines: they tell why it died."""
+        """Log what the engine writes on stderr and keep its last lines: they tell why it died."""
         while process.stderr is not None and (line := await process.stderr.readline()):
-            text = line.decode("utf-8", "replace")
-            sys.stderr.write(text)
-            sys.stderr.flush()
-            if text.strip():
-                self._last_words.append(text.strip())
+            if text := line.decode("utf-8", "replace").strip():
+                _log.warning("%s", text, extra={"source": "engine"})
+                self._last_words.append(text)
 
     def _kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
