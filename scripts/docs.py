@@ -95,7 +95,7 @@ def role_readme(role: Path) -> str:
 #: Settings that the roles write themselves, from the rest of the declaration.
 WRITTEN_BY_ROLE = {
     "rbee_worker": "name hive host port url backend device model_id model_ref model_path model_sha256 queen_url queen_ca_file",
-    "rbee_queen": "host port tls_cert_file tls_key_file",
+    "rbee_queen": "host port tls_cert_file tls_key_file fleet_file",
 }
 
 

@@ -28,8 +28,9 @@ def logs(
     queen: Annotated[bool, typer.Option("--queen", help="the queen alone")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl+C")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="how many of the last lines first")] = 50,
+    raw: Annotated[bool, typer.Option("--raw", help="JSON lines as the journal has them, not as text")] = False,
 ) -> OperationResult:
-    """Show the journal of rbee's units on a machine; with --json the lines as the journal has them."""
+    """Show the journal of rbee's units on a machine."""
     from rbee_ctl.commands.hive import one_node
     from rbee_serve.contract.errors import ExitCode, NodeUnreachable, SshCommandFailed
 
@@ -45,7 +46,7 @@ def logs(
     # stdin stays open as long as this process lives: its end is what ends journalctl over there, also after kill -9.
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     try:
-        code = _shown(child, as_it_is=s.ui.json)
+        code = _shown(child, as_it_is=raw)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if child.stdin is not None:

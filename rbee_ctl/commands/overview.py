@@ -50,13 +50,13 @@ def _hives(s: Session, seen: dict[str, Any] | None) -> list[dict[str, Any]]:
     addresses: dict[str, str | None] = {}
     if s.settings.inventory.value is not None:
         addresses = {h.name: h.address for h in s.inventory.hives}
-    addresses |= {name: None for name in live if name not in addresses}
+    addresses |= {name: hive.get("address") for name, hive in live.items() if name not in addresses}
     silent = "unknown" if seen is None else "no live worker"
     return [
         {
             "name": name,
             "address": address,
-            "state": "live" if name in live else silent,
+            "state": "live" if live.get(name, {}).get("workers") else silent,
             "workers": live.get(name, {}).get("workers", []),
             "models": live.get(name, {}).get("models", []),
             "slots": live.get(name, {}).get("slots"),

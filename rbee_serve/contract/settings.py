@@ -212,6 +212,10 @@ class QueenSettings(Settings):
     )
     tls_cert_file: Path | None = Field(None, description="certificate chain (PEM); with tls_key_file: https instead of http")
     tls_key_file: Path | None = Field(None, description="key of the certificate; default: tls-key in $CREDENTIALS_DIRECTORY")
+    fleet_file: Path | None = Field(
+        None,
+        description="machines and workers that the inventory declares (JSON, written by site.yml)",
+    )
     ctl_command: str | None = Field(
         None,
         min_length=1,

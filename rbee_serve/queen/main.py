@@ -28,6 +28,7 @@ from rbee_serve.common.serving import run
 from rbee_serve.contract.errors import ConfigInvalid, ExitCode
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen.app import create_app
+from rbee_serve.queen.hives import Hives
 from rbee_serve.queen.state import Queen
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,15 @@ def reload_secrets(queen: Queen, environ: Mapping[str, str] = os.environ) -> Non
     logger.info("secrets reloaded", extra={"client_keys": count})
 
 
+def reload(queen: Queen, environ: Mapping[str, str] = os.environ) -> None:
+    """Take over changed secrets and a changed declaration of the fleet without dropping a stream."""
+    reload_secrets(queen, environ)
+    try:
+        logger.info("declaration of the fleet read", extra={"hives": queen.hives.reload()})
+    except ConfigInvalid as e:
+        logger.error("declaration of the fleet not reloaded: %s", e.message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM: 0. Wrong settings, secrets or address: 78, which systemd does not restart."""
     parser = argparse.ArgumentParser(prog="rbee-queen", description="Registry, scheduler and API of an rbee fleet.")
@@ -97,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = QueenSettings.load(args.config)
         keys, token = load_secrets(settings)
         tls_files(settings)
+        Hives(settings.fleet_file).reload()
         if args.check_config:
             sys.stdout.write(f"{args.config}: ok\n")
             return ExitCode.OK
@@ -105,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one that comes before `started` must not end the process
 
         async def started() -> None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload_secrets, queen)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload, queen)
             logger.info("queen %s listens on %s", __version__, where)
             queen.record("queen.start", version=__version__)
             notifier.ready(f"listening on {where}")
@@ -113,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         audit = open_audit(settings)
         app = create_app(settings, client_keys=keys, fleet_token=token, audit=audit)
         queen: Queen = app.state.queen
+        queen.hives.reload()
 
         async def drain() -> None:
             notifier.stopping(f"draining {len(queen.relay.streams)} stream(s)")

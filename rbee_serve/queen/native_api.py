@@ -33,6 +33,7 @@ from rbee_serve.contract.api import (
 )
 from rbee_serve.contract.errors import InvalidApiKey, InvalidRequest, NodeNotFound
 from rbee_serve.contract.events import DONE
+from rbee_serve.queen.hives import slots
 from rbee_serve.queen.metrics import CONTENT_TYPE
 from rbee_serve.queen.reattach import Attached, Tape
 from rbee_serve.queen.registry import BeatOutcome, Worker
@@ -239,19 +240,19 @@ class NativeApi:
         return worker
 
     async def hive(self, request: Request) -> Response:
-        """Show one machine that workers run on."""
+        """Show one machine with the records of its workers."""
         name, now = request.path_params["node"], self._queen.clock()
         hives = {h["name"]: h for h in self._hives()}
         if name not in hives:
             known = ", ".join(hives) or "none"
             raise NodeNotFound(
-                f"no live worker on {name!r}; machines with workers: {known}", hint="rbee-ctl hive list", node=name
+                f"{name!r} is neither declared nor has it a live worker; known: {known}", hint="rbee-ctl hive list", node=name
             )
         workers = [self._record(w, now) for w in self._queen.registry.live(now) if w.record.hive_id == name]
         return JsonResponse(hives[name] | {"workers": workers})
 
     async def hives(self, _: Request) -> Response:
-        """List the machines that live workers run on. The inventory knows the others; the queen does not."""
+        """List the machines that the inventory declares or live workers run on."""
         return JsonResponse({"hives": self._hives()})
 
     async def status(self, _: Request) -> Response:
@@ -272,7 +273,7 @@ class NativeApi:
                 "workers": [self._record(w, now) for w in live],
                 "states": Counter(w.state.value for w in live),
                 "models": sorted({w.record.model_id for w in routable}),
-                "slots": _slots(routable),
+                "slots": slots(routable),
             }
         )
 
@@ -293,28 +294,9 @@ class NativeApi:
         }
 
     def _hives(self) -> list[dict[str, Any]]:
-        by_hive: dict[str, list[Worker]] = {}
-        for worker in self._queen.registry.live(self._queen.clock()):
-            by_hive.setdefault(worker.record.hive_id, []).append(worker)
-        return [
-            {
-                "name": name,
-                "workers": [w.id for w in workers],
-                "models": sorted({w.record.model_id for w in workers}),
-                "backends": sorted({w.record.backend for w in workers}),
-                "slots": _slots(workers),
-            }
-            for name, workers in sorted(by_hive.items())
-        ]
+        return self._queen.hives.views(self._queen.registry.live(self._queen.clock()))
 
 
 def _authorization(request: Request) -> bytes | None:
     value = request.headers.get("authorization")
     return None if value is None else value.encode("latin-1")
-
-
-def _slots(workers: list[Worker]) -> dict[str, int]:
-    return {
-        "total": sum(w.record.slots_total for w in workers),
-        "busy": sum(min(w.busy, w.record.slots_total) for w in workers),
-    }

@@ -90,3 +90,31 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._owners)
+
+
+class Expectation:
+    """Where one prompt's beginning is thought to be, and whether it was there."""
+
+    def __init__(self, index: PrefixIndex, request: InferenceRequest) -> None:
+        self._index, self._chain = index, chain(request)
+        self._expected = 0  # blocks, at the worker that got the request last
+
+    def affinity(self) -> dict[Worker, int]:
+        """Return how many blocks each worker should have."""
+        return self._index.match(self._chain) if self._chain else {}
+
+    def sent(self, worker: Worker) -> None:
+        """The worker has taken the request."""
+        if self._chain:
+            self._expected = self.affinity().get(worker, 0)
+            self._index.remember(self._chain, worker)
+
+    def told(self, worker: Worker, cached_tokens: int) -> bool | None:
+        """The worker has said what it had; returns whether the guess was right, None where there was none."""
+        if not self._expected:
+            return None
+        if not cached_tokens:
+            # Only this prompt is certain to be there soon; what it was thought to have had is gone.
+            self._index.forget(self._chain[: self._expected], worker)
+            self._index.remember(self._chain, worker)
+        return bool(cached_tokens)

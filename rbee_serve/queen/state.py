@@ -19,6 +19,7 @@ from rbee_serve.contract.api import DEADLINE_HEADER, InferenceRequest
 from rbee_serve.contract.errors import InvalidRequest, NoWorkerAvailable, OperationNotAllowed, WorkerDraining
 from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
+from rbee_serve.queen.hives import Hives
 from rbee_serve.queen.key_limits import KeyLimits
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.placement import resolve
@@ -45,10 +46,12 @@ class Queen:
     draining: bool = False
     limits: KeyLimits = field(init=False)
     tapes: Tapes = field(init=False)
+    hives: Hives = field(init=False)
 
     def __post_init__(self) -> None:
         self.limits = KeyLimits(self.clock)
         self.tapes = Tapes(self.settings.reattach_timeout_s)
+        self.hives = Hives(self.settings.fleet_file)
 
     def record(self, event: str, **facts: object) -> None:
         """Write one line of the audit log, where there is one."""

@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         setup_logging(settings.log_level, settings.log_format)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # one that comes before `started` must not end the process
         if token is None and is_loopback(settings.host):
-            logger.warning("no fleet token: every program on this machine may use this worker", extra={"url": settings.public_url})
+            logger.warning("no fleet token: every program on this machine may use it", extra={"url": settings.public_url})
         return serve(settings, token, notifier)
     except RbeeError as e:
         notifier.status(e.message)

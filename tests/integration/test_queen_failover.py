@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -175,6 +176,71 @@ def test_cut_connection_costs_nothing(fleet: Cuttable) -> None:
 
     assert ids_of(events) == expected
     assert len([e for e in events if e["type"] == "resumed"]) == 3
+
+
+def numbered(raw: bytes) -> list[tuple[int, dict[str, Any]]]:
+    """Return (id, event) of the whole frames in ``raw``, pings and [DONE] left out."""
+    found = []
+    for frame in raw.split(b"\n\n")[:-1]:
+        if frame.startswith(b"id: "):
+            head, _, data = frame.partition(b"\ndata: ")
+            found.append((int(head.split(b"\n")[0][4:]), json.loads(data)))
+    return found
+
+
+def read_some(response: httpx.Response, more_than: int) -> list[tuple[int, dict[str, Any]]]:
+    """Read until more than so many events are there; the connection is lost when the response is closed."""
+    raw = b""
+    for chunk in response.iter_raw():
+        raw += chunk
+        if len(numbered(raw)) > more_than:
+            break
+    return numbered(raw)
+
+
+@pytest.mark.parametrize("disturbed", [False, True], ids=["undisturbed", "worker-killed"])
+def test_client_that_lost_its_connection_gets_the_rest_also_from_another_worker(fleet: Cuttable, disturbed: bool) -> None:
+    with fleet.client() as client:
+        expected = ids_of(generate(client, LONG))
+    with fleet.client() as client:
+        asked = {"headers": {"X-Rbee-Reattach": "30"}, "json": LONG | {"model": MODEL}}
+        with client.stream("POST", "/v1/inference", **asked) as response:
+            assert response.headers["x-rbee-reattach"] == "30"
+            path = f"/v1/inference/{response.headers['x-request-id']}/stream"
+            victim = response.headers["x-rbee-worker"]
+            seen = read_some(response, 6)
+    if disturbed:  # while nobody reads
+        fleet.workers[victim].kill()
+    for more in (20, 10_000):  # the connection is lost once more on the way
+        with fleet.client() as client, client.stream("GET", path, headers={"Last-Event-ID": str(seen[-1][0])}) as response:
+            assert response.status_code == 200, response.read()
+            seen += read_some(response, more)
+    with fleet.client() as client:
+        last = client.get(path, headers={"Last-Event-ID": str(seen[-1][0])}).content  # also after the end, and nothing twice
+        whole = numbered(client.get(path).content)
+        strange = client.get(path, headers={"Last-Event-ID": "first"})
+
+    events = [event for _, event in seen]
+    assert [n for n, _ in seen] == list(range(len(seen)))
+    assert ids_of(events) == expected
+    assert [e["mode"] for e in events if e["type"] == "resumed"] == (["exact"] if disturbed else [])
+    assert (events[-1]["type"], last) == ("end", b"data: [DONE]\n\n")
+    assert whole == seen
+    assert (strange.status_code, strange.json()["error"]["details"]["field"]) == (400, "Last-Event-ID")
+
+
+def test_stream_that_nobody_comes_back_for_frees_its_slot_and_is_forgotten(fleet: Cuttable) -> None:
+    with fleet.client() as client:
+        asked = {"headers": {"X-Rbee-Reattach": "0.5"}, "json": LONG | {"max_tokens": 900, "model": MODEL}}
+        with client.stream("POST", "/v1/inference", **asked) as response:
+            path = f"/v1/inference/{response.headers['x-request-id']}/stream"
+            victim = response.headers["x-rbee-worker"]
+            read_some(response, 6)
+    wait_until(lambda: fleet.records()[victim]["in_flight"] == 0, "the slot is free", limit_s=60)
+    with fleet.client() as client:
+        gone = client.get(path, headers={"Last-Event-ID": "3"})
+
+    assert (gone.status_code, gone.json()["error"]["code"]) == (404, "REQUEST_NOT_FOUND")
 
 
 class Chaos:
