@@ -11,9 +11,10 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register a marker for each numbered scenario, so that ``-m S11`` runs it."""
-    for number in range(1, 92):
-        config.addinivalue_line("markers", f"S{number:02d}: scenario {number} of the specification")
+    """Register a marker for each numbered scenario, so that ``-m S11`` runs it; N and P are requirements and promises."""
+    for letter, last, what in (("S", 91, "scenario"), ("N", 14, "requirement"), ("P", 15, "promise")):
+        for number in range(1, last + 1):
+            config.addinivalue_line("markers", f"{letter}{number:02d}: {what} {number} of the specification")
 
 
 @pytest.fixture(scope="session")

@@ -151,6 +151,7 @@ def test_a_misspelt_key_of_a_worker_is_refused_by_name(fleet: Fleet, tmp_path: P
 # --- units ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.P04
 def test_the_worker_is_a_true_unit_with_llama_cpp_in_it(fleet: Fleet, queen: httpx.Client) -> None:
     show = "systemctl show rbee-worker@cpu0 -p Type -p PartOf -p WatchdogUSec -p User -p ControlGroup -p NotifyAccess"
 
@@ -164,6 +165,7 @@ def test_the_worker_is_a_true_unit_with_llama_cpp_in_it(fleet: Fleet, queen: htt
     assert "libllama" in fleet.lab.ssh("lab1", maps).stdout
 
 
+@pytest.mark.P05
 def test_stopping_the_hive_ends_its_workers_and_starting_it_brings_the_same_back(fleet: Fleet, queen: httpx.Client) -> None:
     lab = fleet.lab
     enabled = lab.ssh("lab2", "ls /etc/systemd/system/rbee-hive.target.wants").stdout
@@ -191,6 +193,7 @@ def test_stopping_the_hive_ends_its_workers_and_starting_it_brings_the_same_back
     assert httpx.get(address, trust_env=False).status_code == 200
 
 
+@pytest.mark.P15
 def test_a_killed_worker_is_restarted_once_and_routed_to_again(fleet: Fleet, queen: httpx.Client) -> None:
     lab = fleet.lab
     before = int(lab.ssh("lab2", "systemctl show -p NRestarts --value rbee-worker@cpu0").stdout)

@@ -139,6 +139,7 @@ def worker_behind(held: socket.socket, tmp_path: Path, model_path: Path, setting
     return WorkerProcess(tmp_path, model_path, settings, port=held.getsockname()[1], **handed_over(held))
 
 
+@pytest.mark.P15
 def test_idle_worker_exits_0_and_who_connects_then_waits_for_the_next_one(
     held: socket.socket, tmp_path: Path, model_path: Path
 ) -> None:
