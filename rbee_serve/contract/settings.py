@@ -135,7 +135,8 @@ class WorkerSettings(Settings):
     stream_gap_s: Seconds = Field(
         0.25,
         description="longest pause that prompts of others make between two tokens of a running stream, "
-        "as far as a block of 64 prompt tokens (32 with kv_type q8_0) takes no longer",
+        "as far as a block of 64 prompt tokens (32 with kv_type q8_0) takes no longer; between a stream's first two tokens up to "
+        "20 times as long, for newcomers with short prompts",
     )
     prefix_store_dir: Path | None = Field(
         None,

@@ -37,6 +37,8 @@ _WORTH_COPYING = 32
 _WORTH_STORING = 128
 #: Every so many blocks the prompt that has waited longest comes first, however long it is.
 _FAIR_TURN = 4
+#: Streams of which none has a second token yet yield for so many gaps to prompts that one block completes.
+_BURST_GAPS = 20
 
 Event = tuple[str, str, Any]  # (kind, request id, payload) as process.py reads them
 
@@ -199,8 +201,12 @@ class Scheduler:
         filling = [(s, g) for s, g in running if g.filling and g.leader is None]
         if filling:
             slot, generation = self._next_to_fill(filling)
-            end = self._blocks.end(generation.done, len(generation.prompt), len(generation.ids), self._wanted(bool(decoding)))
-            if not decoding or not self._filled_since or self._has_time_for(end - generation.done):
+            total = len(generation.ids)
+            end = self._blocks.end(generation.done, len(generation.prompt), total, self._wanted(bool(decoding)))
+            gap_s = self._gap_s
+            if end == total and all(g.generated == 1 for _, g in decoding):
+                gap_s *= _BURST_GAPS
+            if not decoding or not self._filled_since or self._has_time_for(end - generation.done, gap_s):
                 events = self._fill(slot, generation, end)
                 # The first streams to run have just got a token: their gap begins here.
                 self._filled_since = bool(decoding)
@@ -218,8 +224,8 @@ class Scheduler:
         """Return how many tokens fill the gap, where streams wait and the pace is known."""
         return int(self._gap_s / self._token_s) if decoding and self._token_s else None
 
-    def _has_time_for(self, tokens: int) -> bool:
-        return time.monotonic() - self._decoded + tokens * self._token_s <= self._gap_s
+    def _has_time_for(self, tokens: int, gap_s: float) -> bool:
+        return time.monotonic() - self._decoded + tokens * self._token_s <= gap_s
 
     # --- admission and prefix reuse ---------------------------------------------------------------------------
 
