@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rbee_ctl.queen_client import InferenceStream, QueenClient, jittered
 from rbee_ctl.references import unknown_model
@@ -22,6 +22,9 @@ from rbee_serve.contract.errors import (
     WorkerNotFound,
     from_envelope,
 )
+
+if TYPE_CHECKING:
+    from rbee_ctl.ephemeral import Ephemeral
 
 #: Seconds between tries while every slot is taken (SPEC 3.8).
 BUSY_PAUSES_S = (1.0, 2.0, 4.0)
@@ -63,10 +66,20 @@ class Answer:
 class Inference:
     """``body`` is the request for ``POST /v1/inference``; ``backend`` narrows the choice of worker and of cold start."""
 
-    def __init__(self, session: Session, queen: QueenClient, body: dict[str, Any], *, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        queen: QueenClient,
+        body: dict[str, Any],
+        *,
+        backend: str | None = None,
+        ephemeral: Ephemeral | None = None,
+    ) -> None:
+        """``ephemeral`` owns the worker that a cold start makes."""
         self._session, self._ui, self._queen = session, session.ui, queen
         self._body, self._backend = body, backend
         self._answer = Answer()
+        self._ephemeral = ephemeral
 
     def run(self) -> OperationResult:
         """Run it; raises RbeeError for whatever fails before the first token."""
@@ -136,7 +149,10 @@ class Inference:
         backend, device = host.backend(self._backend), self._body.get("device", 0)
         node_facts.check_device(self._session.settings.state_path, node, backend, device)
         request = start_request(model, backend, device)
-        play = self._session.play("worker_start", limit=node, extra_vars={"rbee_worker_request": request})
+        if self._ephemeral is not None:
+            play = self._ephemeral.start_worker(node, request)
+        else:
+            play = self._session.play("worker_start", limit=node, extra_vars={"rbee_worker_request": request})
         try:
             worker = one_host(play, node, "worker")["worker"]
         except ModelNotFound as e:

@@ -50,6 +50,15 @@ class Host:
         return {k: v for k, v in self.variables.items() if v is not None and not _SECRET.search(k)}
 
     @property
+    def started(self) -> set[str]:
+        """Names of the declared workers that are to run, or to sleep behind their sockets."""
+        return {
+            str(w.get("name") or f"{w.get('backend')}{w.get('device', 0)}")
+            for w in self.workers
+            if w.get("state", "started") == "started"
+        }
+
+    @property
     def backends(self) -> tuple[str, ...]:
         """Backends that the declared workers use; every machine has a CPU, so one that declares nothing has that."""
         return tuple(sorted({str(w["backend"]) for w in self.workers if "backend" in w})) or ("cpu",)

@@ -382,6 +382,15 @@ def _message(result: Mapping[str, Any]) -> str:
     return " ".join(text.split())[:600]
 
 
+def _line_with(result: Mapping[str, Any], *phrases: str) -> str | None:
+    """Return the line of a failed task's output that has one of ``phrases`` (lower case), however much stands around it."""
+    for key in ("msg", "stderr", "module_stderr", "module_stdout", "stdout"):
+        for line in str(result.get(key) or "").splitlines():
+            if any(phrase in line.lower() for phrase in phrases):
+                return " ".join(line.split())[-300:]
+    return None
+
+
 #: What Ansible says around ssh's own words.
 _SSH_PREFIX = re.compile(
     r"^(Task failed: )?(Data could not be sent to remote host \S+ Make sure this host can be reached over ssh: |"
@@ -441,23 +450,21 @@ def task_error(host: str, failed: TaskDone | None) -> RbeeError:
         details = {str(k): v for k, v in (told.get("details") or {}).items() if k not in ("hint", "message")}
         hint = told.get("hint")
         return cls(f"{host}: {told.get('message', 'failed')}", hint=str(hint) if hint else None, **details)
-    said = _message(failed.result)
-    low = said.lower()
-    if any(words in low for words in _SUDO):
+    if said := _line_with(failed.result, *_SUDO):
         return SudoRefused(
             f"{host}: sudo refused: {said}",
             hint=f"let the SSH user of {host} use sudo without a password (NOPASSWD: ALL in /etc/sudoers.d/), "
             "or give the password: ansible-playbook ... --ask-become-pass",
             task=failed.task,
         )
-    if "no space left on device" in low or "errno 28" in low:
+    if said := _line_with(failed.result, "no space left on device", "errno 28", "not enough space on device"):
         return DiskFull(
             f"{host}: no space left, in task '{failed.task}': {said}",
             hint=f"make room on {host} (ssh {host} df -h), then run the command again: it does what is left",
             task=failed.task,
         )
     return PlaybookFailed(
-        f"{host}: task '{failed.task}': {said}",
+        f"{host}: task '{failed.task}': {_message(failed.result)}",
         hint="run the command again with --verbose to see Ansible's output",
         task=failed.task,
     )

@@ -100,6 +100,28 @@ def status(data: Data) -> View:
         yield _table(("node", "address", "state", "workers", "models", "free"), rows)
     if data["workers"]:
         yield _table(_WORKER_COLUMNS, _worker_rows(data["workers"]))
+    yield from _silent(data.get("silent", {}))
+
+
+def _silent(silent: Mapping[str, Data]) -> View:
+    """Workers that are declared and that the queen does not hear, with what their machine says of them."""
+    rows: list[tuple[Any, ...]] = []
+    for host, found in silent.items():
+        units = {u.get("name"): u for u in found["units"]}
+        for name in [*found["workers"], *(n for n in units if n not in found["workers"])]:
+            unit = units.get(name, {})
+            state = f"{unit.get('active_state')} ({unit.get('sub_state')})" if unit else "not there"
+            if found["status"] != "ok":
+                state = found["status"]
+            rows.append((f"{host}-{name}", host, state, unit.get("result"), unit.get("n_restarts"), found["target"]))
+    if rows:
+        yield _table(("silent worker", "node", "unit", "result", "restarts", "hive"), rows)
+    for host, found in silent.items():
+        if error := found.get("error"):
+            yield f"{error['message']}\n  next: {error['hint']}"
+        elif found["target"] == "inactive":
+            yield f"{host}: the hive is stopped; next: rbee-ctl hive start --node {host}"
+        yield from _journals(host, found["units"])
 
 
 def hives(data: Data) -> View:
@@ -190,11 +212,16 @@ def hive_status(data: Data) -> View:
     yield _table(("node", "hive", "version", "unit", "state", "restarts", "status"), rows)
     for host, outcome in data["hosts"].items():
         hive = outcome.get("hive", {})
-        for unit in [*hive.get("units", []), *([hive["queen"]] if hive.get("queen") else [])]:
-            if lines := unit.get("journal"):
-                yield f"{host} {unit['unit']}: {unit.get('result')}, the last lines of its journal:"
-                yield from (f"    {line}" for line in lines)
-                yield f"  next: journalctl -u {unit['unit']} -n 50 on {host}; then systemctl reset-failed and start, or a deploy"
+        yield from _journals(host, [*hive.get("units", []), *([hive["queen"]] if hive.get("queen") else [])])
+
+
+def _journals(host: str, units: Iterable[Data]) -> Iterator[str]:
+    """The last lines of the units that are in trouble."""
+    for unit in units:
+        if lines := unit.get("journal"):
+            yield f"{host} {unit['unit']}: {unit.get('result')}, the last lines of its journal:"
+            yield from (f"    {line}" for line in lines)
+            yield f"  next: journalctl -u {unit['unit']} -n 50 on {host}; then rbee-ctl hive start --node {host}, or a deploy"
 
 
 def hosts(data: Data) -> View:

@@ -33,10 +33,14 @@ def infer(
     seed: Annotated[int | None, typer.Option("--seed", min=0, max=2**32 - 1, help="same seed, same text")] = None,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="end before this text (up to 4)")] = None,
     timeout: Annotated[float | None, typer.Option("--timeout", min=0.001, metavar="S", help="deadline in seconds")] = None,
+    ephemeral: Annotated[
+        bool, typer.Option("--ephemeral", help="stop afterwards what of queen, hive and worker had to be started for this")
+    ] = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
     """Generate text, streamed token by token."""
+    from rbee_ctl.ephemeral import Ephemeral
     from rbee_ctl.inference import Inference
     from rbee_ctl.references import check_backend, check_model
 
@@ -68,5 +72,9 @@ def infer(
         body["messages"] = [*opening, {"role": "user", "content": prompt}]
     else:
         body["prompt"] = prompt
-    with s.queen() as queen:
-        return Inference(s, queen, body, backend=backend).run()
+    if not ephemeral:
+        with s.queen() as queen:
+            return Inference(s, queen, body, backend=backend).run()
+    with Ephemeral(s) as owner, s.queen() as queen:
+        owner.ensure_queen(queen)
+        return Inference(s, queen, body, backend=backend, ephemeral=owner).run()

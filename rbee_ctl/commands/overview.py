@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from rbee_ctl.commands.options import Json, session
+from rbee_ctl.commands.options import Json, Verbose, session
 from rbee_ctl.result import ErrorItem, OperationResult, exit_code_of
 from rbee_ctl.session import Session
 from rbee_serve.contract.errors import RbeeError
@@ -15,9 +15,14 @@ from rbee_serve.contract.errors import RbeeError
 config_app = typer.Typer(help="Settings of rbee-ctl.", no_args_is_help=True)
 
 
-def status(ctx: typer.Context, json: Json = False) -> OperationResult:
-    """Show queen, machines and workers at one glance. Asks the queen alone; `hive status` asks the machines themselves."""
-    s = session(ctx, json=json)
+def status(
+    ctx: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="ask the queen alone, whatever is missing")] = False,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> OperationResult:
+    """Show queen, machines and workers at one glance. Asks the queen; machines only where a declared worker is silent."""
+    s = session(ctx, json=json, verbose=verbose)
     url, seen, problem = None, None, None
     try:
         url = s.settings.queen
@@ -31,6 +36,7 @@ def status(ctx: typer.Context, json: Json = False) -> OperationResult:
         "hives": _hives(s, seen),
         "workers": seen["workers"] if seen else [],
         "models": seen["models"] if seen else [],
+        "silent": _silent(s, seen["workers"]) if seen and not quick else {},
     }
     if problem is None:
         return OperationResult("status", data=data, view="status")
@@ -42,6 +48,32 @@ def status(ctx: typer.Context, json: Json = False) -> OperationResult:
         errors=(ErrorItem.of(problem),),
         partial=bool(data["hives"]),
     )
+
+
+def _silent(s: Session, live: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return what systemd says of declared workers that the queen does not hear: {machine: {status, error?, units}}."""
+    if s.settings.inventory.value is None:
+        return {}
+    heard = {w["id"] for w in live}
+    missing = {h.name: sorted(h.started - {i.removeprefix(f"{h.name}-") for i in heard}) for h in s.inventory.hives}
+    missing = {name: workers for name, workers in missing.items() if workers}
+    if not missing:
+        return {}
+    who = ", ".join(f"{name}-{worker}" for name, workers in missing.items() for worker in workers)
+    s.ui.narrate("ctl", "status", f"declared and not heard: {who}; asking {', '.join(missing)} (--quick does not)")
+    found: dict[str, Any] = {n: {"status": "not asked", "workers": w, "target": None, "units": []} for n, w in missing.items()}
+    try:
+        hosts = s.play("status", limit=",".join(missing), silent=True).hosts
+    except RbeeError as e:  # without Ansible the queen's view is what there is
+        s.ui.narrate("ctl", "status", e.message)
+        return found
+    for name, outcome in hosts.items():
+        hive = outcome.result.get("hive", {})
+        units = [u for u in hive.get("units", []) if u.get("name") in missing[name] or u.get("active_state") == "failed"]
+        found[name] = {"status": outcome.status, "workers": missing[name], "target": hive.get("target"), "units": units}
+        if outcome.error is not None:
+            found[name]["error"] = ErrorItem.of(outcome.error, name).as_dict()
+    return found
 
 
 def _hives(s: Session, seen: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -282,3 +282,70 @@ def test_ctrl_c_cancels_at_the_queen_and_keeps_stdout(queen: QueenStandIn, json_
         assert first + out == "one two"
         assert queen.cancelled == ["request-1"]
         assert "2 / 20 tokens" in err
+
+
+class Plays:
+    """Stands for the playbooks of an ephemeral run: a machine of which ``hive`` is what it says of itself."""
+
+    def __init__(self, queen: QueenStandIn, hive: dict[str, Any]) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self._hive, self._starts = hive, Starts(queen)
+
+    def play(self, session: Session, name: str, **options: Any) -> PlaybookResult:
+        self.calls.append((name, options.get("extra_vars") or {}))
+        if name == "worker_start":
+            return self._starts.play(session, name, limit=options["limit"], extra_vars=options["extra_vars"])
+        result = {"hive": self._hive} if name == "status" else {}
+        return PlaybookResult("success", 0, {options.get("limit") or "lab1": HostOutcome("ok", result, changed=1)})
+
+
+@pytest.mark.S80
+@pytest.mark.parametrize(
+    ("hive", "stopped"),
+    [
+        ({"target": "inactive", "units": []}, [("worker_stop", True), ("hive_stop", None)]),
+        ({"target": "active", "units": [{"name": "cpu0", "active_state": "failed"}]}, [("worker_stop", False)]),
+        ({"target": "active", "units": [{"name": "cpu0", "active_state": "inactive", "socket": "active"}]}, []),
+        ({"target": "active", "units": [{"name": "cpu0", "active_state": "active"}]}, []),
+    ],
+)
+def test_ephemeral_stops_exactly_what_it_has_started(
+    queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch, hive: dict[str, Any], stopped: list[tuple[str, bool | None]]
+) -> None:
+    plays = Plays(queen, hive)
+    monkeypatch.setattr(Session, "play", lambda s, name, **kw: plays.play(s, name, **kw))
+    queen.answers = [ModelNotFound("model is not served"), whole("hi")]
+    result, out, _ = run("infer", "--node", "lab1", "--model", "m", "-p", "x", "--ephemeral")
+    assert (result.exit_code, out) == (0, "hi")
+    names = [name for name, _ in plays.calls]
+    assert names[:2] == ["status", "worker_start"], "the queen answers: it is not ours to start"
+    assert [(name, variables.get("rbee_worker_remove")) for name, variables in plays.calls[2:]] == stopped
+
+
+@pytest.mark.S80
+def test_ephemeral_stops_also_when_the_answer_fails(queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    plays = Plays(queen, {"target": "inactive", "units": []})
+    monkeypatch.setattr(Session, "play", lambda s, name, **kw: plays.play(s, name, **kw))
+    queen.answers = [ModelNotFound("model is not served"), WorkerCrashed("it went away")]
+    result, _, _ = run("infer", "--node", "lab1", "--model", "m", "-p", "x", "--ephemeral")
+    assert (result.exit_code, result.errors[0].code) == (1, "WORKER_CRASHED")
+    assert [name for name, _ in plays.calls[2:]] == ["worker_stop", "hive_stop"]
+
+
+@pytest.mark.S80
+def test_ephemeral_starts_a_queen_that_does_not_answer_and_stops_it(queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    plays = Plays(queen, {"target": "active", "units": []})
+    monkeypatch.setattr(Session, "play", lambda s, name, **kw: plays.play(s, name, **kw))
+    monkeypatch.setenv("RBEE_QUEEN_URL", "http://127.0.0.1:9")
+    result, _, _ = run("infer", "--node", "lab1", "--model", "m", "-p", "x", "--ephemeral")
+    assert result.exit_code == 4  # the stand-in starts no queen
+    assert [name for name, _ in plays.calls] == ["queen_start", "queen_stop"]
+
+
+@pytest.mark.S81
+def test_without_ephemeral_nothing_is_stopped(queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    plays = Plays(queen, {"target": "inactive", "units": []})
+    monkeypatch.setattr(Session, "play", lambda s, name, **kw: plays.play(s, name, **kw))
+    queen.answers = [ModelNotFound("model is not served"), whole("hi")]
+    assert run("infer", "--node", "lab1", "--model", "m", "-p", "x")[0].exit_code == 0
+    assert [name for name, _ in plays.calls] == ["worker_start"]

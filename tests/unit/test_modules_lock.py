@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -83,3 +85,30 @@ def test_a_run_of_this_machine_whose_process_is_gone_is_dead_and_no_other(path: 
     assert (rbee_lock.take({**mine, "dead": record["id"]}, path) or {})["id"] == record["id"]
     assert (rbee_lock.read(path) or {}).keys() >= {"since", "touched", "user", "host", "pid"}
     assert "dead" not in (rbee_lock.read(path) or {})
+
+
+def test_what_a_dead_run_left_working_is_ended_and_nothing_else(path: str) -> None:
+    def sleeper(run_id: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["sh", "-c", "sleep 600; :"], env={"PATH": "/usr/bin:/bin", "RBEE_RUN": run_id})
+
+    rbee_lock.take(run("test:dead"), path)
+    with sleeper("test:dead") as left, sleeper("test:dead:not") as foreign:
+        try:
+            while len(rbee_lock.left_by("test:dead")) < 2:  # the shell and what it has started
+                assert left.poll() is None
+            reaper = threading.Thread(target=left.wait)  # a zombie has no environment: this is for tidiness alone
+            reaper.start()
+            before = rbee_lock.take(run("b", dead="test:dead"), path)
+            reaper.join(30)
+
+            assert before is not None
+            assert before["left"] == 2
+            assert rbee_lock.left_by("test:dead") == []
+            assert left.returncode == -signal.SIGKILL
+            assert foreign.poll() is None
+            assert rbee_lock.taken_over(before)[1] == "ended what it left working here (processes: 2)"
+        finally:
+            for process in (left, foreign):
+                for pid in rbee_lock.left_by("test:dead:not"):
+                    os.kill(pid, signal.SIGKILL)
+                process.kill()

@@ -203,3 +203,14 @@ def test_drop_ins_are_written_once_and_taken_away_with_their_folder(tmp_path: Pa
     (service[0].parent / "90-admin.conf").unlink()
     unit.write(service[0], None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_room_is_told_with_both_figures(tmp_path: Path) -> None:
+    room = node_modules.load("library", "rbee_room")
+    assert room.check(tmp_path / "not/there/yet", 1, "a runtime") > 0
+    with pytest.raises(
+        rbee_node.NodeError, match=r"no space left for a runtime: \S+ has \d+ MB free, about 1000000000 MB are needed"
+    ) as e:
+        room.check(tmp_path, 10**15, "a runtime")
+    assert e.value.code == "DISK_FULL"
+    assert e.value.details["required_bytes"] == 10**15

@@ -68,6 +68,8 @@ class ActionModule(ActionBase):
     def guarded(self, args, task_vars):
         """Run the module as this run of ansible-playbook, whose forks tasks are; from a dead one it takes the lock over."""
         me = identity(os.getppid())
+        # By this the next run knows what is left working on the node when this one dies.
+        self._task.environment = [*(self._task.environment or []), {"RBEE_RUN": me["id"]}]
         result = self._execute_module(module_args={**args, "run": me}, task_vars=task_vars)
         error = result.get("rbee_error") or {}
         record = (error.get("details") or {}).get("lock")

@@ -8,7 +8,7 @@ from pathlib import Path
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_devices import devices
 from ansible.module_utils.rbee_gguf import GgufError, facts
-from ansible.module_utils.rbee_lock import ARGUMENTS, take
+from ansible.module_utils.rbee_lock import ARGUMENTS, take, taken_over
 from ansible.module_utils.rbee_node import (
     TARGET,
     NodeError,
@@ -287,9 +287,11 @@ def main():
         },
         supports_check_mode=True,
     )
+    said = []
     try:
         if module.params["run"] and not module.check_mode and module.params["ask_only"] is None:
-            take(module.params["run"])  # until the run's end: two that start a worker here would choose the same name and port
+            # Until the run's end: two that start a worker here would choose the same name and port.
+            said = taken_over(take(module.params["run"]))
         found, narration = plan(module.params)
     except (NodeError, CatalogError) as e:
         if module.params["ask_only"] is not None:
@@ -297,7 +299,7 @@ def main():
         fail(module, e)
     if module.params["ask_only"] is not None:
         module.exit_json(changed=False, fits=fits(module.params, found))
-    module.exit_json(changed=False, plan=found, narration=narration)
+    module.exit_json(changed=False, plan=found, narration=[*said, *narration])
 
 
 if __name__ == "__main__":

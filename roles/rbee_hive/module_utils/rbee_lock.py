@@ -2,13 +2,15 @@
 
 A lock is held by one run of ansible-playbook, which every module call of that run renews. It ends with the run's release; a run
 that died is found out by the next one from the same controller (its process is gone: the action plugin ``rbee_guarded`` looks),
-or by anybody once it has not been renewed for ``LEASE_S``.
+or by anybody once it has not been renewed for ``LEASE_S``. What such a run left working on the node is ended before the next one
+begins: a module whose controller is gone goes on by itself, and two of them would write into the same files.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from ansible.module_utils.rbee_node import NodeError
 PATH = "/run/rbee-lock.json"
 #: Longest time that a live run may spend between two of its tasks on a node, seconds.
 LEASE_S = 900.0
+
+#: Variable that tells in the environment of a run's modules, and of what they start, which run that is.
+MARK = "RBEE_RUN"
 
 #: What every module that changes a node takes besides its own options.
 ARGUMENTS = {"run": {"type": "dict"}}
@@ -48,7 +53,10 @@ def check(run, path=PATH):
 
 
 def take(run, path=PATH):
-    """Hold the lock for ``run``; raises NodeError NODE_LOCKED. Returns the record of a dead run that it was taken from."""
+    """Hold the lock for ``run``; raises NodeError NODE_LOCKED.
+
+    Returns the record of a dead run that it was taken from, with ``left``: how many of its processes were ended.
+    """
     before = read(path)
     check(run, path)
     ours = bool(before) and before["id"] == run["id"]
@@ -56,7 +64,41 @@ def take(run, path=PATH):
     write({**{k: v for k, v in run.items() if k != "dead"}, "since": since, "touched": time.time()}, path)
     if (now := read(path)) is None or now["id"] != run["id"]:
         raise locked(now or {})  # another one was quicker by a hair
-    return None if ours else before
+    return None if ours or before is None else {**before, "left": end_left(before["id"])}
+
+
+def left_by(run_id, proc="/proc"):
+    """Return the ids of the processes on this node that modules of that run are, or have started."""
+    mark, found = f"{MARK}={run_id}".encode(), []
+    for folder in Path(proc).glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def end_left(run_id, limit_s=10.0):
+    """Kill what a dead run left working here and wait until it is gone; returns how many processes that were."""
+    ended, end = set(), time.monotonic() + limit_s
+    while (left := left_by(run_id)) and time.monotonic() < end:
+        ended.update(left)
+        for pid in left:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.02)
+    return len(ended)
+
+
+def taken_over(dead):
+    """Return the lines that tell of a lock taken over from a dead run; none where there was none."""
+    if not dead:
+        return []
+    left = [f"ended what it left working here (processes: {dead['left']})"] if dead["left"] else []
+    return [f"took over the lock of {dead.get('user')}@{dead.get('host')}, whose run has died", *left]
 
 
 def release(run, path=PATH):

@@ -1,0 +1,73 @@
+"""``infer --ephemeral``: what one command had to start is stopped when it ends, and nothing else (SPEC S-80, CAP-67)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rbee_serve.contract.errors import ConnectionTimeout, RbeeError
+
+if TYPE_CHECKING:
+    from rbee_ctl.playbook import PlaybookResult
+    from rbee_ctl.queen_client import QueenClient
+    from rbee_ctl.session import Session
+
+
+class Ephemeral:
+    """Owner of what is started within its block. Leaving it stops that in reverse order, however the block ends."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._owned: list[tuple[str, Callable[[], PlaybookResult]]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        failed: RbeeError | None = None
+        for what, stop in reversed(self._owned):
+            self._session.ui.narrate("ctl", "ephemeral", f"stopping {what}, which this command had started")
+            failed = _first_error(stop()) or failed
+        if failed is not None and error is None:
+            raise failed
+
+    def ensure_queen(self, queen: QueenClient) -> None:
+        """Start the queen unless one answers; raises what its playbook says."""
+        try:
+            queen.get("/health")
+        except ConnectionTimeout as e:
+            self._session.ui.narrate("ctl", "ephemeral", f"{e.message}; starting it")
+            play = self._session.play("queen_start")
+            if (failed := _first_error(play)) is not None:
+                raise failed from e
+            if any(outcome.changed for outcome in play.hosts.values()):
+                self._owned.append(("the queen", lambda: self._session.play("queen_stop")))
+
+    def start_worker(self, node: str, request: Mapping[str, Any]) -> PlaybookResult:
+        """Run ``worker_start`` on a machine and own what was not there before: the hive, the worker, its instance."""
+        before = self._session.play("status", limit=node, silent=True)
+        if (failed := _first_error(before)) is not None:
+            raise failed
+        hive = before.hosts[node].result.get("hive", {})
+        units = {u.get("name"): u for u in hive.get("units", [])}
+        play = self._session.play("worker_start", limit=node, extra_vars={"rbee_worker_request": dict(request)})
+        if hive.get("target") == "inactive":  # also when the worker then failed: the hive was started for it
+            self._owned.append((f"the hive of {node}", lambda: self._session.play("hive_stop", limit=node)))
+        name = play.hosts[node].result.get("worker", {}).get("name") if node in play.hosts else None
+        unit = units.get(name)
+        if name is not None and (unit is None or not _up(unit)):
+            variables = {"rbee_worker_names": [name], "rbee_worker_remove": unit is None}
+            self._owned.append(
+                (f"worker {node}-{name}", lambda: self._session.play("worker_stop", limit=node, extra_vars=variables))
+            )
+        return play
+
+
+def _up(unit: Mapping[str, Any]) -> bool:
+    """Say whether a worker ran, was about to, or slept behind its socket."""
+    return unit.get("active_state") in ("active", "activating") or unit.get("socket") == "active"
+
+
+def _first_error(play: PlaybookResult) -> RbeeError | None:
+    return play.error or next((o.error for o in play.hosts.values() if o.error is not None), None)
