@@ -97,7 +97,7 @@ def test_sudo_that_is_refused(faulty: Faulty) -> None:
 def test_a_disk_that_is_full(faulty: Faulty) -> None:
     faulty.sh("mkdir -p /opt/rbee && mount -t tmpfs -o size=20M tmpfs /opt/rbee")
     try:
-        faulty.refused("DISK_FULL", 11, "no space left for the worker's runtime", "20 MB free", "df -h")
+        faulty.refused("DISK_FULL", 11, "no space left for the worker's runtime", "/opt/rbee has 21 MB free", "df -h /opt/rbee")
     finally:
         faulty.sh("umount /opt/rbee")
 

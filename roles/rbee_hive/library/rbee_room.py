@@ -48,21 +48,16 @@ free_bytes:
 """
 
 
-def free(path):
-    """Return the free bytes of the file system of a folder, or of its nearest parent that is there."""
-    place = next(p for p in (path, *path.parents) if p.is_dir())
-    return shutil.disk_usage(place).free
-
-
 def check(path, needed, purpose):
     """Return what is free; raises NodeError DISK_FULL with both figures."""
-    there = free(path)
+    place = next(p for p in (path, *path.parents) if p.is_dir())
+    there = shutil.disk_usage(place).free
     if there < needed:
         raise NodeError(
             "DISK_FULL",
-            f"no space left for {purpose}: {path} has {there / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB are needed",
-            f"make room (on the machine: df -h {path}), then run the command again: it does what is left",
-            path=str(path),
+            f"no space left for {purpose}: {place} has {there / 1e6:.0f} MB free, about {needed / 1e6:.0f} MB are needed",
+            f"make room (on the machine: df -h {place}), then run the command again: it does what is left",
+            path=str(place),
             available_bytes=there,
             required_bytes=needed,
         )

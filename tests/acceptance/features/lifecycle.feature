@@ -8,7 +8,7 @@ Feature: What runs keeps running
     Then the command ends with 0
     And the target of "lab2" is still active
 
-  @S79
+  @S79 @S81
   Scenario: The command ends, the services stay
     Given the process ids of queen and workers
     When I ask "lab1" with "smollm2-135m-instruct" to go on from "Hello"

@@ -1,0 +1,158 @@
+"""rbee-ctl against a fleet that lives: a worker dies under a stream, is shut down, loops; a command that cleans up after itself."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from machines import ROOT, Fleet
+from waiting import until
+
+from rbee_ctl.demo_model import MODEL_ID
+
+NODE, WORKER = "lab2", "lab2-cpu0"
+UNIT = "rbee-worker@cpu0.service"
+UNITS = {"lab1": ("rbee-hive.target", UNIT, "rbee-queen"), "lab2": ("rbee-hive.target", UNIT)}
+
+
+class Live:
+    """The fleet, and what queen and machines say of it."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self.fleet, self.lab = fleet, fleet.lab
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """Workers that the queen hears; none while it is away."""
+        try:
+            answer = httpx.get(f"{self.fleet.queen_url}/v1/workers", headers=self.fleet.headers, trust_env=False, timeout=10)
+        except httpx.TransportError:
+            return {}
+        return {w["id"]: w for w in answer.json()["workers"]}
+
+    def idle(self, *ids: str) -> bool:
+        found = self.workers()
+        return all(found.get(i, {}).get("status") == "idle" for i in ids)
+
+    def sh(self, command: str, *, check: bool = True) -> str:
+        return self.lab.ssh(NODE, command, check=check).stdout.strip()
+
+    def show(self, key: str) -> str:
+        return self.sh(f"systemctl show -p {key} --value {UNIT}")
+
+    def pids(self) -> list[str]:
+        """Main processes of queen and workers."""
+        return [
+            self.lab.ssh(node, f"systemctl show -p MainPID --value {unit}").stdout.strip()
+            for node, units in UNITS.items()
+            for unit in units[1:]
+        ]
+
+    def states(self) -> set[str]:
+        """State of every unit of rbee's on both machines."""
+        found = {n: self.lab.ssh(n, f"systemctl is-active {' '.join(u)}", check=False).stdout.split() for n, u in UNITS.items()}
+        return {state for states in found.values() for state in states}
+
+
+@pytest.fixture
+def live(fleet: Fleet) -> Iterator[Live]:
+    live = Live(fleet)
+    until(lambda: live.idle("lab1-cpu0", WORKER), "both workers idle before the test")
+    yield live
+    live.sh(
+        f"rm -rf /etc/systemd/system/{UNIT}.d/90-test.conf; systemctl daemon-reload; systemctl reset-failed {UNIT}", check=False
+    )
+    done = live.lab.playbook("start")
+    assert done.returncode == 0, done.stdout[-3000:]
+    until(lambda: live.idle("lab1-cpu0", WORKER), "both workers idle after the test", limit_s=60)
+
+
+@pytest.mark.S54
+@pytest.mark.S60
+def test_a_worker_that_dies_under_a_stream_that_nobody_can_take_over(live: Live) -> None:
+    restarts, pid = int(live.show("NRestarts")), live.show("MainPID")
+    # Not restarted at once: the queen would have the stream go on exactly there.
+    live.sh(
+        f"mkdir -p /etc/systemd/system/{UNIT}.d; printf '[Service]\\nRestartSec=8\\n' > /etc/systemd/system/{UNIT}.d/90-test.conf"
+    )
+    live.sh("systemctl daemon-reload")
+    command = ["rbee-ctl", "infer", "--worker-id", WORKER, "--prompt", "Once upon a time", "-n", "1500", "--temperature", "0"]
+    process = subprocess.Popen(
+        command, env=live.lab.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        assert process.stdout is not None
+        first = process.stdout.read(20)
+        live.sh(f"kill -9 {pid}")
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert process.returncode == 1, err
+    kept = re.search(r"partial text \((\d+) / 1500 tokens\) kept in (\S+)", err)
+    assert kept, err
+    assert int(kept[1]) > 0
+    text = live.lab.command(["cat", kept[2]]).stdout
+    assert (first + out).rstrip("\n") == text.rstrip("\n")
+    assert re.search(r"error: .*; \d+ / 1500 tokens \[WORKER_CRASHED\]", err), err
+    until(lambda: live.workers().get(WORKER, {}).get("pid") != int(pid), "gone from the registry", limit_s=5)
+    until(lambda: live.idle(WORKER), "restarted by systemd", limit_s=60)
+    assert int(live.show("NRestarts")) == restarts + 1
+    assert "code=killed, status=9/KILL" in live.sh(f"journalctl -u {UNIT} -o cat --no-pager -n 60")
+
+
+@pytest.mark.S90
+def test_a_worker_that_is_shut_down_by_its_id_stays_down_and_costs_nobody_else_anything(live: Live) -> None:
+    before = live.pids()
+
+    done = live.lab.ctl("workers", "shutdown", "--id", WORKER)
+
+    assert done.returncode == 0, done.stderr
+    assert (live.show("ActiveState"), live.show("Result"), live.show("SubState")) == ("inactive", "success", "dead")
+    until(lambda: WORKER not in live.workers(), "gone from the registry")
+    assert live.pids()[:2] == before[:2]
+    assert live.lab.ctl("workers", "shutdown", "--id", WORKER).returncode == 0, "one that is stopped is no failure"
+    unknown = live.lab.ctl("workers", "shutdown", "--id", f"{NODE}-cpu9")
+    assert unknown.returncode == 1
+    assert "it has cpu0" in unknown.stderr
+
+
+def test_status_shows_a_unit_that_failed_too_often_and_its_last_words(live: Live) -> None:
+    lines = '[Unit]\\nStartLimitBurst=3\\n[Service]\\nRestartSec=100ms\\nExecStartPre=/bin/sh -c "echo the roof leaks; exit 1"\\n'
+    live.sh(f"mkdir -p /etc/systemd/system/{UNIT}.d; printf '{lines}' > /etc/systemd/system/{UNIT}.d/90-test.conf")
+    live.sh(f"systemctl daemon-reload; systemctl restart {UNIT}", check=False)
+    until(lambda: live.show("ActiveState") == "failed", "given up")
+    assert int(live.show("NRestarts")) <= 3
+    until(lambda: WORKER not in live.workers(), "gone from the registry", limit_s=60)
+
+    done = live.lab.ctl("status")
+
+    assert done.returncode == 0, done.stderr
+    assert f"declared and not heard: {WORKER}; asking {NODE}" in done.stderr
+    assert re.search(rf"^{WORKER}\s+{NODE}\s+failed \(failed\)", done.stdout, re.MULTILINE), done.stdout
+    assert "    the roof leaks" in done.stdout
+    assert f"next: journalctl -u {UNIT} -n 50 on {NODE}; then rbee-ctl hive start --node {NODE}" in done.stdout
+    data = json.loads(live.lab.ctl("status", "--json").stdout)["data"]
+    assert [(u["name"], u["active_state"]) for u in data["silent"][NODE]["units"]] == [("cpu0", "failed")]
+    quick = live.lab.ctl("status", "--quick")
+    assert "asking" not in quick.stderr
+
+
+@pytest.mark.S80
+def test_an_ephemeral_answer_leaves_nothing_running_that_did_not_run_before(live: Live) -> None:
+    assert live.lab.ctl("queen", "stop").returncode == 0
+    assert live.states() == {"inactive"}
+
+    done = live.lab.ctl("infer", "--ephemeral", "--node", NODE, "--model", MODEL_ID, "--prompt", "Once", "-n", "8", timeout=240)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    stopped = re.findall(r"stopping (.+), which this command had started", done.stderr)
+    assert stopped == [f"worker {WORKER}", f"the hive of {NODE}", "the queen"]
+    assert live.states() == {"inactive"}
+    assert live.sh("systemctl is-enabled rbee-worker@cpu0.service") == "enabled", "declared before, declared after"
