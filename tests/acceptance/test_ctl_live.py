@@ -1,4 +1,4 @@
-"""rbee-ctl against a fleet that lives: a worker dies under a stream, is shut down, loops; a command that cleans up after itself."""
+"""rbee-ctl against a living fleet: a worker dies under a stream, is shut down, loops; a command cleans up after itself."""
 
 from __future__ import annotations
 
@@ -41,6 +41,12 @@ class Live:
     def sh(self, command: str, *, check: bool = True) -> str:
         return self.lab.ssh(NODE, command, check=check).stdout.strip()
 
+    def settings(self, *lines: str) -> None:
+        """Write the test's own drop-in of the worker; the fixture takes it away."""
+        text = "\\n".join(lines)
+        folder = f"/etc/systemd/system/{UNIT}.d"
+        self.sh(f"mkdir -p {folder} && printf '{text}\\n' > {folder}/90-test.conf && systemctl daemon-reload")
+
     def show(self, key: str) -> str:
         return self.sh(f"systemctl show -p {key} --value {UNIT}")
 
@@ -76,10 +82,7 @@ def live(fleet: Fleet) -> Iterator[Live]:
 def test_a_worker_that_dies_under_a_stream_that_nobody_can_take_over(live: Live) -> None:
     restarts, pid = int(live.show("NRestarts")), live.show("MainPID")
     # Not restarted at once: the queen would have the stream go on exactly there.
-    live.sh(
-        f"mkdir -p /etc/systemd/system/{UNIT}.d; printf '[Service]\\nRestartSec=8\\n' > /etc/systemd/system/{UNIT}.d/90-test.conf"
-    )
-    live.sh("systemctl daemon-reload")
+    live.settings("[Service]", "RestartSec=8")
     command = ["rbee-ctl", "infer", "--worker-id", WORKER, "--prompt", "Once upon a time", "-n", "1500", "--temperature", "0"]
     process = subprocess.Popen(
         command, env=live.lab.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
@@ -123,9 +126,9 @@ def test_a_worker_that_is_shut_down_by_its_id_stays_down_and_costs_nobody_else_a
 
 
 def test_status_shows_a_unit_that_failed_too_often_and_its_last_words(live: Live) -> None:
-    lines = '[Unit]\\nStartLimitBurst=3\\n[Service]\\nRestartSec=100ms\\nExecStartPre=/bin/sh -c "echo the roof leaks; exit 1"\\n'
-    live.sh(f"mkdir -p /etc/systemd/system/{UNIT}.d; printf '{lines}' > /etc/systemd/system/{UNIT}.d/90-test.conf")
-    live.sh(f"systemctl daemon-reload; systemctl restart {UNIT}", check=False)
+    leak = 'ExecStartPre=/bin/sh -c "echo the roof leaks; exit 1"'
+    live.settings("[Unit]", "StartLimitBurst=3", "[Service]", "RestartSec=100ms", leak)
+    live.sh(f"systemctl restart {UNIT}", check=False)
     until(lambda: live.show("ActiveState") == "failed", "given up")
     assert int(live.show("NRestarts")) <= 3
     until(lambda: WORKER not in live.workers(), "gone from the registry", limit_s=60)
@@ -141,6 +144,26 @@ def test_status_shows_a_unit_that_failed_too_often_and_its_last_words(live: Live
     assert [(u["name"], u["active_state"]) for u in data["silent"][NODE]["units"]] == [("cpu0", "failed")]
     quick = live.lab.ctl("status", "--quick")
     assert "asking" not in quick.stderr
+
+
+@pytest.mark.S51
+@pytest.mark.S65
+def test_a_model_that_is_never_loaded_is_given_up_with_how_far_it_came(live: Live) -> None:
+    live.settings("[Service]", "Environment=RBEE_LOAD_TIMEOUT_S=2", "RestartSec=100ms")
+    live.sh(f"systemctl stop {UNIT}")
+    # The engine's process stands still as soon as there is one; systemd's restarts bring new ones.
+    loop = f"while sleep 0.02; do p=$(systemctl show -p MainPID --value {UNIT}); [ $p = 0 ] || pkill -STOP -P $p; done"
+    live.sh(f"systemd-run --unit=freezer sh -c '{loop}'")
+    try:
+        done = live.lab.ctl("worker", "start", "--node", NODE, "--model", MODEL_ID, "--json")
+    finally:
+        live.sh("systemctl stop freezer")
+
+    envelope = json.loads(done.stdout)
+    assert (done.returncode, [e["code"] for e in envelope["errors"]]) == (1, ["LOADING_TIMEOUT"]), done.stdout
+    (error,) = envelope["errors"]
+    assert re.search(r"model not loaded after 2 s: \d+ of \S+ layers", error["message"]), error
+    assert error["hint"].startswith(f"journalctl -u {UNIT}")
 
 
 @pytest.mark.S80

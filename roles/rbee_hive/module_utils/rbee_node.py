@@ -160,7 +160,7 @@ def killed(unit, pid):
 
 
 def start_failure(unit, props):
-    """Return the NodeError for a unit that did not come up (SPEC S-46)."""
+    """Return the NodeError for a unit that did not come up (SPEC S-46, S-51)."""
     status, result = props.get("ExecMainStatus", ""), props.get("Result", "")
     # A socket has no process: what systemd says about it is all there is.
     own = journal(unit, lines=1, own=True) or [line for line in journal(unit) if "Failed to" in line][:1]
@@ -172,8 +172,12 @@ def start_failure(unit, props):
     }.get(result, f"result {result}, exit status {status}")
     if status == "203":
         reason = "its program is not there (203/EXEC)"
+    code = "WORKER_BINARY_NOT_FOUND" if status == "203" else "UNIT_START_FAILED"
+    # The worker itself gives up loading after load_timeout_s and says how far it came; systemd only if that fails as well.
+    if result == "timeout" or any("model not loaded after" in line for line in own):
+        code = "LOADING_TIMEOUT"
     return NodeError(
-        "WORKER_BINARY_NOT_FOUND" if status == "203" else "UNIT_START_FAILED",
+        code,
         f"{unit} did not start: {reason}" + (f": {own[-1]}" if own else ""),
         f"journalctl -u {unit} -n 50",
         unit=unit,
