@@ -94,6 +94,15 @@ def test_sudo_that_is_refused(faulty: Faulty) -> None:
     faulty.sh("echo 'ops ALL=(ALL) NOPASSWD: ALL' > /etc/sudoers.d/ops && chmod 440 /etc/sudoers.d/ops")
 
 
+@pytest.mark.N13
+def test_a_machine_that_is_too_old_is_told_what_it_lacks(faulty: Faulty) -> None:
+    done = faulty.lab.playbook("install", "-e", "__rbee_hive_systemd_minimum=999")
+
+    assert done.returncode != 0
+    assert "needed are Linux on x86_64, systemd 999 and Python 3.11 or newer" in " ".join(done.stdout.split())
+    assert faulty.sh("ls -d /etc/rbee /opt/rbee 2>&1", check=False).count("No such file") == 2
+
+
 def test_a_disk_that_is_full(faulty: Faulty) -> None:
     faulty.sh("mkdir -p /opt/rbee && mount -t tmpfs -o size=20M tmpfs /opt/rbee")
     try:
@@ -104,6 +113,7 @@ def test_a_disk_that_is_full(faulty: Faulty) -> None:
     assert faulty.sh(f"test -e {LOCK} || echo free") == "free"
 
 
+@pytest.mark.N06
 def test_two_controllers_and_one_that_dies(faulty: Faulty) -> None:
     with faulty.half_way() as (first, left):
         for command in (("apply",), ("hive", "stop"), ("queen", "stop", "--no-cascade"), ("hive", "uninstall", "--yes")):
@@ -168,6 +178,42 @@ def test_a_half_installed_runtime_is_repaired_by_the_run_that_ends_well(faulty: 
     again = faulty.lab.ctl("plan")
     assert again.returncode == 0, again.stdout
     assert faulty.sh(f"test -e {LOCK} || echo free") == "free"
+
+
+@pytest.mark.N12
+def test_what_the_inventory_allows_a_worker_is_what_the_kernel_enforces(faulty: Faulty) -> None:
+    text = faulty.lab.inventory.read_text()
+    limits = "memory_max: 900M, cpu_quota: 150%, cpu_weight: 50, cpu_affinity: '0', threads: 1"
+    faulty.lab.inventory.write_text(re.sub(r"threads: \d+", limits, text))
+
+    done = faulty.lab.ctl("apply", timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith(NODE)] == [f"{NODE}  changed    -"], done.stdout
+    show = "systemctl show -p MemoryMax -p CPUQuotaPerSecUSec -p CPUWeight -p CPUAffinity -p IPAddressDeny -p User"
+    told = dict(line.split("=", 1) for line in faulty.sh(f"{show} {WORKER}").splitlines())
+    assert told.pop("IPAddressDeny") in ("0.0.0.0/0 ::/0", "::/0 0.0.0.0/0")
+    assert told == {
+        "MemoryMax": str(900 << 20),
+        "CPUQuotaPerSecUSec": "1.500000s",
+        "CPUWeight": "50",
+        "CPUAffinity": "0",
+        "User": "rbee-cpu0",
+    }
+
+    # What systemd has told the kernel, in the words of either version of cgroups.
+    def kernel(*names: str) -> list[str]:
+        where = " -o ".join(f"-path '*/{WORKER}/{name}'" for name in names)
+        return faulty.sh(f"find /sys/fs/cgroup \\( {where} \\) -exec cat {{}} +").split()
+
+    assert str(900 << 20) in kernel("memory.max", "memory.limit_in_bytes")
+    assert "150000" in kernel("cpu.max", "cpu.cfs_quota_us")
+    processes = f"p=$(systemctl show -p MainPID --value {WORKER}); for q in $p $(pgrep -P $p); do"
+    allowed = faulty.sh(f"{processes} sed -n 's/^Cpus_allowed_list:\\s*//p' /proc/$q/status; done").split()
+    assert (set(allowed), len(allowed) > 1) == ({"0"}, True), "front and engine"
+    exposure = re.search(r"exposure level for \S+: ([\d.]+)", faulty.sh(f"systemd-analyze security --no-pager {WORKER}"))
+    assert exposure
+    assert float(exposure[1]) <= 2.0
 
 
 def test_every_kind_of_command_works_through_sudo(faulty: Faulty) -> None:

@@ -61,6 +61,7 @@ def main_pids(lab: Lab) -> dict[str, str]:
 # --- site.yml -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.N09
 def test_second_run_of_the_site_changes_nothing_and_needs_no_rbee_ctl(fleet: Fleet, tmp_path: Path) -> None:
     """Ansible's interpreter finds a package rbee_ctl that refuses to be imported: nothing the site runs imports it."""
     trap = tmp_path / "rbee_ctl"
@@ -75,6 +76,7 @@ def test_second_run_of_the_site_changes_nothing_and_needs_no_rbee_ctl(fleet: Fle
     assert {host: r["changed"] for host, r in recap(done.stdout).items()} == {"lab1": 0, "lab2": 0}
 
 
+@pytest.mark.N09
 def test_check_mode_on_a_virgin_machine_passes_and_touches_nothing(fleet: Fleet, tmp_path: Path) -> None:
     lab = fleet.lab
     lab.machines(3)
@@ -99,6 +101,7 @@ def test_check_mode_on_a_virgin_machine_passes_and_touches_nothing(fleet: Fleet,
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.N09
 def test_one_machine_away_stops_nobody_else_and_is_told(fleet: Fleet, tmp_path: Path) -> None:
     fleet.lab.partition("lab2")
     try:
@@ -152,6 +155,8 @@ def test_a_misspelt_key_of_a_worker_is_refused_by_name(fleet: Fleet, tmp_path: P
 
 
 @pytest.mark.P04
+@pytest.mark.N04
+@pytest.mark.N12
 def test_the_worker_is_a_true_unit_with_llama_cpp_in_it(fleet: Fleet, queen: httpx.Client) -> None:
     show = "systemctl show rbee-worker@cpu0 -p Type -p PartOf -p WatchdogUSec -p User -p ControlGroup -p NotifyAccess"
 
@@ -166,6 +171,8 @@ def test_the_worker_is_a_true_unit_with_llama_cpp_in_it(fleet: Fleet, queen: htt
 
 
 @pytest.mark.P05
+@pytest.mark.N01
+@pytest.mark.N11
 def test_stopping_the_hive_ends_its_workers_and_starting_it_brings_the_same_back(fleet: Fleet, queen: httpx.Client) -> None:
     lab = fleet.lab
     enabled = lab.ssh("lab2", "ls /etc/systemd/system/rbee-hive.target.wants").stdout
@@ -194,6 +201,7 @@ def test_stopping_the_hive_ends_its_workers_and_starting_it_brings_the_same_back
 
 
 @pytest.mark.P15
+@pytest.mark.N11
 def test_a_killed_worker_is_restarted_once_and_routed_to_again(fleet: Fleet, queen: httpx.Client) -> None:
     lab = fleet.lab
     before = int(lab.ssh("lab2", "systemctl show -p NRestarts --value rbee-worker@cpu0").stdout)

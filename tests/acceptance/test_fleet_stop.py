@@ -39,6 +39,8 @@ def unit_command(fleet: Fleet, key: str) -> Done:
     return fleet.lab.command(["/bin/sh", "-c", match[1]], env=variables)
 
 
+@pytest.mark.N01
+@pytest.mark.X07
 def test_the_queen_stops_alone_or_with_the_fleet_and_the_fleet_unit_starts_and_stops_all(fleet: Fleet) -> None:
     up = {n: ["active"] * len(u) for n, u in UNITS.items()}
     down = {n: ["inactive"] * len(u) for n, u in UNITS.items()}

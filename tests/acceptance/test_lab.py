@@ -73,6 +73,7 @@ def test_lab_boots_machines_with_systemd_and_an_address_of_their_own(lab: Lab) -
     lab.ssh("lab1", "timeout 5 bash -c '</dev/tcp/lab2/22'")
 
 
+@pytest.mark.N13
 def test_lab_machines_have_no_internet(lab: Lab) -> None:
     # TEST-NET-1 is nobody's; the controller must not even try to forward to it.
     assert lab.ssh("lab1", "timeout 2 bash -c '</dev/tcp/192.0.2.1/80'", check=False).returncode != 0

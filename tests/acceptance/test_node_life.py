@@ -93,6 +93,9 @@ def node(fleet: Fleet) -> Iterator[Node]:
 
 @pytest.mark.S72
 @pytest.mark.S75
+@pytest.mark.N02
+@pytest.mark.N03
+@pytest.mark.N10
 def test_an_idle_worker_sleeps_and_every_connection_wakes_it_also_after_a_reboot(node: Node) -> None:
     exits = f"journalctl -u rbee-worker@{SLEEPER} -o cat --no-pager | grep -c 'Deactivated successfully' || true"
     url = node.url(SLEEPER)
@@ -124,10 +127,29 @@ def test_an_idle_worker_sleeps_and_every_connection_wakes_it_also_after_a_reboot
     until(lambda: node.registry().get("cpu0") == "idle", "the enabled worker is back after the boot")
 
 
+@pytest.mark.X07
+def test_a_queen_that_is_gone_longer_than_its_lease_frees_the_machine_and_the_socket_stays(node: Node) -> None:
+    node.settings(SLEEPER, "[Service]", "Environment=RBEE_IDLE_TIMEOUT_S=0", "Environment=RBEE_QUEEN_LEASE_S=2")
+    node.restart(SLEEPER)
+    until(lambda: node.registry().get(SLEEPER) == "idle", "awake, and never to sleep by itself")
+    node.lab.ssh("lab1", "systemctl stop rbee-queen")
+    try:
+        until(lambda: node.service(SLEEPER)["ActiveState"] == "inactive", "the worker has ended", limit_s=60)
+        assert (node.service(SLEEPER)["Result"], node.service(SLEEPER)["ExecMainStatus"]) == ("success", "0")
+        assert node.socket(SLEEPER) == "active"
+        assert node.service("cpu0")["ActiveState"] == "active", "one without a socket could not come back"
+    finally:
+        node.lab.ssh("lab1", "systemctl start rbee-queen")
+    until(lambda: node.registry().get("cpu0") == "idle", "the queen hears the others again")
+    node.settings(SLEEPER, "[Service]", "Environment=RBEE_IDLE_TIMEOUT_S=300")
+    node.restart(SLEEPER)
+
+
 # --- in trouble -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.S74
+@pytest.mark.N04
 def test_a_blocked_generation_thread_is_noticed_by_the_watchdog_and_nobody_else_suffers(node: Node) -> None:
     node.settings(VICTIM, "[Service]", "WatchdogSec=2", "Environment=RBEE_STALL_TIMEOUT_S=1")
     node.restart(VICTIM)
@@ -184,6 +206,7 @@ def test_a_sleeping_worker_whose_port_is_taken_is_refused_with_the_name_of_the_t
     assert node.socket(SLEEPER) == "active"
 
 
+@pytest.mark.N12
 def test_a_worker_can_not_look_at_its_neighbours_nor_write_nor_open_devices(node: Node) -> None:
     """The probe runs as the worker does: same unit, same account, same view of the machine."""
     neighbour = node.service("cpu0")["MainPID"]
@@ -212,6 +235,7 @@ def test_a_worker_can_not_look_at_its_neighbours_nor_write_nor_open_devices(node
 @pytest.mark.S76
 @pytest.mark.S77
 @pytest.mark.S78
+@pytest.mark.N01
 def test_a_stop_ends_idle_busy_and_hung_workers_and_sockets_and_nothing_comes_back(node: Node) -> None:
     for name in (SLEEPER, STREAMER, VICTIM):
         node.restart(name)

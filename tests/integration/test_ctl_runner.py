@@ -54,6 +54,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.N06
 def test_each_host_has_its_own_outcome(project: Path) -> None:
     seen: list[events.Event] = []
     inventory = project / "inventory.yml"
@@ -96,6 +97,7 @@ def holds_secret(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
 
 
+@pytest.mark.N06
 def test_secret_variables_are_in_no_argv_and_leave_no_trace_after_a_failure(
     project: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -126,6 +128,7 @@ def test_secret_variables_are_in_no_argv_and_leave_no_trace_after_a_failure(
     assert holds_secret(home) == []
 
 
+@pytest.mark.N06
 def test_ctrl_c_ends_the_whole_tree_and_removes_the_folder(project: Path) -> None:
     (project / "playbooks/verb.yml").write_text(
         textwrap.dedent(

@@ -77,6 +77,7 @@ def activated() -> Iterator[Callable[[], Activated]]:
         service.close()
 
 
+@pytest.mark.N02
 def test_no_connection_is_lost_across_200_idle_exits(activated: Callable[[], Activated]) -> None:
     """Four services side by side, since most of the time is waiting; two clients each, around the moment of the exit."""
     answers: list[bytes] = []
@@ -140,6 +141,7 @@ def worker_behind(held: socket.socket, tmp_path: Path, model_path: Path, setting
 
 
 @pytest.mark.P15
+@pytest.mark.N02
 def test_idle_worker_exits_0_and_who_connects_then_waits_for_the_next_one(
     held: socket.socket, tmp_path: Path, model_path: Path
 ) -> None:
@@ -172,6 +174,7 @@ def test_worker_without_a_socket_stays_unless_it_is_told_to_go(tmp_path: Path, m
         assert worker.process.wait(30) == 0, worker.log
 
 
+@pytest.mark.X07
 def test_worker_that_may_never_go_stays_and_a_silent_queen_ends_it_all_the_same(
     held: socket.socket, tmp_path: Path, model_path: Path
 ) -> None:
@@ -180,10 +183,11 @@ def test_worker_that_may_never_go_stays_and_a_silent_queen_ends_it_all_the_same(
         worker.wait_ready()
         # One request that runs when the lease is over: it is never cut.
         assert worker.infer(max_tokens=600, ignore_eos=True)["tokens_generated"] == 600
-        assert worker.process.wait(10) == 0, worker.log
+        assert worker.process.wait(60) == 0, worker.log
         assert "dormant" in worker.log
 
 
+@pytest.mark.N03
 def test_queen_is_told_that_the_worker_is_dormant_and_where_to_wake_it(
     held: socket.socket, tmp_path: Path, model_path: Path
 ) -> None:

@@ -72,6 +72,7 @@ def test_the_check_itself_notices_a_misspelt_key(root: Path) -> None:
 
 
 @pytest.mark.parametrize("unit", SERVICES)
+@pytest.mark.N12
 def test_exposure_is_at_most_two(unit: str) -> None:
     command = ["systemd-analyze", "security", "--offline=true", f"--threshold={THRESHOLD}", "--no-pager", str(UNITS / unit)]
 

@@ -198,6 +198,7 @@ def inventories(draw: st.DrawFn) -> str:
 
 @settings(max_examples=120, deadline=None)
 @given(text=inventories(), data=st.data())
+@pytest.mark.N07
 def test_any_inventory_keeps_all_that_was_not_meant(text: str, data: st.DataObject) -> None:
     new = edit.added(text, "workstation", NODE)
     assert [c for c in changes(text, new) if c.startswith("-")] == []
@@ -237,6 +238,7 @@ def _add(path: Path, number: int) -> None:
     edit.add_host(path, f"node{number}", {"ansible_host": f"192.0.2.{number}"})
 
 
+@pytest.mark.N07
 def test_five_parallel_adds_keep_all(path: Path) -> None:
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=_add, args=(path, n)) for n in range(5)]
@@ -251,6 +253,7 @@ def test_five_parallel_adds_keep_all(path: Path) -> None:
     assert names_in(path.parent) == ["inventory.yml"]
 
 
+@pytest.mark.N07
 def test_kill_while_writing_leaves_the_old_or_the_new_file(path: Path) -> None:
     """The process is killed in the middle of the write: the file is whole, and the next edit clears what was left."""
     script = textwrap.dedent(

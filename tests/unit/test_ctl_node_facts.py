@@ -21,6 +21,7 @@ DEVICES = [
 ]
 
 
+@pytest.mark.N08
 def test_contacts_and_devices_are_kept_side_by_side(tmp_path: Path) -> None:
     node_facts.capabilities(tmp_path, "ws", {"devices": DEVICES, "backends": {"cuda": 2, "cpu": 1}, "version": "0.1.0"})
     node_facts.contact(tmp_path, "ws", None)
