@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import httpx
+import pytest
 from machines import ROOT, Done, Fleet
 from waiting import until
 
