@@ -29,8 +29,9 @@ READS: dict[str, tuple[dict[str, object], str, dict[str, object]]] = {
     "model_get": ({"id": "model-7"}, "model_get", {"rbee_model_ref": "model-7"}),
     "worker_binary_list": ({}, "runtime_list", {}),
     "worker_binary_get": ({"worker_type": "cpu"}, "runtime_get", {"rbee_runtime_type": "cpu"}),
-    "worker_process_list": ({}, "worker_process", {}),
 }
+if Path("/run/systemd/system").is_dir():
+    READS["worker_process_list"] = ({}, "worker_process", {})
 
 
 def _machine(folder: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from rbee_ctl import content
 from rbee_ctl.events import OnEvent, Output, Stats, StillRunning, TaskDone, TaskStarted, translate
-from rbee_serve import process_tree
+from rbee_serve import __version__, process_tree
 from rbee_serve.contract.errors import (
     BY_CODE,
     DiskFull,
@@ -84,6 +84,14 @@ class PlaybookResult:
     error: RbeeError | None = None  # a failure that belongs to no host: syntax, inventory, no hosts matched
 
     @property
+    def never_reached(self) -> bool:
+        """Whether no machine answered and nothing was changed: worth another try."""
+        outcomes = self.hosts.values()
+        return bool(outcomes) and all(
+            o.status == "unreachable" and o.error is not None and o.error.retryable and not o.changed for o in outcomes
+        )
+
+    @property
     def exit_code(self) -> int:
         """0 all done, 3 some hosts failed, 4 (8, 9) hosts not reached and nothing else wrong, 1 (or the one error's own) else."""
         if self.status == "canceled":
@@ -112,6 +120,7 @@ def environment(environ: Mapping[str, str] | None = None, state_dir: Path | None
     passed["PATH"] = f"{bin_dir}:{environ.get('PATH') or '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'}"
     if (cfg := content.ansible_cfg()) is not None:
         passed["ANSIBLE_CONFIG"] = str(cfg)
+    passed["RBEE_CONTROLLER_VERSION"] = __version__  # a machine that has another one takes no new worker (SPEC S-19)
     if state_dir is not None:
         passed["RBEE_STATE_DIR"] = str(state_dir)
     return passed
@@ -336,7 +345,8 @@ class _Collector:
         # A failed task inside a rescued block is no failure: Ansible's own account decides where there is one.
         failed = host in self._failed if self._stats is None else self._stats.failures.get(host, 0) > 0
         if host in self._unreachable and (self._stats is None or self._stats.unreachable.get(host, 0) > 0):
-            return HostOutcome("unreachable", result, unreachable(host, _message(self._unreachable[host].result)), changed)
+            error = unreachable(host, _message(self._unreachable[host].result))
+            return HostOutcome("unreachable", result, error, changed)
         if failed:
             return HostOutcome("failed", result, task_error(host, self._failed.get(host)), changed)
         return HostOutcome("ok", result, None, changed, tuple(self._changes.get(host, ())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +83,14 @@ class Session:
         if self.ui.events:
             self.ui.narrate("ctl", "mode", "integrated: from the inventory and what is remembered; no machine is contacted")
 
+    def _pause(self, node: str, number: int, tries: int) -> None:
+        from rbee_ctl.probing import PAUSES_S
+        from rbee_ctl.queen_client import jittered
+
+        pause = jittered(PAUSES_S[min(number, len(PAUSES_S) - 1)])
+        self.ui.narrate("ctl", "retry", f"{node} does not answer: attempt {number + 1}/{tries} (delay {pause * 1000:.0f}ms)")
+        time.sleep(pause)
+
     def _mode(self, limit: str | None) -> str:
         """Say how a playbook reaches its machines."""
         if self.settings.inventory.value is None:
@@ -101,11 +110,13 @@ class Session:
         check: bool = False,
         environ: Mapping[str, str] | None = None,
         mode: str | None = None,
+        tries: int = 1,
     ) -> PlaybookResult:
         """Run a playbook against the inventory and narrate it (``silent``: only with --verbose); remember who answered.
 
         ``check``: say what would change and touch nothing. ``environ``: added to Ansible's environment.
-        ``mode``: how the machines are reached, where there was a choice.
+        ``mode``: how the machines are reached, where there was a choice. ``tries``: how often one machine (``limit``) that
+        does not answer is tried, as long as nothing was changed there (SPEC S-20).
         """
         from rbee_ctl import audit, node_facts
         from rbee_ctl.playbook import run_playbook
@@ -114,17 +125,21 @@ class Session:
             self.ui.narrate("ctl", "mode", mode or self._mode(limit))
         if not check:
             audit.record(self.settings.state_path, "playbook.start", playbook=name, limit=limit)
-        result = run_playbook(
-            name,
-            inventory=[self.settings.inventory_path, *extra_inventories],
-            limit=limit,
-            extra_vars=extra_vars,
-            on_event=None if silent and not self.ui.verbose else self.ui.narrator(limit or "ansible", name),
-            state_dir=self.settings.state_path,
-            verbose=self.ui.verbose,
-            check=check,
-            environ=environ,
-        )
+        for number in range(1, tries + 1):
+            result = run_playbook(
+                name,
+                inventory=[self.settings.inventory_path, *extra_inventories],
+                limit=limit,
+                extra_vars=extra_vars,
+                on_event=None if silent and not self.ui.verbose else self.ui.narrator(limit or "ansible", name),
+                state_dir=self.settings.state_path,
+                verbose=self.ui.verbose,
+                check=check,
+                environ=environ,
+            )
+            if number == tries or limit is None or not result.never_reached:
+                break
+            self._pause(limit, number, tries)
         if not check:
             outcome_of = {host: outcome.status for host, outcome in result.hosts.items()}
             audit.record(self.settings.state_path, "playbook.end", playbook=name, status=result.status, hosts=outcome_of)

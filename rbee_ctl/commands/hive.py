@@ -38,7 +38,7 @@ def _run(ctx: typer.Context, verb: str, node: str | None, json: bool, verbose: b
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
-    return per_host(f"hive {verb}", s.play(f"hive_{verb}", limit=node), "hosts")
+    return per_host(f"hive {verb}", s.play(f"hive_{verb}", tries=3, limit=node), "hosts")
 
 
 @app.command()
@@ -187,7 +187,7 @@ def install(
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
-    return per_host("hive install", s.play("install", limit=node, check=check), "hosts")
+    return per_host("hive install", s.play("install", tries=3, limit=node, check=check), "hosts")
 
 
 @app.command("import-ssh")

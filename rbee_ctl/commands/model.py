@@ -37,7 +37,7 @@ def download(
     s = session(ctx, json=json, verbose=verbose)
     check_model(model)
     s.known_node(node)
-    play = s.play("model_download", limit=node, extra_vars={"rbee_model_ref": model})
+    play = s.play("model_download", tries=3, limit=node, extra_vars={"rbee_model_ref": model})
     return per_host("model download", play, "model_downloaded")
 
 

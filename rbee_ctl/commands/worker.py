@@ -48,7 +48,7 @@ def start(
     backend = host.backend(backend)
     node_facts.check_device(s.settings.state_path, node, backend, device)
     request = start_request(model, backend, device, name, slots, context_tokens)
-    play = s.play("worker_start", limit=node, extra_vars={"rbee_worker_request": request})
+    play = s.play("worker_start", tries=3, limit=node, extra_vars={"rbee_worker_request": request})
     try:
         return OperationResult("worker start", data=dict(one_host(play, node, "worker")), view="worker_started")
     except ModelNotFound as e:

@@ -53,3 +53,25 @@ def test_silence_is_tried_three_times_and_changes_nothing(tmp_path: Path, silent
     assert "SSH_TIMEOUT" in done.stderr
     assert inventory.read_text() == "rbee_hives:\n  hosts:\n"
     assert not (tmp_path / ".local/state/rbee/nodes/ws.json").exists()
+
+
+@pytest.mark.S20
+@pytest.mark.S57
+def test_a_machine_that_does_not_answer_is_tried_three_times_before_a_worker_is_started_there(tmp_path: Path) -> None:
+    inventory = tmp_path / "inventory.yml"
+    inventory.write_text("rbee_hives:\n  hosts: {gone: {ansible_host: 127.0.0.1, ansible_port: 9}}\n")
+    ctl = [str(Path(sys.executable).parent / "rbee-ctl"), "-i", str(inventory)]
+    environ = os.environ | {"HOME": str(tmp_path)}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*ctl, *arguments], capture_output=True, text=True, env=environ, timeout=90, check=False)
+
+    done = run("worker", "start", "--node", "gone", "--model", "m")
+    assert done.returncode == 4, done.stderr
+    attempts = re.findall(r"gone does not answer: attempt (\d)/3 \(delay (\d+)ms\)", done.stderr)
+    assert [number for number, _ in attempts] == ["2", "3"]
+    for (_, delay), pause in zip(attempts, (200, 400), strict=True):
+        assert pause * 0.5 <= int(delay) <= pause * 1.5
+    assert "[NODE_UNREACHABLE]" in done.stderr
+    assert "rbee-ctl hive list" in done.stderr
+    assert "unreachable" in run("hive", "list").stdout

@@ -12,6 +12,7 @@ from ansible.module_utils.rbee_plan import (
     check_memory,
     check_runtime,
     check_temperature,
+    check_version,
     choose_name,
     choose_port,
     declared_names,
@@ -225,3 +226,16 @@ def test_the_instance_keeps_what_the_request_does_not_mention() -> None:
         "state": "present",
         "by_hand": False,
     }
+
+
+@pytest.mark.S19
+@pytest.mark.S66
+def test_other_versions_of_node_and_controller_are_refused_and_the_older_side_is_named() -> None:
+    check_version("0.10.0", {"version": "0.10.0", "name": "lab1"})
+    check_version(None, {"version": "0.1.0"})  # a playbook without rbee-ctl
+    node = refusal(check_version, "0.10.0", {"version": "0.9.1", "name": "lab1"})
+    assert (node.code, node.hint) == ("VERSION_MISMATCH", "rbee-ctl upgrade --node lab1")
+    assert "0.9.1" in node.message
+    assert "0.10.0" in node.message
+    controller = refusal(check_version, "0.9.1", {"version": "0.10.0", "name": "lab1"})
+    assert controller.hint == "pip install --upgrade 'rbee[ctl]==0.10.0'"

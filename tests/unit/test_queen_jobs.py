@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, get_args
 
 import pytest
+import typer
 
 from rbee_ctl import cli
 from rbee_serve.contract.errors import InvalidRequest, JobNotFound, ModelNotFound, RateLimited
@@ -57,10 +58,15 @@ def test_every_operation_is_done_by_a_command_that_exists_or_by_the_queen(name: 
         assert name in ("status", "active_worker_list", "active_worker_get", "active_worker_retire", "infer")
         return
     assert "" not in arguments
-    # The command line is parsed by rbee-ctl's own parser; --help ends it before anything is done.
     words = cli.command_name(arguments).split()
     assert arguments[: len(words)] == words
     assert len(words) >= 2, f"{arguments}: rbee-ctl has no such command"
+    # rbee-ctl's own parser takes it as it is: nothing is missing, nothing unknown, and nothing is asked for on a terminal.
+    command: Any = typer.main.get_command(cli.app)
+    for word in words:
+        command = command.commands[word]
+    parsed = command.make_context(words[-1], arguments[len(words) :]).params
+    assert parsed.get("yes", True), f"{arguments} would ask a terminal"
 
 
 @pytest.mark.parametrize(

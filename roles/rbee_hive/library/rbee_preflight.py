@@ -17,6 +17,7 @@ from ansible.module_utils.rbee_node import (
     instances,
     listening_ports,
     mem_available,
+    read_toml,
     require_hive,
     runtimes,
     show,
@@ -29,6 +30,7 @@ from ansible.module_utils.rbee_plan import (
     check_memory,
     check_runtime,
     check_temperature,
+    check_version,
     choose_name,
     choose_port,
     declared_extras,
@@ -93,6 +95,9 @@ options:
   etc_dir: {type: path, default: /etc/rbee, description: Where the instances' settings are.}
   models_dir: {type: path, default: /var/lib/rbee/models, description: Where the models are.}
   install_path: {type: path, default: /opt/rbee, description: Where the runtimes are.}
+  controller_version:
+    description: Version of the rbee-ctl that asks; refused where the node has another one.
+    type: str
   install_hint:
     description: Command that installs rbee on this node.
     type: str
@@ -194,6 +199,7 @@ def plan(params):
     request, etc_dir = dict(params["request"]), params["etc_dir"]
     target = show(TARGET)[TARGET]
     require_hive(target, params["install_hint"])
+    check_version(params["controller_version"], read_toml(Path(etc_dir, "hive.toml")))
     present = devices()
     if request["backend"] is None:
         kinds = sorted({d["backend"] for d in present})
@@ -282,6 +288,7 @@ def main():
             "etc_dir": {"type": "path", "default": "/etc/rbee"},
             "models_dir": {"type": "path", "default": "/var/lib/rbee/models"},
             "install_path": {"type": "path", "default": "/opt/rbee"},
+            "controller_version": {"type": "str"},
             "install_hint": {"type": "str", "default": "ansible-playbook site.yml"},
             **ARGUMENTS,
         },

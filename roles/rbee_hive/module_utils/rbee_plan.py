@@ -5,6 +5,7 @@ A request is ``{"backend", "device", "model", "name"?, "slots"?, "context_tokens
 
 from __future__ import annotations
 
+import re
 import string
 
 from ansible.module_utils.rbee_devices import BACKENDS
@@ -24,6 +25,27 @@ DECLARED_ONLY = ("socket", "memory_max", "cpu_affinity", "cpu_quota", "cpu_weigh
 def mb(size):
     """Return a number of bytes as people read it."""
     return f"{size / 1e6:.0f} MB"
+
+
+def check_version(controller, hive):
+    """Raise NodeError VERSION_MISMATCH where rbee-ctl and the node are of different versions; the older side is to follow."""
+    here = hive.get("version")
+    if not controller or not here or controller == here:
+        return
+    name = hive.get("name") or "NODE"
+    older = _version_key(here) < _version_key(controller)
+    upgrade = f"rbee-ctl upgrade --node {name}" if older else f"pip install --upgrade 'rbee[ctl]=={here}'"
+    raise NodeError(
+        "VERSION_MISMATCH",
+        f"this machine has rbee {here}, rbee-ctl is {controller}: the {'machine' if older else 'controller'} is older",
+        upgrade,
+        node_version=here,
+        controller_version=controller,
+    )
+
+
+def _version_key(text):
+    return [int(part) for part in re.findall(r"\d+", text)]
 
 
 def check_device(request, devices):
