@@ -64,9 +64,20 @@ def queued(position: int, waited_ms: float) -> Event:
     return {"type": "queued", "position": position, "waited_ms": round(waited_ms)}
 
 
-def end(tokens_out: int, stop_reason: str, *, prompt_ms: float, decode_ms: float, prompt_tokens: int) -> Event:
-    """Last event of a stream that ended well. Times in milliseconds, as measured by the worker."""
-    return {
+def end(
+    tokens_out: int,
+    stop_reason: str,
+    *,
+    prompt_ms: float,
+    decode_ms: float,
+    prompt_tokens: int,
+    stop_sequence: str | None = None,
+) -> Event:
+    """Last event of a stream that ended well. Times in milliseconds, as measured by the worker.
+
+    ``stop_sequence``: the stop string that has come; the event has it with ``stop_reason`` STOP_SEQUENCE alone.
+    """
+    event: Event = {
         "type": "end",
         "tokens_out": tokens_out,
         "prompt_tokens": prompt_tokens,
@@ -74,6 +85,7 @@ def end(tokens_out: int, stop_reason: str, *, prompt_ms: float, decode_ms: float
         "prompt_time_ms": round(prompt_ms, 1),
         "decode_time_ms": round(decode_ms, 1),
     }
+    return event if stop_sequence is None else event | {"stop_sequence": stop_sequence}
 
 
 def error(err: RbeeError, correlation_id: str | None = None) -> Event:

@@ -130,6 +130,7 @@ class NativeApi:
             text = await while_connected(request, collect(stream))
         finally:
             await stream.aclose()
+        stopped = {"stop_sequence": stream.stop_sequence} if stream.stop_sequence is not None else {}
         return JsonResponse(
             {
                 "request_id": stream.id,
@@ -144,6 +145,7 @@ class NativeApi:
                 "seed": stream.seed,
                 "stop_reason": stream.outcome,
                 "duration_ms": round((time.perf_counter() - began) * 1000, 1),
+                **stopped,
             },
             headers=headers,
         )

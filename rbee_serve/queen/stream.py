@@ -77,6 +77,7 @@ class Stream:
         self.cached_tokens: int | None = None  # of the prompt, at the first worker; None: not known (yet)
         self.placement: str | None = None  # why that worker was chosen; None: none was yet
         self.outcome = "disconnected"
+        self.stop_sequence: str | None = None  # the one of the client's that has come
         self.error: RbeeError | None = None  # why the stream ended, if it failed
         self.aborted: RbeeError | None = None  # why it was ended from outside, if it was
         self.on_close: list[Callable[[], None]] = []  # called once, when the stream is closed
@@ -294,6 +295,7 @@ class Stream:
                     passed.append(_pair(event | facts))
             elif kind == "end":
                 self._ended, self.outcome = True, str(event.get("stop_reason", "EOS"))
+                self.stop_sequence = event.get("stop_sequence")
                 passed.append(_pair(event | {"tokens_out": self.tokens_out}))
                 break
             elif kind == "error":

@@ -83,7 +83,7 @@ class WorkerBackend:
     def models(self, http: Request | None = None) -> list[Model]:
         """Return the one model."""
         s, info = self._worker.settings, self._worker.engine.info
-        facts = model_info(info) if info else {}
+        facts = model_info(info, s.model_sha256) if info else {}
         context = info.context_tokens if info else None
         return [
             Model(

@@ -232,6 +232,8 @@ class InferenceApi:
         }
         if logprobs:
             answer["logprobs"] = logprobs
+        if last is not None and last.stop_sequence is not None:
+            answer["stop_sequence"] = last.stop_sequence
         return answer
 
 
@@ -242,7 +244,12 @@ def new_request_id() -> str:
 
 def _end(event: Finished, prompt_tokens: int) -> events.Event:
     return events.end(
-        event.tokens_out, event.stop_reason, prompt_ms=event.prompt_ms, decode_ms=event.decode_ms, prompt_tokens=prompt_tokens
+        event.tokens_out,
+        event.stop_reason,
+        prompt_ms=event.prompt_ms,
+        decode_ms=event.decode_ms,
+        prompt_tokens=prompt_tokens,
+        stop_sequence=event.stop_sequence,
     )
 
 

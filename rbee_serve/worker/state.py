@@ -207,13 +207,14 @@ class Worker:
             context_tokens=info.context_tokens if info else None,
             vram_bytes=info.device_memory_bytes if info else None,
             continuation_class=info.continuation_class if info else None,
-            model_info=model_info(info) if info else {},
+            model_info=model_info(info, self.settings.model_sha256) if info else {},
         )
 
 
-def model_info(info: EngineInfo) -> dict[str, object]:
-    """Return what was loaded, as ``WorkerRecord.model_info`` tells it."""
+def model_info(info: EngineInfo, sha256: str | None) -> dict[str, object]:
+    """Return what was loaded, as ``WorkerRecord.model_info`` tells it; ``sha256``: of the file, where the catalog has it."""
     return {
+        "sha256": sha256,
         "architecture": info.architecture,
         "quantization": info.quantization,
         "parameters": info.parameters,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import math
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -38,11 +40,12 @@ TOOL: Any = {"type": "function", "function": {"name": "weather", "description": 
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, model_path: Any) -> Iterator[Fleet]:
+def fleet(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[Fleet]:
     running = Fleet(tmp_path_factory.mktemp("clients"), model_path)
     try:
         running.start_queen()
-        running.add_worker("lab1", slots=4)
+        with model_path.open("rb") as file:
+            running.add_worker("lab1", slots=4, model_sha256=hashlib.file_digest(file, "sha256").hexdigest())
         running.wait_ready()
         yield running
     finally:
@@ -250,6 +253,14 @@ def test_responses_whole_and_streamed(ai: openai.OpenAI) -> None:
 # --- Ollama -----------------------------------------------------------------------------------------------------------
 
 
+def test_ollama_tells_the_digest_of_the_file(llama: ollama.Client, model_path: Path) -> None:
+    with model_path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+
+    assert [m.digest for m in llama.list().models] == [digest]
+    assert [m.digest for m in llama.ps().models] == [digest]
+
+
 def test_ollama_lists_and_shows(llama: ollama.Client) -> None:
     (listed,) = llama.list().models
     (loaded,) = llama.ps().models
@@ -335,6 +346,11 @@ def test_anthropic_messages_whole_and_streamed(claude: anthropic.Anthropic, ai: 
     assert counted.input_tokens == reference.usage.prompt_tokens
     stopped = claude.messages.create(**common | {"stop_sequences": [whole.content[0].text[3:6]]})
     assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", whole.content[0].text[3:6])
+    several = common | {"stop_sequences": ["nowhere in it", whole.content[0].text[3:6], "nor this"]}
+    assert claude.messages.create(**several).stop_sequence == whole.content[0].text[3:6]
+    with claude.messages.stream(**several) as stream:
+        assert stream.get_final_message().stop_sequence == whole.content[0].text[3:6]
+    assert claude.messages.create(**common | {"stop_sequences": ["nowhere in it"]}).stop_sequence is None
 
 
 def test_anthropic_errors(claude: anthropic.Anthropic) -> None:

@@ -22,6 +22,11 @@ def assemble(parts: list[bytes], stops: list[str]) -> tuple[str, bool]:
     return (text if assembler.stopped else text + assembler.flush()), assembler.stopped
 
 
+def longest_stop(rest: str, stops: list[str]) -> str:
+    """The stop string with which ``rest`` begins that is complete first."""
+    return min((s for s in stops if rest.startswith(s)), key=len)
+
+
 def first_stop(text: str, stops: list[str]) -> str | None:
     """The text before the stop string that is complete first, found one character after the other."""
     for end in range(len(text) + 1):
@@ -59,6 +64,10 @@ def test_text_of_invalid_bytes_does_not_depend_on_cuts(data: bytes, where: list[
 def test_stop_strings_end_the_text_exactly(text: str, stops: list[str], where: list[int]) -> None:
     expected = first_stop(text, stops)
     assert assemble(pieces(text.encode(), where), stops) == ((text, False) if expected is None else (expected, True))
+    assembler = TextAssembler(stops)
+    for piece in pieces(text.encode(), where):
+        assembler.push(piece)
+    assert assembler.stopped_by == (None if expected is None else longest_stop(text[len(expected) :], stops))
 
 
 @given(small, st.lists(st.text(alphabet="ab é🐝", min_size=1, max_size=4), min_size=1, max_size=4), cuts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
 
@@ -231,7 +231,7 @@ class AnthropicApi:
         inference = to_inference(wanted)
         one_call = wanted.tool_choice is not None and wanted.tool_choice.disable_parallel_tool_use
         generations, first = await opened(self._backend, request, [inference], "anthropic", parallel_calls=not one_call)
-        shape = MessageShape(first.id, first.model, inference.stop)
+        shape = MessageShape(first.id, first.model)
         headers = self._backend.headers(first)
         if wanted.stream:
             body_ = _events(generations, shape)
@@ -252,26 +252,24 @@ class AnthropicApi:
 class MessageShape:
     """Answers of one request, whole or as events."""
 
-    def __init__(self, request_id: str, model: str, stops: Sequence[str]) -> None:
+    def __init__(self, request_id: str, model: str) -> None:
         self._head = {"id": f"msg_{request_id}", "type": "message", "role": "assistant", "model": model}
-        self._stops = stops
         self._block = -1
         self._open: str | None = None  # type of the block that is open
 
-    def _stop(self, reason: str, *, called: bool) -> dict[str, Any]:
+    @staticmethod
+    def _stop(reason: str, sequence: str | None, *, called: bool) -> dict[str, Any]:
         stop_reason = _STOP_REASONS.get(StopReason(reason), "end_turn")
         if called and stop_reason != "max_tokens":
             stop_reason = "tool_use"
-        # Which of several it was is not told by the engine.
-        sequence = self._stops[0] if stop_reason == "stop_sequence" and len(self._stops) == 1 else None
-        return {"stop_reason": stop_reason, "stop_sequence": sequence}
+        return {"stop_reason": stop_reason, "stop_sequence": sequence if stop_reason == "stop_sequence" else None}
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         """Return the answer of a request that was not streamed."""
         content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}] if answer.text or not answer.calls else []
         for call in answer.calls:
             content.append({"type": "tool_use", "id": call["id"], "name": call["name"], "input": as_object(call["arguments"])})
-        stop = self._stop(answer.stop_reason, called=bool(answer.calls))
+        stop = self._stop(answer.stop_reason, answer.stop_sequence, called=bool(answer.calls))
         return self._head | {"content": content} | stop | {"usage": _usage(answer.reading)}
 
     def part(self, part: Part, reading: Reading | None) -> bytes:
@@ -292,7 +290,7 @@ class MessageShape:
             empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage(reading)}
             return _event("message_start", {"type": "message_start", "message": self._head | empty})
         if isinstance(part, End):
-            delta = self._stop(part.stop_reason, called=reading.called)
+            delta = self._stop(part.stop_reason, part.stop_sequence, called=reading.called)
             last = {"type": "message_delta", "delta": delta, "usage": _usage(reading)}
             return self._end() + _event("message_delta", last) + _event("message_stop", {"type": "message_stop"})
         return b""

@@ -149,6 +149,7 @@ class OllamaApi:
                 "model_info": {name: value for name, value in info.items() if value is not None},
                 "capabilities": ["completion", "tools"] if model.info.get("chat_template") else ["completion"],
                 "modified_at": _time(model),
+                "digest": _digest(model),
             }
         )
 
@@ -271,6 +272,12 @@ def _time(model: Model) -> str:
     return datetime.fromtimestamp(model.created, UTC).isoformat().replace("+00:00", "Z")
 
 
+def _digest(model: Model) -> str:
+    """Return the file's SHA-256 from the catalog. Where nobody has told the worker, its own digest of parts of the file: the
+    official client shows the first digits and fails without any."""
+    return str(model.info.get("sha256") or model.info.get("metadata", {}).get("model_digest", ""))
+
+
 def _details(model: Model) -> dict[str, Any]:
     family = str(model.info.get("architecture", ""))
     return {
@@ -295,7 +302,7 @@ def _tag(model: Model) -> dict[str, Any]:
         "model": model.id,
         "modified_at": _time(model),
         "size": int(model.info.get("size_bytes", 0)),
-        "digest": str(model.info.get("sha256", "")),
+        "digest": _digest(model),
         "details": _details(model),
     }
 

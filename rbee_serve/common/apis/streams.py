@@ -126,6 +126,7 @@ class End:
     """The generation ended well; the figures are those of its reading."""
 
     stop_reason: str
+    stop_sequence: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +193,7 @@ class Reading:
             left = self._parsed(self._parser.close()) if self._parser is not None else []
             if left and isinstance(left[-1], End):
                 return left
-            return [*left, End(str(event["stop_reason"]))]
+            return [*left, End(str(event["stop_reason"]), event.get("stop_sequence"))]
         if kind == "error":
             return (Failed(self.stream.error or RbeeError(str(event.get("message")))),)
         if kind in ("queued", "loading"):
@@ -220,6 +221,7 @@ class Answer:
     tokens: list[dict[str, Any]] = field(default_factory=list)  # lp of each token
     calls: list[dict[str, Any]] = field(default_factory=list)  # id, name, arguments (JSON text)
     stop_reason: str = ""
+    stop_sequence: str | None = None  # the one of the client's that has come
 
     def add(self, parts: Sequence[Part]) -> None:
         """Take in parts; raises the error with which the generation failed, with the partial text."""
@@ -234,7 +236,7 @@ class Answer:
             elif isinstance(part, Arguments):
                 self.calls[part.index]["arguments"] += part.text
             elif isinstance(part, End):
-                self.stop_reason = part.stop_reason
+                self.stop_reason, self.stop_sequence = part.stop_reason, part.stop_sequence
             elif isinstance(part, Failed):
                 part.error.details |= {"partial_text": self.text, "tokens_out": self.reading.tokens_out}
                 raise part.error

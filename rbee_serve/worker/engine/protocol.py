@@ -108,12 +108,16 @@ class TokenOut:
 
 @dataclass(frozen=True)
 class Finished:
-    """Generation is over. ``stop_reason`` is a contract.api.StopReason value; times in ms."""
+    """Generation is over. ``stop_reason`` is a contract.api.StopReason value; times in ms.
+
+    ``stop_sequence``: which of the stop strings has come, if one has.
+    """
 
     stop_reason: str
     tokens_out: int
     prompt_ms: float
     decode_ms: float
+    stop_sequence: str | None = None
 
 
 @dataclass(frozen=True)

@@ -452,6 +452,7 @@ class Scheduler:
                 "tokens_out": generation.generated,
                 "prompt_ms": (decode_began - generation.began) * 1000,
                 "decode_ms": (now - decode_began) * 1000,
+                "stop_sequence": generation.text.stopped_by if reason == STOP_SEQUENCE else None,
             },
         )
 

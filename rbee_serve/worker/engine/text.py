@@ -19,10 +19,15 @@ class TextAssembler:
         self._stops = [s for s in stops if s]
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come; ``stopped_by`` is the one."""
+        return self.stopped_by is not None
 
     def push(self, piece: bytes) -> str:
-        """Add a token's bytes; return the text that became certain. Sets ``stopped`` when a stop string is complete."""
+        """Add a token's bytes; return the text that became certain. Sets ``stopped_by`` when a stop string is complete."""
         new = self._decoder.decode(piece)
         if self.stopped:
             return ""
@@ -32,8 +37,9 @@ class TextAssembler:
         # The stop string that is complete first counts, so that the result is the same for one long piece and for many.
         found = [(at + len(s), at) for s in self._stops if (at := text.find(s)) >= 0]
         if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            end, start = min(found)
+            self.stopped_by, self._held = text[start:end], ""
+            return text[:start]
         certain = len(text) - self._open_suffix(text)
         self._held = text[certain:]
         return text[:certain]
