@@ -52,7 +52,10 @@ def _text_of(event: dict[str, object]) -> str | None:
         return str(event["t"])
     choices = event.get("choices")
     if isinstance(choices, list) and choices and choices[0].get("finish_reason") is None:
-        return str(choices[0].get("text", ""))
+        delta = choices[0].get("delta")
+        if delta is None:
+            return str(choices[0].get("text", ""))
+        return delta.get("content") or None  # the first chunk of a chat names the role alone
     return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import secrets
 import socket
 import subprocess
@@ -25,12 +24,6 @@ class QueenUp:
 
     server: Server
     token: str
-
-    @property
-    def cpu_s(self) -> float:
-        """CPU seconds that its process has used."""
-        fields = Path(f"/proc/{self.server.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def beat(self, beat: bytes) -> None:
         """Send one heartbeat over a connection of its own."""
@@ -77,6 +70,22 @@ def queen(**settings: object) -> Iterator[QueenUp]:
         command = [sys.executable, "-m", "rbee_serve.queen.main", "--config", str(config)]
         with running("queen", command, port, "/v1/inference", "/health") as server:
             yield QueenUp(server, token)
+
+
+@contextlib.contextmanager
+def litellm_proxy(program: Path, back_end: int) -> Iterator[Server]:
+    """Run LiteLLM's proxy in one process before a back end that speaks OpenAI, without keys, data base and telemetry."""
+    port = free_port()
+    where = {"model": "openai/bench", "api_base": f"http://127.0.0.1:{back_end}/v1", "api_key": "none"}
+    with tempfile.TemporaryDirectory(prefix="rbee-bench-litellm-") as folder:
+        config = Path(folder, "config.yaml")  # JSON is YAML
+        models = [{"model_name": "bench", "litellm_params": where}]
+        open_ = {"dangerously_permit_weak_or_unset_master_key": True}  # as the queen runs here: without keys
+        config.write_text(json.dumps({"model_list": models, "litellm_settings": {"telemetry": False}, "general_settings": open_}))
+        command = ["env", "LITELLM_LOCAL_MODEL_COST_MAP=True", "LITELLM_LOG=ERROR", str(program), "--config", str(config)]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--num_workers", "1"]
+        with running("litellm", command, port, "/v1/chat/completions", "/health/liveliness") as server:
+            yield server
 
 
 @contextlib.contextmanager

@@ -24,6 +24,11 @@ def environment(cache: Path, name: str, packages: list[str], *, borrow: bool) ->
     return python
 
 
+def litellm(cache: Path) -> Path:
+    """Return the program ``litellm``, the proxy."""
+    return environment(cache, "litellm", ["litellm[proxy]"], borrow=False).with_name("litellm")
+
+
 def python_with_llama_cpp_server(cache: Path) -> Path:
     """Return a Python that runs ``llama_cpp.server`` with the very llama-cpp-python that the worker uses."""
     packages = ["fastapi", "uvicorn", "sse-starlette", "starlette-context", "pydantic-settings", "PyYAML"]

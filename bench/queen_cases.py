@@ -9,8 +9,9 @@ import signal
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
-from bench import fleets, models
+from bench import fleets, models, peers
 from bench.client import Stream, at_once, stream
 from bench.engine_cases import Run, metric
 from bench.results import Row
@@ -48,18 +49,36 @@ def added_ttft(run: Run) -> None:
     run.results.add(Row("queen-ttft/p99", "… p99", "ms", p99, 8))
 
 
+def _rate(server: Server, prompt: str, tokens: int) -> float:
+    """Return the events that 32 streams at once get through a server for a second of its CPU time."""
+    before = server.cpu_s
+    asyncio.run(at_once(server, [prompt] * 32, tokens))
+    return 32 * tokens / (server.cpu_s - before)
+
+
 def relay(run: Run) -> None:
-    """32 streams at once as fast as they go: events relayed for a second of the queen's CPU time."""
-    streams, tokens, rates = 32, 100 if run.quick else 1000, []
-    with fleets.stand_in() as worker, fleets.queen() as queen:
+    """32 streams at once: events relayed for a second of CPU time, as fast as they go and one by one; LiteLLM's proxy beside."""
+    tokens = 100 if run.quick else 1000
+    paced, ours, alone, chat, peer = 100 if run.quick else 300, list[float](), list[float](), list[float](), list[float]()
+    with (
+        fleets.stand_in() as worker,
+        fleets.queen() as queen,
+        fleets.litellm_proxy(peers.litellm(run.cache), worker.port) as proxy,
+    ):
         queen.beat(fleets.heartbeat("bench", worker.port, slots=1000, seq=1))
-        asyncio.run(at_once(queen.server, ["Hello"] * 4, 20))
+        openai = replace(queen.server, path="/v1/chat/completions")
+        for server in (queen.server, openai, proxy):
+            asyncio.run(at_once(server, ["Hello"] * 4, 20))
         for _ in range(run.rounds):
-            before = queen.cpu_s
-            asyncio.run(at_once(queen.server, ["Hello"] * streams, tokens))
-            rates.append(streams * tokens / (queen.cpu_s - before))
-    what = "SSE events relayed for a second of the queen's CPU, 32 streams"
-    run.results.add(Row("queen-relay/events", what, "events/s", rates, 20_000, True))
+            ours.append(_rate(queen.server, "Hello", tokens))
+            alone.append(_rate(queen.server, "paced", paced))
+            chat.append(_rate(openai, "Hello", tokens))
+            peer.append(_rate(proxy, "Hello", tokens // 5))
+    what = "SSE events relayed for a second of CPU, 32 streams"
+    run.results.add(Row("queen-relay/events", f"{what}, as fast as they go", "events/s", ours, 20_000, True))
+    run.results.add(Row("queen-relay/paced", f"{what}, each event on its own (50/s a stream)", "events/s", alone, 20_000, True))
+    what = f"{what}, OpenAI's chat route, same back end"
+    run.results.add(Row("queen-relay/litellm", what, "events/s", chat, 5, True, peer, "LiteLLM's proxy"))
 
 
 def placement(run: Run) -> None:
@@ -96,10 +115,10 @@ def heartbeats(run: Run) -> None:
         for i in range(1000):
             queen.beat(fleets.heartbeat(f"n{i}", 9000, slots=4, seq=1))
         for n in range(run.rounds):
-            before = queen.cpu_s
+            before = queen.server.cpu_s
             for i in range(beats):
                 queen.beat(fleets.heartbeat(f"n{i}", 9000, slots=4, seq=2 + n))
-            shares.append((queen.cpu_s - before) / beats * 100 * 100)  # 100 beats a second, in per cent
+            shares.append((queen.server.cpu_s - before) / beats * 100 * 100)  # 100 beats a second, in per cent
     run.results.add(Row("queen-heartbeats/share", "1,000 workers' heartbeats every 10 s: share of a core", "%", shares, 10))
 
 

@@ -47,8 +47,17 @@ class Server:
         """Return a greedy request that does not end early, in this server's own form."""
         if self.path == "/v1/inference":
             return {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+        if self.path == "/v1/chat/completions":
+            messages = [{"role": "user", "content": prompt}]
+            return {"model": "bench", "messages": messages, "max_tokens": max_tokens, "temperature": 0, "stream": True}
         body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True, "ignore_eos": True}
         return body if self.name == "llama-server" else {**body, "logit_bias": {"2": -100, "0": -100}}
+
+    @property
+    def cpu_s(self) -> float:
+        """Return the CPU seconds that its process has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def pss_mb(self) -> float:
         """Return the resident memory of the whole process tree, MB of 10^6 bytes; what processes share counts once (PSS)."""

@@ -57,6 +57,10 @@ class Answer:
         self._woken = False
         self._closed = False
         self._waiter: asyncio.Future[None] | None = None
+        self._until = 0.0  # how long whoever waits does so
+        # One timer for many waits: an event that comes in time leaves it as it is, and it looks again when it fires.
+        self._timer: asyncio.TimerHandle | None = None
+        self._armed = 0.0
 
     def on_head(self, status: int) -> None:
         """Status line and headers are here."""
@@ -116,6 +120,9 @@ class Answer:
 
     def close(self) -> None:
         """Give the connection back: for further use when the answer is complete, else closed. Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         if not self._closed:
             self._closed = True
             self._on_close(self._ended)
@@ -128,21 +135,33 @@ class Answer:
             raise self._broken
         loop = asyncio.get_running_loop()
         waiter = self._waiter = loop.create_future()
-        timer = loop.call_at(until, _time_out, waiter)
+        self._until = until
+        if self._timer is None or until < self._armed:
+            self._arm(loop)
         try:
             await waiter
         finally:
             self._waiter = None
-            timer.cancel()
+
+    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._armed = self._until
+        self._timer = loop.call_at(self._until, self._time_out, loop)
+
+    def _time_out(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        if self._waiter is None or self._waiter.done():
+            return
+        # Not asked of the clock: a timer may be early by less than the clock can tell.
+        if self._until > self._armed:
+            self._arm(loop)
+        else:
+            self._waiter.set_exception(TimeoutError())
 
     def _notify(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
-
-
-def _time_out(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_exception(TimeoutError())
 
 
 class Client(Protocol):
