@@ -79,6 +79,11 @@ class Job:
             self._dropped += cut
         self._wake()
 
+    @property
+    def progress(self) -> Event | None:
+        """The newest event that tells how far it is."""
+        return next((event for event in reversed(self._events) if event["type"] == "progress"), None)
+
     def narrate(self, actor: str, action: str, human: str) -> None:
         """Say what is happening."""
         self.publish({"type": "narration", "actor": actor, "action": action, "human": human})

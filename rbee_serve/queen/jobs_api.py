@@ -27,6 +27,7 @@ def routes(queen: Queen, jobs: Jobs) -> list[Route]:
         Route("/v1/jobs", api.list_all),
         Route("/v1/jobs/{job_id}", api.look),
         Route("/v1/jobs/{job_id}", api.cancel, methods=["DELETE"]),
+        Route("/v1/jobs/{job_id}/progress", api.progress),
         Route("/v1/jobs/{job_id}/stream", api.follow),
     ]
 
@@ -51,6 +52,11 @@ class _JobsApi:
         """Show one job with its result."""
         job = self._job(request)
         return JsonResponse(job.summary() | {"result": job.result})
+
+    async def progress(self, request: Request) -> Response:
+        """Tell how far a job is, for those who can not follow its stream: its newest ``progress`` event, if there is one."""
+        job = self._job(request)
+        return JsonResponse({"job_id": job.id, "state": job.state.value, "progress": job.progress})
 
     async def cancel(self, request: Request) -> Response:
         """End a job and all that it started: 204, also when it has ended already."""

@@ -24,7 +24,7 @@ from rbee_serve.common.credentials import (
 from rbee_serve.common.http import RequestLimits
 from rbee_serve.common.log import setup_logging
 from rbee_serve.common.sdnotify import Notifier
-from rbee_serve.common.serving import run
+from rbee_serve.common.serving import Server, run
 from rbee_serve.contract.errors import ConfigInvalid, ExitCode
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen.app import create_app
@@ -126,6 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         queen: Queen = app.state.queen
         queen.hives.reload()
 
+        def served(server: Server) -> None:
+            queen.leave = lambda: setattr(server, "should_exit", True)
+
         async def drain() -> None:
             notifier.stopping(f"draining {len(queen.relay.streams)} stream(s)")
             queen.record("queen.stop")
@@ -139,6 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             on_started=started,
             on_shutdown=drain,
             graceful_timeout_s=_CLOSE_S,
+            on_server=served,
             limits=RequestLimits.of(settings),
             tls=tls_files(settings),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -31,7 +32,7 @@ from rbee_serve.contract.api import (
     WorkerState,
     parse,
 )
-from rbee_serve.contract.errors import InvalidApiKey, InvalidRequest, NodeNotFound
+from rbee_serve.contract.errors import InvalidApiKey, InvalidRequest, NodeNotFound, OperationNotAllowed
 from rbee_serve.contract.events import DONE
 from rbee_serve.queen.hives import slots
 from rbee_serve.queen.metrics import CONTENT_TYPE
@@ -61,6 +62,7 @@ def routes(queen: Queen) -> list[Route]:
         Route("/v1/workers/{worker_id}", api.remove, methods=["DELETE"]),
         Route("/v1/workers/{worker_id}/retire", api.retire, methods=["POST"]),
         Route(HEARTBEAT_PATH, api.heartbeat, methods=["POST"]),
+        Route("/v1/shutdown", api.shutdown, methods=["POST"]),
         Route("/v1/inference", api.inference, methods=["POST"]),
         Route("/v1/inference/{request_id}", api.cancel, methods=["DELETE"]),
         Route("/v1/inference/{request_id}/stream", api.resume),
@@ -228,9 +230,29 @@ class NativeApi:
         self._queen.registry.remove(worker)
         return Response(status_code=204)
 
+    async def shutdown(self, request: Request) -> Response:
+        """End the fleet's processes: every worker that is awake as by SIGTERM, then the queen itself (SPEC 3.2, X-07).
+
+        What a machine's systemd would start again (at its next boot, by a connection to a sleeping worker's socket) is the
+        machine's own business: ``rbee-ctl queen stop`` stops the units.
+        """
+        queen, key = self._queen, require_admin(request, "shut the fleet down")
+        if key is None:  # any page in a browser on this machine could send it
+            raise OperationNotAllowed(
+                "this queen asks for no key, so nobody may end it over HTTP", hint="give it client keys, or send it SIGTERM"
+            )
+        awake = [w for w in queen.registry.live(queen.clock()) if w.record.status is not WorkerState.DORMANT]
+        for worker in awake:
+            queen.registry.retire(worker)
+        told = await asyncio.gather(*(queen.relay.tell(w, "/v1/admin/shutdown") for w in awake))
+        answers = {w.id: "told" if heard else "not reached" for w, heard in zip(awake, told, strict=True)}
+        logger.warning("shutting down by request", extra={"workers": answers})
+        queen.record("queen.shutdown", workers=answers, key=key.name)
+        queen.leave()
+        return JsonResponse({"state": "draining", "workers": answers}, status_code=202)
+
     async def _retire(self, request: Request, path: str) -> Worker:
-        queen = self._queen
-        require_admin(request, "retire workers")
+        queen, key = self._queen, require_admin(request, "retire workers")
         worker = queen.registry.get(request.path_params["worker_id"], queen.clock())
         asleep = worker.record.status is WorkerState.DORMANT
         queen.registry.retire(worker)
@@ -238,7 +260,7 @@ class NativeApi:
         # Nobody wakes a worker to send it away.
         told = not asleep and await queen.relay.tell(worker, path)
         logger.info("worker retired", extra={"worker_id": worker.id, "told": told})
-        queen.record("worker.retired", worker_id=worker.id, key=key.name if (key := caller(request)) is not None else None)
+        queen.record("worker.retired", worker_id=worker.id, key=key.name if key is not None else None)
         return worker
 
     async def hive(self, request: Request) -> Response:

@@ -44,6 +44,7 @@ class Queen:
     audit: AuditLog | None = None
     started_at: float = field(default_factory=time.time)
     draining: bool = False
+    leave: Callable[[], None] = lambda: None  # ends the process as SIGTERM does
     limits: KeyLimits = field(init=False)
     tapes: Tapes = field(init=False)
     hives: Hives = field(init=False)
@@ -122,14 +123,15 @@ class Queen:
             stream.abort(WorkerDraining("the queen was stopped before the answer was complete", tokens_out=stream.tokens_out))
 
 
-def require_admin(http: Request, what: str) -> None:
-    """Raise OperationNotAllowed where the request's key may use models alone; a queen without keys asks nobody."""
+def require_admin(http: Request, what: str) -> ClientKey | None:
+    """Return the request's key; raise OperationNotAllowed where it may use models alone. A queen without keys asks nobody."""
     key = caller(http)
     if key is not None and not key.admin:
         raise OperationNotAllowed(
             f"key {key.name!r} may use models and nothing else: it may not {what}",
             hint="use the key that rbee-ctl uses, or make one: rbee-ctl key create NAME --admin",
         )
+    return key
 
 
 def caller(http: Request) -> ClientKey | None:

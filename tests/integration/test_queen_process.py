@@ -20,7 +20,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from fleet import Fleet, wait_until
+from fleet import Fleet, events_of, wait_until
 
 from rbee_ctl import audit
 
@@ -253,6 +253,30 @@ def test_a_head_without_end_is_cut_off_in_size_and_in_time(tmp_path: Path) -> No
         assert fleet.queen.stop() == 0
 
     assert answer == b"" or answer.startswith(b"HTTP/1.1 431 ")
+
+
+def test_shutdown_over_http_ends_workers_and_queen_in_good_order(tmp_path: Path, model_path: Path) -> None:
+    fleet = Fleet(tmp_path, model_path, queen_settings={"audit_file": str(tmp_path / "audit.jsonl")})
+    fleet.start_queen()
+    try:
+        for hive in ("lab1", "lab2"):
+            fleet.add_worker(hive)
+        fleet.wait_ready()
+        fleet.workers["lab2-cpu0"].kill()
+        request = {"prompt": "Once", "max_tokens": 40, "node": "lab1"}
+        with fleet.client() as client, client.stream("POST", "/v1/inference", json=request) as running:
+            events = events_of(running)
+            assert next(events)["type"] == "started"
+            answer = client.post("/v1/shutdown")
+            rest = list(events)
+        ends = [s.process.wait(40) for s in (fleet.workers["lab1-cpu0"], fleet.queen) if s.process is not None]
+    finally:
+        fleet.close()
+
+    assert (answer.status_code, answer.json()["workers"]) == (202, {"lab1-cpu0": "told", "lab2-cpu0": "not reached"})
+    assert rest[-1]["type"] == "end", "what was running is answered to its end"
+    assert ends == [0, 0]
+    assert '"event":"queen.shutdown"' in (tmp_path / "audit.jsonl").read_text(encoding="utf-8").replace(": ", ":")
 
 
 def test_the_audit_log_tells_who_asked_and_holds_no_secret_and_no_prompt(tmp_path: Path, model_path: Path) -> None:

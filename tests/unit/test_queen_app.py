@@ -439,9 +439,16 @@ def test_a_guest_runs_no_fleet_operation_retires_nobody_and_sees_no_foreign_job(
         guest.ask("POST", "/v1/jobs", json={"operation": "hive_stop", "alias": "lab1"}),
         guest.ask("POST", "/v1/workers/lab1-cpu0/retire"),
         guest.ask("DELETE", "/v1/workers/lab1-cpu0"),
+        guest.ask("POST", "/v1/shutdown"),
     ]
 
-    assert [(r.status_code, r.json()["error"]["code"]) for r in refused] == [(403, "OPERATION_NOT_ALLOWED")] * 3
+    assert [(r.status_code, r.json()["error"]["code"]) for r in refused] == [(403, "OPERATION_NOT_ALLOWED")] * 4
     assert guest.ask("GET", "/v1/workers/lab1-cpu0").json()["status"] == "idle"
     assert guest.ask("GET", "/v1/jobs").json() == {"jobs": []}
     assert guest.ask("GET", "/v1/jobs/job-1").status_code == 404
+
+
+def test_a_queen_without_keys_is_not_ended_over_http() -> None:
+    answer = ask(create_app(QueenSettings(), fleet_token=FLEET), "POST", "/v1/shutdown")
+
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "OPERATION_NOT_ALLOWED")

@@ -39,6 +39,19 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 20))
 
 
+def test_progress_is_the_newest_word_on_it() -> None:
+    async def test() -> None:
+        job = Job(start())
+        assert job.progress is None
+        for done in (1, 2):
+            job.publish({"type": "progress", "done": done})
+        job.narrate("ctl", "start", "something else")
+        assert job.progress is not None
+        assert job.progress["done"] == 2
+
+    run(test)
+
+
 async def read(job: Job) -> list[str]:
     return [str(e.get("human", e["type"])) async for e in job.events()]
 
