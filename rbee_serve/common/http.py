@@ -28,6 +28,8 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rbee_serve.common import bad_requests
+from rbee_serve.common.bad_requests import BadRequests
 from rbee_serve.common.log import correlation
 from rbee_serve.contract.api import CORRELATION_HEADER
 from rbee_serve.contract.errors import (
@@ -193,12 +195,14 @@ class RequestLimits:
     headers_max_bytes: int
     receive_timeout_s: float
     requests_max: int
+    bad_per_minute: int = 0  # refused requests of one caller (bad_requests.py); 0: not counted
 
     @classmethod
     def of(cls, settings: Settings) -> RequestLimits:
         """Take the limits from a service's settings."""
         s = settings
-        return cls(s.body_max_bytes, s.headers_max_bytes, s.receive_timeout_s, s.requests_max)
+        bad = getattr(s, "bad_requests_per_minute", 0)  # the queen's: a worker hears the mistakes of all from one caller
+        return cls(s.body_max_bytes, s.headers_max_bytes, s.receive_timeout_s, s.requests_max, bad)
 
 
 class _Gate:
@@ -211,9 +215,12 @@ class _Gate:
         public: frozenset[str],
         limits: RequestLimits,
         error_shapes: Mapping[str, ErrorShape],
+        on_error: Callable[[RbeeError], None],
     ) -> None:
         self._app, self._authenticate, self._public, self._limits = app, authenticate, public, limits
         self._shapes = tuple(error_shapes.items())
+        self._bad = BadRequests(limits.bad_per_minute)
+        self._on_error = on_error
         self._in_progress = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -241,6 +248,9 @@ class _Gate:
         except RbeeError as e:
             level = logging.WARNING if e.status >= HTTPStatus.INTERNAL_SERVER_ERROR else logging.INFO
             logger.log(level, "%s", e.message, extra=_facts(scope) | {"code": e.code})
+            self._on_error(e)
+            if e.status in bad_requests.STATUSES:
+                self._bad.count(_caller(scope))
             if began:
                 raise
             await error_response(e, self._shape(scope["path"]))(scope, receive, send_with_id)
@@ -249,6 +259,7 @@ class _Gate:
             if began:  # the server then closes the connection: an unfinished answer must not look like a whole one
                 raise
             error = RbeeError("internal error; the log of the service has the details under this correlation id")
+            self._on_error(error)
             await error_response(error, self._shape(scope["path"]))(scope, receive, send_with_id)
         finally:
             self._in_progress -= 1
@@ -269,11 +280,13 @@ class _Gate:
                 limit_bytes=limits.headers_max_bytes,
             )
         if scope["path"] not in self._public and self._authenticate is not None:
-            token = _token(headers)
-            caller = self._authenticate(token, scope["path"])
-            if not caller:
-                raise InvalidApiKey("the API key is not known here", hint="see api_key_file in `rbee-ctl config show`")
-            scope.setdefault("state", {})["caller"] = caller
+            try:
+                scope.setdefault("state", {})["caller"] = self._known(scope, headers)
+            except (MissingApiKey, InvalidApiKey):
+                self._bad.check(_caller(scope))  # whoever knows a key is not held up by others at its address who do not
+                raise
+        if scope["path"] not in self._public:
+            self._bad.check(_caller(scope))
         if self._in_progress > limits.requests_max and scope["path"] not in self._public:
             raise Overloaded(
                 f"{limits.requests_max} requests are in progress, which is the limit",
@@ -284,6 +297,13 @@ class _Gate:
         length, largest = headers.get(b"content-length", b"0"), limits.body_max_bytes
         if length.isdigit() and int(length) > largest:
             raise BodyTooLarge(f"body of {int(length)} bytes, at most {largest} are accepted", limit_bytes=largest)
+
+    def _known(self, scope: Scope, headers: Mapping[bytes, bytes]) -> object:
+        """Return who the caller is; raises MissingApiKey, InvalidApiKey."""
+        caller = self._authenticate(_token(headers), scope["path"]) if self._authenticate is not None else None
+        if not caller:
+            raise InvalidApiKey("the API key is not known here", hint="see api_key_file in `rbee-ctl config show`")
+        return caller
 
     def _limited(self, receive: Receive) -> Receive:
         """Count the bytes of the body, a chunked one has no length that a header tells, and the time that it takes.
@@ -325,6 +345,13 @@ def _facts(scope: Scope) -> dict[str, str]:
     return {"method": scope["method"], "path": scope["path"]}
 
 
+def _caller(scope: Scope) -> str:
+    """Return whom the gate counts: the key, or without one the address."""
+    key = getattr(scope.get("state", {}).get("caller"), "id", None)
+    client = scope.get("client")
+    return f"key {key}" if key is not None else f"address {client[0] if client else ''}"
+
+
 def _token(headers: Mapping[bytes, bytes]) -> str:
     """Return the caller's token: a bearer token, or where there is none Anthropic's ``x-api-key``."""
     key = headers.get(b"x-api-key", b"").decode("latin-1")
@@ -364,13 +391,21 @@ def create_base_app(
     lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None = None,
     public_paths: frozenset[str] = PUBLIC_PATHS,
     error_shapes: Mapping[str, ErrorShape] | None = None,
+    on_error: Callable[[RbeeError], None] = lambda _: None,
 ) -> Starlette:
     """Return an application whose every path and method, unknown ones too, asks for a key but ``public_paths``.
 
     ``authenticate`` None opens everything (loopback without keys). ``error_shapes``: path -> shape of the errors on it and
-    on what is under it; the first that fits counts.
+    on what is under it; the first that fits counts. ``on_error``: told of each error that is answered.
     """
-    gate = Middleware(_Gate, authenticate=authenticate, public=public_paths, limits=limits, error_shapes=error_shapes or {})
+    gate = Middleware(
+        _Gate,
+        authenticate=authenticate,
+        public=public_paths,
+        limits=limits,
+        error_shapes=error_shapes or {},
+        on_error=on_error,
+    )
     app = Starlette(
         routes=list(routes),
         middleware=[gate],

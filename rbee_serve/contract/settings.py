@@ -213,6 +213,9 @@ class QueenSettings(Settings):
     )
     tls_cert_file: Path | None = Field(None, description="certificate chain (PEM); with tls_key_file: https instead of http")
     tls_key_file: Path | None = Field(None, description="key of the certificate; default: tls-key in $CREDENTIALS_DIRECTORY")
+    bad_requests_per_minute: int = Field(
+        600, ge=0, description="requests that one key, or address without a key, may get wrong; beyond it: 429; 0: not counted"
+    )
     fleet_file: Path | None = Field(
         None,
         description="machines and workers that the inventory declares (JSON, written by site.yml)",

@@ -99,12 +99,13 @@ def create_app(
 
     backend = FleetBackend(queen)
     native = native_api.routes(queen)
-    jobs = Jobs(JobRunner(settings, Internal(Router(native))).run, job_commands.lane)
+    jobs = Jobs(JobRunner(settings, Internal(Router(native))).run, job_commands.lane, metrics.job_ended)
     app = create_base_app(
         with_document([*native, *jobs_api.routes(queen, jobs), *(r for api in _APIS for r in api.routes(backend))], "rbee queen"),
         authenticate=authenticate if client_keys is not None else None,
         limits=RequestLimits.of(settings),
         lifespan=lifespan,
+        on_error=lambda error: metrics.errors.labels(code=error.code).inc(),
         error_shapes={path: shape for api in _APIS for path, shape in api.ERROR_SHAPES.items()},
     )
     app.state.queen = queen

@@ -152,8 +152,14 @@ Work = Callable[[Job], Awaitable[dict[str, Any] | None]]
 class Jobs:
     """All jobs of one queen. ``lane`` says what an operation has to itself while it runs."""
 
-    def __init__(self, work: Work, lane: Callable[[Operation], str | None]) -> None:
-        self._work, self._lane = work, lane
+    def __init__(
+        self,
+        work: Work,
+        lane: Callable[[Operation], str | None],
+        ended: Callable[[str, str], None] = lambda operation, state: None,
+    ) -> None:
+        """``ended`` is told the operation and the state in which a job has ended."""
+        self._work, self._lane, self._ended = work, lane, ended
         self._jobs: dict[str, Job] = {}
         self._lanes: dict[str, asyncio.Lock] = {}
 
@@ -222,6 +228,8 @@ class Jobs:
         except Exception:
             logger.exception("job failed", extra={"job_id": job.id})
             job.finish(JobState.FAILED, RbeeError("internal error; the queen's log has the details under this job's id"))
+        finally:
+            self._ended(job.operation.operation, job.state.value)
 
     async def _execute(self, job: Job) -> None:
         job.state, job.started_at = JobState.RUNNING, time.time()

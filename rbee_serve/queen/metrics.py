@@ -38,6 +38,9 @@ class Metrics:
         self.prefix = counter("prefix", "requests sent where their prompt's beginning should be cached, by result", "result")
         self.tokens_relayed = counter("tokens_relayed", "token events passed on to clients")
         self.heartbeats = counter("heartbeats", "heartbeats received, by outcome", "outcome")
+        self._jobs = counter(
+            "jobs", "operations of the fleet ended (downloads, playbook runs), by name and state", "operation", "state"
+        )
         self.scheduling_ms = histogram("scheduling_latency_ms", "time to choose a worker, milliseconds")
         self.first_token_ms = histogram("time_to_first_token_ms", "from acceptance to the first token, milliseconds")
         self.queue_wait_ms = histogram("queue_wait_ms", "time in the queue before the first worker, milliseconds")
@@ -45,6 +48,10 @@ class Metrics:
         self._workers = Gauge("queen_workers", "live workers by state", ["state"], registry=self.collector)
         self._waiting = Gauge("queen_queue_depth", "requests that wait for a slot, by model", ["model"], registry=self.collector)
         self._slots = Gauge("queen_slots", "slots of routable workers", ["kind"], registry=self.collector)
+
+    def job_ended(self, operation: str, state: str) -> None:
+        """Count a job."""
+        self._jobs.labels(operation=operation, state=state).inc()
 
     def render(self, registry: Registry, waiting: Mapping[str, int], now: float) -> bytes:
         """Return everything in Prometheus' text format. ``waiting``: requests in the queue, by model."""

@@ -24,7 +24,7 @@ from rbee_serve.queen.key_limits import KeyLimits
 from rbee_serve.queen.metrics import Metrics
 from rbee_serve.queen.placement import resolve
 from rbee_serve.queen.reattach import Tapes
-from rbee_serve.queen.registry import Registry
+from rbee_serve.queen.registry import Registry, Worker
 from rbee_serve.queen.relay import Api, Relay, Stream
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,14 @@ class Queen:
         who = key.name if key is not None else None
         self.metrics.key_requests.labels(key=who or "").inc()
         facts = {"request": stream.id, "key": who, "api": api, "correlation_id": correlation_id}
-        self.record("inference.start", **facts, model=stream.model, worker=stream.worker.id if stream.worker else None)
+        self.record("inference.start", **facts, model=stream.model)
+
+        def assigned(worker: Worker) -> None:
+            self.record("inference.assign", **facts, worker=worker.id, tokens_so_far=stream.tokens_out)
+
+        if stream.placement is not None and stream.worker is not None:
+            assigned(stream.worker)
+        stream.on_assigned = assigned
         stream.on_close.append(lambda: self._ended(stream, facts))
         return stream
 

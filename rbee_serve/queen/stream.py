@@ -81,6 +81,7 @@ class Stream:
         self.error: RbeeError | None = None  # why the stream ended, if it failed
         self.aborted: RbeeError | None = None  # why it was ended from outside, if it was
         self.on_close: list[Callable[[], None]] = []  # called once, when the stream is closed
+        self.on_assigned: Callable[[Worker], None] = lambda _: None  # called whenever a worker has taken it
 
         self._parts = parts
         self._given = len(self.ids)  # ids that the client brought itself
@@ -194,6 +195,7 @@ class Stream:
             self.placement = choice.reason
             metrics.queue_wait_ms.observe(self.queued_ms)
         self._prompt.sent(choice.worker)
+        self.on_assigned(choice.worker)
         for _, event in first:
             self._note_started(event)
 
@@ -398,6 +400,7 @@ class Stream:
             self._moves.stays(e)
             return None
         self._hold.exchange(new)
+        self.on_assigned(choice.worker)
         parts.metrics.dispatches.labels(result="ok").inc()
         cause = WorkerDraining(f"worker {before.id} drains", worker_id=before.id)
         return self._moves.moved(before, choice.worker, cause, self._length)
@@ -441,7 +444,8 @@ class Stream:
 
     def _failed(self, cause: RbeeError) -> None:
         self._ended, self.outcome, self.error = True, cause.code, cause
-        self._parts.metrics.errors.labels(code=cause.code).inc()
+        if self.request.stream:  # else it is raised, and counted where it is answered
+            self._parts.metrics.errors.labels(code=cause.code).inc()
         if self._lost_to is not None:
             self._moves.impossible(*self._lost_to)
 

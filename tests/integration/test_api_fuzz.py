@@ -26,7 +26,7 @@ _LEFT_OUT = "/v1/jobs"
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory, model_path: Any) -> Iterator[Fleet]:
-    running = Fleet(tmp_path_factory.mktemp("fuzz"), model_path)
+    running = Fleet(tmp_path_factory.mktemp("fuzz"), model_path, queen_settings={"bad_requests_per_minute": 0})
     try:
         running.start_queen()
         running.add_worker("lab1", slots=SLOTS)

@@ -296,7 +296,16 @@ def test_the_audit_log_tells_who_asked_and_holds_no_secret_and_no_prompt(tmp_pat
 
     text = (tmp_path / "audit.jsonl").read_text(encoding="utf-8")
     events = {e["event"]: e for e in map(json.loads, text.splitlines())}
-    assert events.keys() >= {"queen.start", "worker.registered", "inference.start", "inference.end", "auth.refused", "queen.stop"}
+    assert events.keys() >= {
+        "queen.start",
+        "worker.registered",
+        "inference.start",
+        "inference.assign",
+        "inference.end",
+        "auth.refused",
+        "queen.stop",
+    }
+    assert (events["inference.assign"]["worker"], events["inference.assign"]["tokens_so_far"]) == ("lab1-cpu0", 0)
     end = events["inference.end"]
     assert (end["key"], end["worker"], end["outcome"], end["tokens_out"]) == ("test", "lab1-cpu0", "MAX_TOKENS", 3)
     assert all(secret not in text for secret in (fleet.key, fleet.token, "not-the-key", "private prompt"))

@@ -412,6 +412,43 @@ def test_requests_over_the_rate_get_429_and_when_to_come_back() -> None:
     assert second.headers["retry-after"] == "60"
 
 
+def test_a_caller_that_gets_nothing_right_is_slowed_down_and_nobody_else() -> None:
+    app = App()
+    keys = ClientKeys(
+        [
+            ClientKey(id=name, name=name, admin=True, sha256=hashlib.sha256(f"key-{name}".encode()).hexdigest())
+            for name in ("clumsy", "careful")
+        ]
+    )
+    app.app = create_app(QueenSettings(bad_requests_per_minute=3), client_keys=keys, fleet_token=FLEET)
+
+    def get(path: str, key: str) -> httpx.Response:
+        return app.ask("GET", path, headers={"Authorization": f"Bearer key-{key}"})
+
+    clumsy = [get("/v1/workers?colour=red", "clumsy").status_code for _ in range(5)]
+    held_up = get("/v1/workers", "clumsy")
+    strangers = [get("/v1/workers", "stranger").status_code for _ in range(5)]
+
+    assert clumsy == [400, 400, 400, 429, 429]
+    assert (held_up.status_code, error_of(held_up)["code"]) == (429, "RATE_LIMITED")
+    assert 1 <= int(held_up.headers["retry-after"]) <= 20
+    assert strangers == [401, 401, 401, 429, 429]
+    assert get("/v1/workers", "careful").status_code == 200  # from the same address
+    assert get("/health", "stranger").status_code == 200
+
+
+def test_answered_errors_are_counted_by_code() -> None:
+    app = App()
+    for path in ("/nowhere", "/v1/workers/nobody", "/v1/workers/nobody"):
+        app.ask("GET", path)
+    app.ask("GET", "/v1/workers", headers={})
+
+    text = app.ask("GET", "/metrics").text
+
+    for code, count in {"WORKER_NOT_FOUND": 2, "NOT_FOUND": 1, "MISSING_API_KEY": 1}.items():
+        assert f'queen_errors_total{{code="{code}"}} {count}.0' in text
+
+
 def test_a_request_that_fails_gives_its_place_back() -> None:
     app = limited(concurrent_requests=1)
 

@@ -39,6 +39,25 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 20))
 
 
+def test_ended_jobs_are_counted_whatever_their_end() -> None:
+    async def work(job: Job) -> None:
+        if job.operation.operation == "hive_stop":
+            raise ModelNotFound("no such model")
+        if job.operation.operation == "hive_install":
+            await asyncio.Event().wait()
+
+    async def test() -> None:
+        counted: list[tuple[str, str]] = []
+        all_jobs = Jobs(work, lambda _: None, lambda *ended: counted.append(ended))
+        begun = [all_jobs.submit(start(name)) for name in ("hive_start", "hive_stop", "hive_install")]
+        for job in begun[:2]:
+            await read(job)
+        await all_jobs.close()
+        assert sorted(counted) == [("hive_install", "cancelled"), ("hive_start", "completed"), ("hive_stop", "failed")]
+
+    run(test)
+
+
 def test_progress_is_the_newest_word_on_it() -> None:
     async def test() -> None:
         job = Job(start())
