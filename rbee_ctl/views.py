@@ -269,7 +269,12 @@ def _differences(data: Data, none: str) -> View:
 def upgraded(data: Data) -> View:
     """Outcome of an upgrade, machine by machine."""
     for host, found in data["hosts"].items():
-        yield f"{host}: {'runs this version' if found['status'] == 'ok' else found['status']}"
+        if found["status"] != "ok":
+            yield f"{host}: {found['status']}"
+        elif found["upgraded"]:
+            yield f"{host}: runs {found['runs']}"
+        else:
+            yield f"{host}: not begun, its workers run what they ran: the roll stopped before"
 
 
 def removed(data: Data) -> View:

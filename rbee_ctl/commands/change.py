@@ -69,13 +69,27 @@ def upgrade(
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
-    """Bring queen and workers to this version while they serve, machine after machine; a failing self test stops the roll."""
-    from rbee_ctl.commands.fleet import per_host
+    """Bring queen and workers to this version while they serve, machine after machine; a failing self test stops the roll.
 
+    Exit code 14: a new runtime makes no token; that machine runs on with the old one, those after it were not begun.
+    """
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
     extra = {"rbee_serial": at_once} if at_once > 1 else None
-    return per_host("upgrade", s.play("upgrade", limit=node, extra_vars=extra), "upgraded")
+    return _rolled(s.play("upgrade", limit=node, extra_vars=extra))
+
+
+def _rolled(play: PlaybookResult) -> OperationResult:
+    """Return the result of a roll: which machines run the new version, which were not begun, and why it stopped."""
+    from rbee_ctl.commands.fleet import per_host
+
+    codes = {o.error.exit_code for o in play.hosts.values() if o.error is not None}
+    stopped = ExitCode.SELF_TEST in codes
+    result = per_host("upgrade", play, "upgraded", exit_code=ExitCode.SELF_TEST if stopped else None)
+    # A machine reports its version when its workers run it; what one says that was not begun is of its preparation.
+    for outcome in result.data["hosts"].values():
+        outcome["upgraded"] = outcome["status"] == "ok" and bool(outcome.get("runs"))
+    return result
 
 
 def drain(

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from rbee_ctl import events, views
-from rbee_ctl.commands.change import _report
+from rbee_ctl.commands.change import _report, _rolled
 from rbee_ctl.playbook import HostOutcome, PlaybookResult, changes_of
-from rbee_serve.contract.errors import SshTimeout
+from rbee_serve.contract.errors import SelfTestFailed, SshTimeout
 
 CHANGE = {"task": "Write", "what": "/etc/x", "diff": "-a\n+b\n"}
 
@@ -56,3 +56,18 @@ def test_the_exit_code_says_whether_anything_differs(outcome: HostOutcome, found
     assert result.data["differs"] is bool(found)
     shown = "\n".join(p if isinstance(p, str) else p.plain() for p in views.plan(result.data))
     assert ("/etc/x" in shown) == ("changes" in found)
+
+
+def test_a_stopped_roll_says_which_machines_are_done_which_failed_and_which_were_not_begun() -> None:
+    hosts = {
+        "lab1": HostOutcome("ok", {"runs": "0.2.0-1"}),
+        "lab2": HostOutcome("failed", {"model": {"id": "m"}}, SelfTestFailed("no token")),
+        "lab3": HostOutcome("ok", {"model": {"id": "m"}}),
+    }
+
+    result = _rolled(PlaybookResult("partial", 2, hosts))
+
+    assert result.exit_code == 14
+    assert {h: o["upgraded"] for h, o in result.data["hosts"].items()} == {"lab1": True, "lab2": False, "lab3": False}
+    shown = [str(part) for part in views.upgraded(result.data)]
+    assert [line.split(",")[0] for line in shown] == ["lab1: runs 0.2.0-1", "lab2: failed", "lab3: not begun"]

@@ -17,8 +17,9 @@ DOCUMENTATION = r"""
 module: rbee_hive_absent
 short_description: Take rbee off a machine
 description:
-  - Stops everything (running streams finish), then removes units, drop-ins, slice, settings, credentials, runtimes, the user and
-    what lies in C(/run). Also a half installed machine. Packages of the distribution stay - others may need them by now.
+  - Stops everything (running streams finish), then removes units, drop-ins, slice, settings, credentials, runtimes, caches, the
+    queen's state with its audit log, the user and what lies in C(/run). Also a half installed machine. Packages of the
+    distribution stay - others may need them by now.
   - Models stay, owned by root, unless I(purge).
 options:
   purge:
@@ -72,6 +73,9 @@ def leftovers(params):
     units = [*UNIT_DIR.glob("rbee*"), *UNIT_DIR.glob("*.wants/rbee*"), *Path("/run/systemd/system").glob("rbee*")]
     places = [*sorted(units), Path("/etc/rbee"), Path(params["install_path"])]
     places += [*sorted(Path("/run").glob("rbee*")), Path("/etc/tmpfiles.d/rbee.conf"), Path("/etc/ansible/facts.d/rbee.fact")]
+    # What systemd made for the units: caches (of accounts that exist only while a worker runs) and the queen's state.
+    places += [p for folder in ("/var/cache", "/var/cache/private", "/var/lib/private") for p in Path(folder).glob("rbee*")]
+    places += sorted(STATE.parent.glob("rbee-*"))
     if not keep:
         places += [models_dir, STATE]
     elif STATE in models_dir.parents:

@@ -119,6 +119,8 @@ deferred:
 """
 
 SYSTEM = "/etc/systemd/system"
+#: Where prefix_store_dir leads for units with an account that exists only while they run.
+CACHE = "/var/cache/private/rbee-worker"
 
 
 class Instance:
@@ -163,7 +165,7 @@ class Instance:
         places += [Path(SYSTEM, f"rbee-worker@{self.name}.{kind}.d") for kind in ("service", "socket")]
         places += sorted(Path(SYSTEM).glob(f"*.wants/rbee-worker@{self.name}.*"))
         credentials = Path(self.etc_dir, "credentials", "workers")
-        places += [credentials / self.name, *sorted(credentials.glob(f"{self.name}.*"))]
+        places += [credentials / self.name, *sorted(credentials.glob(f"{self.name}.*")), Path(CACHE, self.name)]
         return [p for p in places if p.is_symlink() or p.exists()]
 
     def stop(self, timeout_s):
