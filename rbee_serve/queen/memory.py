@@ -1,7 +1,8 @@
 """What the queen keeps on disk: workers that sleep and workers that were retired (SPEC N-03, N-08, OP-27).
 
-Everybody else tells of himself within one heartbeat. One small JSON file, replaced in one step, so that a crash leaves the
-old or the new one.
+Everybody else tells of himself within one heartbeat; of those only the names are kept, so that until then a request for
+their model is told to come again, and not that nobody knows it. One small JSON file, replaced in one step, so that a crash
+leaves the old or the new one.
 """
 
 from __future__ import annotations

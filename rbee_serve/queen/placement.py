@@ -72,10 +72,13 @@ class Wanted:
 
 def serves(worker: Worker, model: str) -> bool:
     """Say whether ``model`` names what the worker serves: its id, its reference, or ``[hf:]org/repo`` of the reference."""
-    record = worker.record
-    if model == record.model_id:
+    return means(model, worker.record.model_id, worker.record.model_ref)
+
+
+def means(model: str, model_id: str, ref: str | None) -> bool:
+    """Say whether ``model`` is a name of the model that has this id and reference."""
+    if model == model_id:
         return True
-    ref = record.model_ref
     if ref is None:
         return False
     return any(name == ref or (name.startswith("hf:") and ref.startswith(name + ":")) for name in (model, f"hf:{model}"))
@@ -94,9 +97,10 @@ def known_models(workers: Iterable[Worker]) -> list[str]:
     return sorted({w.record.model_id for w in workers})
 
 
-def _candidates(workers: list[Worker], wanted: Wanted) -> list[Worker]:
-    known = known_models(workers)
-    if not known:
+def _candidates(registry: Registry, wanted: Wanted) -> list[Worker]:
+    workers = list(registry)
+    known = sorted({*known_models(workers), *(model_id for model_id, _ in registry.expected())})
+    if not workers:
         raise NoWorkerAvailable(
             "no worker has reported to the queen",
             hint="rbee-ctl status; rbee-ctl worker start --node NODE --model MODEL",
@@ -104,6 +108,12 @@ def _candidates(workers: list[Worker], wanted: Wanted) -> list[Worker]:
         )
     if wanted.model is not None:
         found = [w for w in workers if serves(w, wanted.model)]
+        if not found and any(means(wanted.model, *names) for names in registry.expected()):
+            raise NoWorkerAvailable(
+                f"the queen has just been restarted: no worker for model {wanted.model!r} has reported yet",
+                hint="try again in some seconds; rbee-ctl worker list",
+                retry_after_s=RETRY_AFTER_S,
+            )
         if not found:
             raise ModelNotFound(
                 f"model {wanted.model!r} is not served; known: {', '.join(known)}",
@@ -125,7 +135,7 @@ def resolve(registry: Registry, model: str | None, worker_id: str | None = None)
     """
     if model is not None and any(w.model_id == model for w in registry):
         return model
-    candidates = _candidates(list(registry), Wanted(model=model, worker_id=worker_id))
+    candidates = _candidates(registry, Wanted(model=model, worker_id=worker_id))
     pinned = [w for w in candidates if w.id == worker_id]
     return (pinned or candidates)[0].model_id
 
@@ -234,7 +244,7 @@ def choose(
     NoWorkerAvailable (served, but nobody that fits is up) and AllSlotsBusy (with totals).
     """
     if wanted.model is None and wanted.worker_id is None:
-        _candidates(list(registry), wanted)  # several models served: which one is the client's to say
+        _candidates(registry, wanted)  # several models served: which one is the client's to say
     choice = pick(registry, wanted, now, exclude=exclude, affinity=affinity)
     if choice is None:
         raise why_nobody(registry, wanted, now, exclude)
@@ -257,7 +267,7 @@ def worth_waiting_for(registry: Registry, wanted: Wanted, now: float, exclude: C
 
 def why_nobody(registry: Registry, wanted: Wanted, now: float, exclude: Collection[Worker]) -> RbeeError:
     """Return the error for a request that nobody can take; raises ModelNotFound and its like for one nobody ever could."""
-    candidates = _candidates(list(registry), wanted)
+    candidates = _candidates(registry, wanted)
     up = [w for w in candidates if wanted.admits(w) and registry.routable(w, now) and w not in exclude]
     if not up:
         return _nobody(registry, candidates, wanted, now, exclude)

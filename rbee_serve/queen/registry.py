@@ -118,6 +118,10 @@ class Registry:
     _ordinal: int = 0
     # Retired workers: id -> started_at of the process. A new process of that name was started by somebody: it is welcome.
     _retired: dict[str, float] = field(default_factory=dict)
+    # Workers that were up when the queen went down and have not been heard of since: id -> (model id, model reference). Until
+    # ``_expected_until`` their models are known, though nobody serves them yet.
+    _expected: dict[str, tuple[str, str | None]] = field(default_factory=dict)
+    _expected_until: float | None = None
 
     def beat(self, beat: Heartbeat, now: float) -> BeatOutcome:
         """Take one heartbeat; raises WorkerAlreadyRegistered when a live worker beats by this id from another address."""
@@ -141,11 +145,11 @@ class Registry:
         if goodbye is not None and order <= goodbye[0]:
             return BeatOutcome.OUTDATED
 
+        self._expected.pop(record.id, None)
         if record.status is WorkerState.STOPPED:
             self._workers.pop(record.id, None)
             self._stopped[record.id] = (order, now)
-            if known is not None and known.record.status is WorkerState.DORMANT:
-                self.on_change()
+            self.on_change()
             return BeatOutcome.REMOVED
         retired = self._retired.get(record.id)
         if retired is not None and record.status is WorkerState.DORMANT and retired == record.started_at:
@@ -165,7 +169,8 @@ class Registry:
                     worker.describe(record)
                 else:
                     del self._retired[record.id]
-            if sleeps or slept or retired is not None:
+            renamed = known is None or known.record.model_id != record.model_id
+            if sleeps or slept or renamed or retired is not None:
                 self.on_change()
             self.on_room()
             return BeatOutcome.REGISTERED
@@ -186,6 +191,10 @@ class Registry:
         ]
         for worker_id in gone:
             del self._workers[worker_id]
+        if gone:
+            self.on_change()
+        if self._expected_until is not None and now > self._expected_until:
+            self._expected.clear()
         # A machine whose clock was set back would be refused for as long as its goodbye is remembered: keep it short.
         for worker_id in [i for i, (_, at) in self._stopped.items() if now - at > self.stale_after_s]:
             del self._stopped[worker_id]
@@ -267,9 +276,13 @@ class Registry:
         self.on_change()
 
     def memory(self) -> dict[str, Any]:
-        """Return what no heartbeat will tell again: who sleeps, and who was retired."""
+        """Return what no heartbeat will tell again: who sleeps, who was retired; and whose first beat is worth waiting for."""
         sleeping = [w.record.model_dump(mode="json") for w in self._workers.values() if w.record.status is WorkerState.DORMANT]
-        return {"version": 1, "dormant": sleeping, "retired": dict(self._retired)}
+        up = {
+            w.id: [w.model_id, w.record.model_ref] for w in self._workers.values() if w.record.status is not WorkerState.DORMANT
+        }
+        expected = {i: list(names) for i, names in self._expected.items()}
+        return {"version": 1, "dormant": sleeping, "retired": dict(self._retired), "up": expected | up}
 
     def restore(self, memory: dict[str, Any], now: float) -> None:
         """Take back what ``memory`` returned before a restart; raises ValueError when it is nothing of the kind.
@@ -284,6 +297,13 @@ class Registry:
                 # Long ago, so that whatever beats by this name is believed; dormant ones do not grow stale.
                 self._workers[record.id] = Worker(record, (record.started_at, 0, 0.0), now - self.stale_after_s - 1)
         self._retired |= {str(name): float(at) for name, at in memory["retired"].items()}
+        up = memory.get("up", {})  # not written by versions before this
+        self._expected = {str(i): (str(model), ref) for i, (model, ref) in up.items() if i not in self._workers}
+        self._expected_until = now + self.stale_after_s
+
+    def expected(self) -> Iterator[tuple[str, str | None]]:
+        """Yield model id and reference of workers that were up before the queen was restarted and have yet to beat."""
+        return iter(self._expected.values())
 
     def mark_full(self, worker: Worker, now: float) -> None:
         """Note that the worker has just refused a request as busy, which is still counted; its next beat corrects it."""

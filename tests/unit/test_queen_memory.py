@@ -12,7 +12,7 @@ from test_queen_placement import fleet
 from test_queen_registry import beat
 
 from rbee_serve.contract.api import WorkerState
-from rbee_serve.contract.errors import NoWorkerAvailable
+from rbee_serve.contract.errors import InvalidRequest, ModelNotFound, NoWorkerAvailable
 from rbee_serve.queen.memory import FILE_NAME, Memory
 from rbee_serve.queen.placement import Wanted, choose, worth_waiting_for
 from rbee_serve.queen.registry import Registry
@@ -49,6 +49,29 @@ def test_sleeping_worker_is_known_after_a_restart_and_one_that_beats_is_not_writ
     assert [w.id for w in worth_waiting_for(registry, Wanted(model="smollm2"), 1000.0)] == ["lab1-cpu0"]
     registry.beat(beat("lab1-cpu0", started_at=500.0), 1001.0)  # woken, on a machine whose clock was set back
     assert registry.get("lab1-cpu0", 1001.0).state is WorkerState.IDLE
+
+
+def test_a_model_whose_worker_has_yet_to_beat_after_a_restart_is_a_matter_of_time_and_an_unknown_one_is_not(
+    tmp_path: Path,
+) -> None:
+    kept(tmp_path, beat("lab1-cpu0", model_id="a", model_ref=None), beat("lab2-cpu0", model_id="b"), beat("lab3-cpu0"))
+    registry = restarted(tmp_path)
+    registry.beat(beat("lab1-cpu0", model_id="a", model_ref=None), 1001.0)
+
+    for name in ("b", "hf:org/smollm2"):
+        with pytest.raises(NoWorkerAvailable, match="restarted") as e:
+            choose(registry, Wanted(model=name), 1001.0)
+        assert e.value.details["retry_after_s"] == 1
+    with pytest.raises(ModelNotFound, match="known: a, b, smollm2"):
+        choose(registry, Wanted(model="c"), 1001.0)
+    with pytest.raises(InvalidRequest, match="several"):
+        choose(registry, Wanted(), 1001.0)
+
+    registry.beat(beat("lab2-cpu0", model_id="b"), 1002.0)
+    assert choose(registry, Wanted(model="b"), 1002.0).id == "lab2-cpu0"
+    registry.beat(beat("lab1-cpu0", model_id="a", model_ref=None, seq=1), 1031.0)  # the third has had its time
+    with pytest.raises(ModelNotFound, match=r"known: a, b$"):
+        choose(registry, Wanted(model="smollm2"), 1031.0)
 
 
 def test_worker_that_woke_up_is_struck_off(tmp_path: Path) -> None:
