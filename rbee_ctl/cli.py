@@ -12,23 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from rbee_ctl.commands import (
-    audit,
-    change,
-    hive,
-    infer,
-    init,
-    key,
-    lab,
-    logs,
-    model,
-    overview,
-    queen,
-    runtime,
-    serve,
-    setup,
-    worker,
-)
+from rbee_ctl.command_table import Root
 from rbee_ctl.render import Ui
 from rbee_ctl.result import ErrorItem, OperationResult, failure
 from rbee_ctl.session import Session
@@ -36,42 +20,12 @@ from rbee_serve.contract.errors import ExitCode, RbeeError
 
 app = typer.Typer(
     name="rbee-ctl",
+    cls=Root,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("infer")(infer.infer)
-app.command("status")(overview.status)
-app.add_typer(setup.app, name="setup")
-app.add_typer(hive.app, name="hive")
-app.add_typer(queen.app, name="queen")
-app.add_typer(queen.daemon, name="daemon", hidden=True)
-app.add_typer(worker.app, name="worker")
-app.add_typer(worker.plural, name="workers", hidden=True)
-app.add_typer(model.app, name="model")
-app.add_typer(audit.app, name="audit")
-app.add_typer(runtime.app, name="runtime")
-worker.app.add_typer(runtime.binary, name="binary")
-worker.app.command("build")(runtime.build)
-worker.app.command("download")(runtime.download)
-app.add_typer(key.app, name="key")
-app.add_typer(lab.app, name="lab")
-app.command("plan")(change.plan)
-app.command("drift")(change.drift)
-app.command("upgrade")(change.upgrade)
-app.command("drain")(change.drain)
-app.command("init")(init.init)
-app.command("install")(init.install)
-app.command("apply")(init.apply)
-app.command("logs")(logs.logs)
-app.command("serve")(serve.serve)
-app.command("env")(overview.env)
-overview.config_app.command("set-ssh")(setup.set_ssh)
-overview.config_app.command("list-nodes")(setup.list_nodes)
-overview.config_app.command("remove-node")(setup.remove_node)
-app.add_typer(overview.config_app, name="config")
-app.command("version")(overview.version)
 
 
 @app.callback(invoke_without_command=True)
@@ -93,6 +47,8 @@ def root(
     session.ui.quiet = quiet
     session.ui.events = events
     if show_version:
+        from rbee_ctl.commands import overview
+
         return overview.version(ctx)
     return None
 

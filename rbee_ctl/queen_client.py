@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-import httpx
-
+from rbee_ctl.quick_httpx import httpx
 from rbee_serve.contract.errors import (
     ConfigInvalid,
     ConnectionTimeout,

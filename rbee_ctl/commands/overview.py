@@ -1,8 +1,7 @@
-"""Commands that show and start nothing: status, env, config show, version."""
+"""Commands that show and start nothing: status, env, version."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import Annotated, Any
 
 import typer
@@ -11,8 +10,6 @@ from rbee_ctl.commands.options import Json, Verbose, session
 from rbee_ctl.result import ErrorItem, OperationResult, exit_code_of
 from rbee_ctl.session import Session
 from rbee_serve.contract.errors import RbeeError
-
-config_app = typer.Typer(help="Settings of rbee-ctl.", no_args_is_help=True)
 
 
 def status(
@@ -103,32 +100,6 @@ def env(ctx: typer.Context, json: Json = False) -> OperationResult:
     # OpenAI's client refuses to start without a key, so a queen that asks for none gets a word that says so.
     variables = {"OPENAI_BASE_URL": f"{s.settings.queen}/v1", "OPENAI_API_KEY": s.settings.api_key() or "not-needed"}
     return OperationResult("env", data={"variables": variables}, view="exports")
-
-
-@config_app.command("show")
-def config_show(ctx: typer.Context, json: Json = False) -> OperationResult:
-    """Show each setting and where it comes from. The key is shown by the first digits of its SHA-256."""
-    s = session(ctx, json=json)
-    found = s.settings
-    shown = {key: {"value": getattr(found, key).value, "source": getattr(found, key).source} for key in _KEYS}
-    errors: tuple[ErrorItem, ...] = ()
-    try:
-        key = found.api_key()
-        digest = f"sha256:{hashlib.sha256(key.encode()).hexdigest()[:6]}..." if key else None
-        shown["api_key"] = {"value": digest, "source": found.api_key_file.value or "not set"}
-    except RbeeError as e:
-        errors = (ErrorItem.of(e),)
-    return OperationResult(
-        "config show",
-        data={"file": str(found.file) if found.file else None, "settings": shown},
-        view="settings",
-        errors=errors,
-        exit_code=1 if errors else 0,
-        partial=True,
-    )
-
-
-_KEYS = ("inventory", "state_dir", "queen_url", "queen_ca_file", "api_key_file", "integrated")
 
 
 def version(ctx: typer.Context, json: Json = False) -> OperationResult:

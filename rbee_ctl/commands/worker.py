@@ -7,13 +7,16 @@ from typing import Annotated, Any
 import typer
 
 from rbee_ctl import completion
-from rbee_ctl.commands import process
+from rbee_ctl.commands import process, runtime
 from rbee_ctl.commands.options import Backend, Json, Node, Nodes, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 
 app = typer.Typer(help="Workers: start, stop, list, get.", no_args_is_help=True)
 plural = typer.Typer(help="Live workers: list, health, shutdown.", no_args_is_help=True)
 app.add_typer(process.app, name="process")
+app.add_typer(runtime.binary, name="binary")
+app.command("build")(runtime.build)
+app.command("download")(runtime.download)
 
 
 @app.command("spawn", hidden=True)

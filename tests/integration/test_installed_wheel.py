@@ -115,6 +115,20 @@ def test_from_nothing_to_a_checked_machine(installed: Installed) -> None:
     inventory.write_text(text.replace("ansible_host: 127.0.0.1", "ansible_host: 127.0.0.1\n          ansible_connection: local"))
     listed = json.loads(installed.run("rbee-ctl", "-i", "mine.yml", "hive", "list", "--json").stdout)["data"]["hives"]
     assert [h["name"] for h in listed] == ["localhost", "node2"]
+    # What is wrong with settings and inventory is told before any machine is asked.
+    held = json.loads(installed.run("rbee-ctl", "-i", "mine.yml", "config", "check", "--json").stdout)["data"]["checks"]
+    assert {c["name"]: c["ok"] for c in held} == {
+        "file": True,
+        "inventory": True,
+        "declaration": True,
+        "key": False,
+        "queen": False,
+    }
+    right = inventory.read_text()
+    inventory.write_text(right.replace("ansible_connection: local", "ansible_connection: local\n          rbee_instal_path: /x"))
+    wrong = installed.run("rbee-ctl", "-i", "mine.yml", "config", "check", check=False)
+    assert (wrong.returncode, "rbee_instal_path" in wrong.stdout) == (1, True), wrong.stdout
+    inventory.write_text(right)
     # A playbook out of the wheel, with its role's modules, by rbee-ctl and by ansible-playbook.
     checked = json.loads(installed.run("rbee-ctl", "-i", "mine.yml", "hive", "refresh", "--node", "localhost", "--json").stdout)
     assert checked["data"]["hosts"]["localhost"]["backends"]["cpu"] == 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rbee_ctl import cli, events, render, views
+from rbee_ctl import cli, command_table, events, render, views
 from rbee_ctl.render import Ui, narration_line
 from rbee_ctl.result import ErrorItem, OperationResult
 from rbee_serve.contract.errors import ExitCode, NodeNotFound, RbeeError
@@ -164,11 +164,21 @@ def test_tasks_are_narrated_without_role_and_only_when_they_did_something() -> N
     ]
 
 
+def test_the_table_of_commands_is_true() -> None:
+    for name, entry in command_table.TABLE.items():
+        command = command_table.load(name)
+        assert command.hidden is (entry.about is None), name
+        assert command.help, name
+    with pytest.raises(KeyError):
+        command_table.load("fly")
+
+
 @pytest.mark.parametrize(
     ("args", "absent"),
     [
         (["--help"], {"httpx", "pydantic", "ansible_runner", "yaml", "rich"}),
-        (["worker", "list"], {"ansible_runner", "yaml", "ansible", "rbee_serve.contract.api", "rbee_serve.contract.settings"}),
+        (["worker", "list"], {"ansible_runner", "yaml", "ansible", "rich", "pydantic", "rbee_ctl.commands.hive"}),
+        (["status"], {"ansible_runner", "rich", "pydantic"}),
     ],
 )
 def test_heavy_modules_are_imported_only_where_needed(args: list[str], absent: set[str]) -> None:
