@@ -12,13 +12,17 @@ from machines import Fleet, Lab, unavailable
 
 HERE = Path(__file__).resolve().parent
 NODES = 2
+LIMIT_S = 900
+"""For one test with the fleet that it may have to deploy first; the commands within have limits of their own."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark everything in this folder ``lab``."""
+    """Mark everything in this folder ``lab`` and give it time for booting and deploying machines."""
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("lab")
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(LIMIT_S))
 
 
 @pytest.hookimpl(wrapper=True)
