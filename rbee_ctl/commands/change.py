@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.commands.options import Json, Nodes, Verbose, session
 from rbee_ctl.result import OperationResult
 from rbee_serve.contract.errors import ExitCode
@@ -94,7 +95,7 @@ def _rolled(play: PlaybookResult) -> OperationResult:
 
 def drain(
     ctx: typer.Context,
-    node: Annotated[str, typer.Argument(metavar="NODE", help="machine of the inventory")],
+    node: Annotated[str, typer.Argument(metavar="NODE", autocompletion=completion.nodes, help="machine of the inventory")],
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.commands.options import Json, Nodes, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 from rbee_ctl.session import Session
@@ -17,7 +18,14 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Machines of the fleet: install, start, stop, status, check, list, get, ...", no_args_is_help=True)
 
 OneNode = Annotated[
-    str | None, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory; default: the only one")
+    str | None,
+    typer.Option(
+        "--node",
+        "--hive",
+        metavar="NODE",
+        autocompletion=completion.nodes,
+        help="machine of the inventory; default: the only one",
+    ),
 ]
 
 
@@ -221,7 +229,9 @@ def import_ssh(
 @app.command()
 def uninstall(
     ctx: typer.Context,
-    node: Annotated[str, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory")],
+    node: Annotated[
+        str, typer.Option("--node", "--hive", metavar="NODE", autocompletion=completion.nodes, help="machine of the inventory")
+    ],
     purge: Annotated[bool, typer.Option("--purge", help="remove the models too")] = False,
     yes: Yes = False,
     json: Json = False,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.commands.options import Backend, Device, Json, Node, Verbose, session
 from rbee_ctl.result import OperationResult
 
@@ -18,11 +19,16 @@ from rbee_ctl.result import OperationResult
 def infer(
     ctx: typer.Context,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="the prompt; - reads it from stdin")],
-    model: Annotated[str | None, typer.Option("--model", "-m", metavar="REF", help="model id or hf:org/repo[:file]")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", metavar="REF", autocompletion=completion.models, help="model id or hf:org/repo[:file]"),
+    ] = None,
     node: Node = None,
     backend: Backend = None,
     device: Device = None,
-    worker_id: Annotated[str | None, typer.Option("--worker-id", metavar="ID", help="this worker and no other")] = None,
+    worker_id: Annotated[
+        str | None, typer.Option("--worker-id", metavar="ID", autocompletion=completion.workers, help="this worker and no other")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="as a conversation: the model's own chat template is applied")] = False,
     system: Annotated[str | None, typer.Option("--system", metavar="TEXT", help="system message; implies --chat")] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="tokens to generate at most")] = 20,

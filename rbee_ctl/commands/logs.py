@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.commands.options import session
 from rbee_ctl.result import OperationResult
 
@@ -22,7 +23,14 @@ if TYPE_CHECKING:
 def logs(
     ctx: typer.Context,
     node: Annotated[
-        str | None, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory; default: the only one")
+        str | None,
+        typer.Option(
+            "--node",
+            "--hive",
+            metavar="NODE",
+            autocompletion=completion.nodes,
+            help="machine of the inventory; default: the only one",
+        ),
     ] = None,
     worker: Annotated[str | None, typer.Option("--worker", metavar="NAME", help="this worker alone (cpu0, or its id)")] = None,
     queen: Annotated[bool, typer.Option("--queen", help="the queen alone")] = False,

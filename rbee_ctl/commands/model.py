@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.commands.options import Json, Node, Nodes, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Models: list, get, download, delete.", no_args_is_help=True)
 
-_Id = Annotated[str, typer.Argument(metavar="MODEL", help="id in the catalog, or the reference it came by")]
+_Id = Annotated[
+    str, typer.Argument(metavar="MODEL", autocompletion=completion.models, help="id in the catalog, or the reference it came by")
+]
 
 
 @app.command()

@@ -6,13 +6,21 @@ from typing import Annotated, Any
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.commands.options import Json, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 
 app = typer.Typer(help="Worker processes of a machine: list, get, delete.", no_args_is_help=True)
 
 OneNode = Annotated[
-    str | None, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory; default: the only one")
+    str | None,
+    typer.Option(
+        "--node",
+        "--hive",
+        metavar="NODE",
+        autocompletion=completion.nodes,
+        help="machine of the inventory; default: the only one",
+    ),
 ]
 Pid = Annotated[int, typer.Option("--pid", min=1, help="process id on that machine")]
 

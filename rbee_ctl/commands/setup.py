@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.commands.options import Json, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 from rbee_ctl.session import Session
@@ -17,7 +18,12 @@ app = typer.Typer(
     help="Machines of the inventory: add-node, update-node, remove-node, list-nodes, install.", no_args_is_help=True
 )
 
-Name = Annotated[str, typer.Option("--name", "--node", metavar="NODE", help="name of the machine in the inventory")]
+Name = Annotated[
+    str,
+    typer.Option(
+        "--name", "--node", metavar="NODE", autocompletion=completion.nodes, help="name of the machine in the inventory"
+    ),
+]
 Host = Annotated[str | None, typer.Option("--ssh-host", "--host", metavar="ADDRESS", help="address for SSH")]
 Port = Annotated[int | None, typer.Option("--ssh-port", "--port", min=1, max=65535, help="port of SSH")]
 User = Annotated[str | None, typer.Option("--ssh-user", "--user", metavar="USER", help="user for SSH; needs sudo")]
@@ -130,7 +136,10 @@ def list_nodes(ctx: typer.Context, json: Json = False) -> OperationResult:
 @app.command()
 def install(
     ctx: typer.Context,
-    node: Annotated[str | None, typer.Option("--node", "--hive", "--name", metavar="NODE", help="default: all machines")] = None,
+    node: Annotated[
+        str | None,
+        typer.Option("--node", "--hive", "--name", metavar="NODE", autocompletion=completion.nodes, help="default: all machines"),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="say what would change and touch nothing")] = False,
     json: Json = False,
     verbose: Verbose = False,

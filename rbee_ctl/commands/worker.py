@@ -23,8 +23,15 @@ app.command("download")(runtime.download)
 @app.command()
 def start(
     ctx: typer.Context,
-    model: Annotated[str, typer.Option("--model", metavar="REF", help="model id, hf:org/repo[:file] or file:///path.gguf")],
-    node: Annotated[str, typer.Option("--node", "--hive", metavar="NODE", help="machine of the inventory")],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="REF", autocompletion=completion.models, help="model id, hf:org/repo[:file] or file:///path.gguf"
+        ),
+    ],
+    node: Annotated[
+        str, typer.Option("--node", "--hive", metavar="NODE", autocompletion=completion.nodes, help="machine of the inventory")
+    ],
     backend: Backend = None,
     device: Annotated[
         int | None,
@@ -74,7 +81,12 @@ def start_request(
 @app.command()
 def stop(
     ctx: typer.Context,
-    workers: Annotated[list[str], typer.Argument(metavar="WORKER...", help="ids (lab1-cpu0), or names (cpu0) with --node")],
+    workers: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="WORKER...", autocompletion=completion.workers, help="ids (lab1-cpu0), or names (cpu0) with --node"
+        ),
+    ],
     node: Node = None,
     json: Json = False,
     verbose: Verbose = False,
@@ -102,7 +114,9 @@ def stop(
 def list_(
     ctx: typer.Context,
     node: Node = None,
-    model: Annotated[str | None, typer.Option("--model", metavar="ID", help="only workers with this model")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="ID", autocompletion=completion.models, help="only workers with this model")
+    ] = None,
     state: Annotated[str | None, typer.Option("--state", help="only workers in this state: idle, busy, loading, ...")] = None,
     json: Json = False,
 ) -> OperationResult:
@@ -169,7 +183,9 @@ def health(ctx: typer.Context, node: Node = None, json: Json = False) -> Operati
 @app.command(hidden=True)
 def shutdown(
     ctx: typer.Context,
-    worker_id: Annotated[str, typer.Option("--id", metavar="WORKER", help="id of the worker: lab1-cpu0")],
+    worker_id: Annotated[
+        str, typer.Option("--id", metavar="WORKER", autocompletion=completion.workers, help="id of the worker: lab1-cpu0")
+    ],
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
