@@ -76,16 +76,25 @@ class Ui:
         if self.events:
             self._event("progress", actor=actor, action=action, human=text)
             return
-        line = narration_line(actor, action, text)
         if self._tty_err:
+            drawn = bar(text, fancy=(self.err.encoding or "").lower().startswith("utf"))
+            line = narration_line(actor, action, f"{drawn} {text}" if drawn else text)[: self._columns() - 1]
             self.err.write(f"\r\x1b[K{_DIM if self._colour else ''}{line}{_RESET if self._colour else ''}")
             self.err.flush()
             self._progress_shown = True
         else:
+            line = narration_line(actor, action, text)
             now, kind = time.monotonic(), _FIGURES.sub("", text)
             if kind != self._progress_kind or now - self._progress_at >= PROGRESS_PAUSE_S:
                 self._progress_at, self._progress_kind = now, kind
                 self.note(line)
+
+    def _columns(self) -> int:
+        """Width of the terminal: a line that is longer could not be written over."""
+        try:
+            return os.get_terminal_size(self.err.fileno()).columns or 80
+        except (OSError, ValueError):
+            return 80
 
     def note(self, text: str) -> None:
         """Write a line to stderr."""
@@ -208,6 +217,23 @@ class Ui:
                 self.note(f"  | {line}")
         if error.hint:
             self.note(f"  try: {error.hint}")
+
+
+#: "15.2 of 98.4 MB", "12 of 30 layers", "[17/120]": how far something is.
+_SHARE = re.compile(r"(?<![\w./:-])(\d+(?:\.\d+)?)(?: of |/)(\d+(?:\.\d+)?)(?![\w./:-]*\w/)")
+BAR_WIDTH = 20
+
+
+def bar(text: str, *, fancy: bool = True) -> str:
+    """Return a bar with per cent for a line that says how much of how much; "" for any other."""
+    for match in _SHARE.finditer(text):
+        done, total = float(match[1]), float(match[2])
+        if total > 0 and done <= total:
+            full = int(BAR_WIDTH * done / total)
+            on, off = ("━", "─") if fancy else ("#", "-")
+            percent = "" if "%" in text else f" {100 * done / total:3.0f}%"
+            return f"{on * full}{off * (BAR_WIDTH - full)}{percent}"
+    return ""
 
 
 #: Details that the message or the lines above say already.

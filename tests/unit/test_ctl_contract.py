@@ -148,6 +148,41 @@ def test_progress_off_a_terminal_is_at_most_one_line_a_second(monkeypatch: pytes
     assert 3 <= len(err.getvalue().splitlines()) <= 4
 
 
+class Terminal(io.StringIO):
+    """Text that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("text", "drawn"),
+    [
+        ("story.gguf: 25.0 of 100.0 MB, 12.5 MB/s", "━━━━━───────────────  25%"),
+        ("cpu0: loading m.gguf: 30 of 30 layers", "━━━━━━━━━━━━━━━━━━━━ 100%"),
+        ("[60/120] Building CXX object ggml/src/x.o", "━━━━━━━━━━──────────  50%"),
+        ("lab2: 1 of 4 stopped", "━━━━━───────────────  25%"),
+        ("checking 10.0.0.1/24 of lab1", ""),
+        ("waiting", ""),
+    ],
+)
+def test_progress_on_a_terminal_is_a_bar_in_one_line(text: str, drawn: str) -> None:
+    out, err = io.StringIO(), Terminal()
+    ui = Ui(out, err)
+    ui.progress("lab2", "model_download", text)
+    ui.progress("lab2", "model_download", text + " " * 200 + "end")
+    ui.note("done")
+    shown = err.getvalue()
+    assert (drawn in shown) is True
+    assert ("%" in shown) is bool(drawn)
+    assert "\n" not in shown.partition("done")[0]
+    assert "end" not in shown, "longer than the terminal is wide"
+    ascii_only = render.bar("1 of 2", fancy=False)
+    assert ascii_only == "##########----------  50%"
+
+
 def test_tasks_are_narrated_without_role_and_only_when_they_did_something() -> None:
     err = io.StringIO()
     listen = Ui(io.StringIO(), err).narrator("lab1", "worker_start")
