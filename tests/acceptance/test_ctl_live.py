@@ -85,23 +85,24 @@ def test_a_worker_that_dies_under_a_stream_that_nobody_can_take_over(live: Live)
     live.settings("[Service]", "RestartSec=8")
     command = ["rbee-ctl", "infer", "--worker-id", WORKER, "--prompt", "Once upon a time", "-n", "1500", "--temperature", "0"]
     process = subprocess.Popen(
-        command, env=live.lab.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+        command, env=live.lab.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd=ROOT
     )
     try:
         assert process.stdout is not None
         first = process.stdout.read(20)
         live.sh(f"kill -9 {pid}")
-        out, err = process.communicate(timeout=60)
+        rest, said = process.communicate(timeout=60)
     finally:
         process.kill()
         process.wait()
 
+    out, err = (first + rest).decode(), said.decode()
     assert process.returncode == 1, err
     kept = re.search(r"partial text \((\d+) / 1500 tokens\) kept in (\S+)", err)
     assert kept, err
     assert int(kept[1]) > 0
     text = live.lab.command(["cat", kept[2]]).stdout
-    assert (first + out).rstrip("\n") == text.rstrip("\n")
+    assert out.rstrip("\n") == text.rstrip("\n")
     assert re.search(r"error: .*; \d+ / 1500 tokens \[WORKER_CRASHED\]", err), err
     until(lambda: live.workers().get(WORKER, {}).get("pid") != int(pid), "gone from the registry", limit_s=5)
     until(lambda: live.idle(WORKER), "restarted by systemd", limit_s=60)

@@ -214,3 +214,10 @@ def test_a_disk_without_room_is_told_with_both_figures(tmp_path: Path) -> None:
         room.check(tmp_path, 10**15, "a runtime")
     assert e.value.code == "DISK_FULL"
     assert e.value.details["required_bytes"] == 10**15
+
+
+def test_what_a_service_said_is_told_in_words() -> None:
+    line = '{"time":"2026-01-01T00:00:00Z","level":"critical","logger":"rbee","message":"model not loaded","exit_code":1}'
+    assert rbee_node.as_words(line) == "critical rbee: model not loaded exit_code=1"
+    assert rbee_node.as_words('{"time": half') == '{"time": half'
+    assert rbee_node.as_words("Main process exited") == "Main process exited"

@@ -5,12 +5,15 @@ Functions that take text parse; the others read the machine. Nothing here starts
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import time
 import tomllib
 from pathlib import Path
+
+from ansible.module_utils.rbee_log_lines import as_text
 
 TARGET = "rbee-hive.target"
 QUEEN_UNIT = "rbee-queen.service"
@@ -138,10 +141,20 @@ def refuse_masked(props):
 
 
 def journal(unit, lines=12, own=False):
-    """Return the last lines of a unit's journal, oldest first, without time stamps; with ``own`` not systemd's about it."""
+    """Return the last lines of a unit's journal as text, oldest first, without times; with ``own`` not systemd's about it."""
     which = [f"_SYSTEMD_UNIT={unit}"] if own else ["--unit", unit]
     _, out, _ = run("journalctl", "--no-pager", "--quiet", "--output=cat", f"--lines={lines}", *which)
-    return [line for line in out.splitlines() if line.strip()]
+    return [as_words(line) for line in out.splitlines() if line.strip()]
+
+
+def as_words(line):
+    """Return one line of a service's log as text: the services write JSON into the journal."""
+    if not line.startswith('{"time":'):
+        return line
+    try:
+        return as_text(json.loads(line))
+    except (ValueError, AttributeError):
+        return line
 
 
 def running(props):

@@ -1,0 +1,1 @@
+../../../rbee_serve/contract/log_lines.py
