@@ -77,8 +77,10 @@ class Results:
         rows = sorted(self.rows, key=lambda r: rank.get(r.key.split("/")[0], 99))
         lines = [_HEAD.strip(), "", "## Machine and versions", ""]
         lines += [f"- {k}: {v}" for k, v in self._data["environment"].items()]
-        for title, mine in (("Engine and worker", None), ("Queen", "queen"), ("rbee-ctl", "ctl")):
-            part = [r for r in rows if (r.key.partition("-")[0] if r.key.startswith(("queen-", "ctl-")) else None) == mine]
+        for title, mine in (("Engine and worker", None), ("Queen", "queen"), ("rbee-ctl", "ctl"), ("Fleet", "fleet")):
+            part = [
+                r for r in rows if (r.key.partition("-")[0] if r.key.startswith(("queen-", "ctl-", "fleet-")) else None) == mine
+            ]
             if not part:
                 continue
             lines += ["", f"## {title}", "", "| case | ours | peer | ratio | goal | reached | measured (UTC) |"]
