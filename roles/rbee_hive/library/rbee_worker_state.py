@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import time
+
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rbee_lock import ARGUMENTS
+from ansible.module_utils.rbee_lock import ARGUMENTS, release
 from ansible.module_utils.rbee_lock import check as check_lock
 from ansible.module_utils.rbee_node import (
     NodeError,
@@ -33,8 +35,9 @@ module: rbee_worker_state
 short_description: Start or stop worker instances
 description:
   - Works on instances that have a settings file. Making one is the role rbee_worker's work.
-  - Starting returns at once, with the unit being started, unless I(wait) is set; the action C(rbee_follow) shows how it
-    loads. With I(wait) a unit that does not come up fails the module with C(UNIT_START_FAILED) and its last journal lines.
+  - Starting returns with the unit being started (C(pending)) unless I(wait) is set or it is up within I(patience_s); the action
+    C(rbee_follow) shows how it loads. A unit that is seen not to come up fails the module with C(UNIT_START_FAILED) and its last
+    journal lines.
   - An instance whose socket listens counts as started although no process runs: it sleeps; see I(wake).
   - Stopping lets running streams finish and stops the socket with the service.
 options:
@@ -52,6 +55,14 @@ options:
     description: Wait until a started unit is ready or failed.
     type: bool
     default: true
+  patience_s:
+    description: Without I(wait), wait so long all the same - what is started by then needs no second look.
+    type: float
+    default: 0
+  unlock:
+    description: Give the node's lock back when nothing is left to do.
+    type: bool
+    default: false
   restart:
     description: When starting, restart what already runs, for settings that changed.
     type: bool
@@ -88,6 +99,14 @@ EXAMPLES = r"""
 """
 
 RETURN = r"""
+pending:
+  description: Whether a started unit is still on its way.
+  returned: I(state=started)
+  type: bool
+released:
+  description: Whether the node's lock was given back.
+  returned: success
+  type: bool
 rbee_result:
   description: >-
     For C(stopped) the lists of names, and C(forced), those that had to be killed; for C(started) the worker (the first of
@@ -135,6 +154,19 @@ def known(names, etc_dir):
     return settings
 
 
+def watch(unit, limit_s):
+    """Return what a unit that is being started says of itself until it is up, down, or ``limit_s`` are over."""
+    said, end = [], time.monotonic() + limit_s
+    while True:
+        props = show(unit)[unit]
+        text = props.get("StatusText", "")
+        if text and props["ActiveState"] == "activating" and text not in said:
+            said.append(text)
+        if settled(props) or time.monotonic() > end:
+            return [f"{unit_instance(unit)}: {text}" for text in said]
+        time.sleep(0.05)
+
+
 def start(params, check):
     # In check mode the instance may be one that the role would have made before.
     settings = instances(params["etc_dir"]) if check else known(params["names"], params["etc_dir"])
@@ -157,8 +189,10 @@ def start(params, check):
         # A start is refused for units that failed too often.
         run("systemctl", "reset-failed", *down, *(socket_unit(unit_instance(u)) for u in down if unit_instance(u) in sockets))
         run("systemctl", "restart", "--no-block", *down, check=True)
+    said = watch(units[0], params["patience_s"]) if down and params["patience_s"] and not check else []
     now = wait_until(units, settled, params["timeout_s"]) if params["wait"] and not check else show(*units)
-    if params["wait"] and not check:
+    pending = not check and not all(map(settled, now.values()))
+    if (params["wait"] or (params["patience_s"] and not pending)) and not check:
         for unit in units:
             if now[unit]["ActiveState"] != "active" and not (unit in there and unit not in down):
                 socket = socket_unit(unit_instance(unit))
@@ -169,10 +203,10 @@ def start(params, check):
     changed = bool(down)
     if params["invocation"] is not None:
         changed = changed or now[units[0]]["InvocationID"] != params["invocation"]
-    name = params["names"][0]
+    name, rest = params["names"][0], {"changed": changed, "pending": pending, "narration": said}
     if name not in settings:
-        return {"worker": {"name": name, "unit": units[0], "state": "absent"}, "changed": True}
-    return {"worker": record(name, settings[name], now[units[0]], name in sockets), "changed": changed}
+        return {"worker": {"name": name, "unit": units[0], "state": "absent"}, **rest, "changed": True}
+    return {"worker": record(name, settings[name], now[units[0]], name in sockets), **rest}
 
 
 def stop(params, check):
@@ -199,6 +233,8 @@ def main():
             "names": {"type": "list", "elements": "str", "required": True},
             "state": {"type": "str", "choices": ["started", "stopped"], "required": True},
             "wait": {"type": "bool", "default": True},
+            "patience_s": {"type": "float", "default": 0.0},
+            "unlock": {"type": "bool", "default": False},
             "restart": {"type": "bool", "default": False},
             "wake": {"type": "bool", "default": False},
             "invocation": {"type": "str"},
@@ -214,10 +250,13 @@ def main():
         if not module.check_mode:
             check_lock(module.params["run"])
         result = (start if module.params["state"] == "started" else stop)(module.params, module.check_mode)
+        pending, said = result.pop("pending", False), result.pop("narration", [])
+        done = module.params["unlock"] and not pending and not module.check_mode
+        released = bool(done and module.params["run"] and release(module.params["run"]))
     except NodeError as e:
         fail(module, e)
     changed = result["changed"] if "worker" in result else result.pop("changed")
-    module.exit_json(changed=changed, rbee_result=result)
+    module.exit_json(changed=changed, pending=pending, released=released, narration=said, rbee_result=result)
 
 
 if __name__ == "__main__":
