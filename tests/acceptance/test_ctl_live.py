@@ -104,7 +104,7 @@ def test_a_worker_that_dies_under_a_stream_that_nobody_can_take_over(live: Live)
     text = live.lab.command(["cat", kept[2]]).stdout
     assert out.rstrip("\n") == text.rstrip("\n")
     assert re.search(r"error: .*; \d+ / 1500 tokens \[WORKER_CRASHED\]", err), err
-    until(lambda: live.workers().get(WORKER, {}).get("pid") != int(pid), "gone from the registry", limit_s=5)
+    until(lambda: live.workers().get(WORKER, {}).get("pid") != int(pid), "gone from the registry")
     until(lambda: live.idle(WORKER), "restarted by systemd", limit_s=60)
     assert int(live.show("NRestarts")) == restarts + 1
     assert "code=killed, status=9/KILL" in live.sh(f"journalctl -u {UNIT} -o cat --no-pager -n 60")
