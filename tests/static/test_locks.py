@@ -41,7 +41,8 @@ def test_a_playbook_that_changes_a_node_minds_its_lock(name: str) -> None:
         if "block" not in first:
             assert task_files(play["tasks"])[0] == "free"
             continue
-        assert len(play["tasks"]) == 1, "something is done without the lock"
+        rest = [task for task in play["tasks"][1:] if "ansible.builtin.set_fact" not in task]  # that is done on the controller
+        assert rest == [], "something is done without the lock"
         assert task_files(first["block"])[0] == "lock"
         assert task_files(first["always"]) == ["unlock"]
         assert list(first["environment"]) == ["RBEE_RUN"], "what a dead run leaves working could not be told"
