@@ -1,6 +1,6 @@
 # The words of the development loop: setup, demo, test, lint. `make help` lists all.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-unit lint format molecule bench docs clean
+.PHONY: help setup demo test test-unit lint format molecule bench docs collection clean
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
@@ -42,6 +42,9 @@ bench: setup ## measure beside llama.cpp's own servers and write docs/benchmarks
 
 docs: setup ## write the generated pages: docs/settings.md, docs/errors.md, docs/cli.md
 	python scripts/docs.py
+
+collection: ## build the roles and playbooks as an Ansible collection: rbee-rbee-VERSION.tar.gz
+	@python scripts/collection.py
 
 clean: ## take the lab down and remove .venv (caches stay: they are keyed by content)
 	@[ ! -e .lab ] || rbee-ctl lab down
