@@ -20,8 +20,8 @@ pytestmark = pytest.mark.integration
 #: What a queen may say when nothing is wrong with it: nobody fits the request, or nobody is free.
 _CAPACITY = {"NO_WORKER_AVAILABLE", "ALL_SLOTS_BUSY"}
 SLOTS = 4
-#: Operations of jobs change machines.
-_LEFT_OUT = "/v1/jobs"
+#: Operations of jobs change machines, and a queen that is told to shut down does.
+_LEFT_OUT = ("/v1/jobs", "/v1/shutdown")
 
 
 @pytest.fixture(scope="module")
