@@ -191,6 +191,10 @@ def test_stopping_the_hive_ends_its_workers_and_starting_it_brings_the_same_back
         httpx.get(address, trust_env=False)
     until(lambda: "lab2-cpu0" not in idle(queen), "gone from the registry")
     assert "lab1-cpu0" in idle(queen)
+    # The queen knows from the inventory that it should be there.
+    hive = queen.get("/v1/hives/lab2").json()
+    assert (hive["status"], hive["declared"], hive["address"], hive["workers"]) == ("silent", True, lab.address("lab2"), [])
+    assert [(w["id"], w["status"]) for w in hive["declared_workers"]] == [("lab2-cpu0", None)]
     # Nothing is left that could revive it: no waiting restart, no job, no socket, no timer.
     assert lab.ssh("lab2", "systemctl show -p SubState --value rbee-worker@cpu0").stdout.strip() == "dead"
     for waiting in ("list-jobs", "list-sockets 'rbee*'", "list-timers 'rbee*'"):
@@ -241,6 +245,69 @@ def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(fleet: Fleet, quee
     assert [t["i"] for t in tokens] == list(range(60))
     assert [t["id"] for t in tokens] == reference["token_ids"]
     assert "".join(t["t"] for t in tokens) == reference["text"]
+
+
+def cut_off_in_the_middle(
+    fleet: Fleet, queen: httpx.Client, **request: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]], float]:
+    """Ask for a seeded stream at lab2 and take lab2 off the network after five tokens; returns an undisturbed answer to the
+    same, the events, and how long the longest silence after the cut was. Connects lab2 again."""
+    body = {"model": MODEL_ID, "prompt": "Once upon a time", "max_tokens": 200, "temperature": 0.8, "seed": 7, "ignore_eos": True}
+    reference = queen.post("/v1/inference", json={**body, "stream": False}).json()
+    events: list[dict[str, Any]] = []
+    cut, silence = 0.0, 0.0
+    with contextlib.ExitStack() as stack:
+        # Equals go round: one of two streams is at lab2, whoever had the last request.
+        for _ in range(2):
+            stream = stack.enter_context(queen.stream("POST", "/v1/inference", json=body | request))
+            if stream.headers["x-rbee-worker"] == "lab2-cpu0":
+                break
+        assert stream.headers["x-rbee-worker"] == "lab2-cpu0"
+        stack.callback(fleet.lab.heal, "lab2")
+        last = 0.0
+        for line in stream.iter_lines():
+            if line.startswith("data: {"):
+                events.append(json.loads(line[6:]))
+                now = time.monotonic()
+                silence, last = max(silence, now - last if cut else 0.0), now
+            if not cut and sum(e["type"] == "token" for e in events) == 5:
+                fleet.lab.partition("lab2")
+                cut = last = time.monotonic()
+        assert line == "" or line == "data: [DONE]"
+    until(lambda: {"lab1-cpu0", "lab2-cpu0"} <= idle(queen), "lab2 is back", limit_s=60)
+    return reference, events, silence
+
+
+@pytest.mark.S56
+def test_a_stream_whose_worker_is_cut_off_the_network_goes_on_elsewhere(fleet: Fleet, queen: httpx.Client) -> None:
+    reference, events, silence = cut_off_in_the_middle(fleet, queen)
+
+    tokens = [e for e in events if e["type"] == "token"]
+    assert [t["i"] for t in tokens] == list(range(200))
+    assert [t["id"] for t in tokens] == reference["token_ids"]
+    assert [(e["mode"], e["worker_id"]) for e in events if e["type"] == "resumed"] == [("exact", "lab1-cpu0")]
+    assert events[-1]["type"] == "end"
+    assert silence < 30, "the cut was found by keep-alive (5 s), and not by the silence of the stream (60 s)"
+
+
+@pytest.mark.S56
+def test_a_stream_that_nobody_may_go_on_with_ends_with_the_reason_and_its_slot_is_free_again(
+    fleet: Fleet, queen: httpx.Client
+) -> None:
+    reference, events, silence = cut_off_in_the_middle(fleet, queen, failover="off")
+
+    tokens = [e["id"] for e in events if e["type"] == "token"]
+    assert 5 <= len(tokens) < 200
+    assert tokens == reference["token_ids"][: len(tokens)]
+    assert (events[-1]["type"], events[-1]["code"], events[-1]["tokens_out"]) == ("error", "WORKER_CRASHED", len(tokens))
+    assert events[-1]["hint"]
+    assert silence < 30
+
+    def all_free() -> bool:
+        found = queen.get("/v1/workers/lab2-cpu0").json()
+        return bool(found["slots_available"] == found["slots_total"])
+
+    until(all_free, "the worker has let go of the stream", limit_s=60)
 
 
 def test_a_client_key_comes_and_goes_without_costing_a_stream(fleet: Fleet, queen: httpx.Client) -> None:
