@@ -321,6 +321,7 @@ def test_chaos_leaves_no_mark_on_any_stream(fleet: Cuttable) -> None:
         streams = [one for t in talking for one in t.result()]
 
     modes = [e["mode"] for _, events in streams for e in events if e["type"] == "resumed"]
+    print(f"\n{len(streams)} streams of {clients} clients, {len(chaos.done)} faults, {len(modes)} streams moved after a token")
     for which, events in streams:
         assert events[-1]["type"] == "end", (events[-1], chaos.done)
         assert ids_of(events) == references[which], chaos.done
