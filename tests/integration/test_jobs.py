@@ -210,6 +210,22 @@ def test_reading_needs_no_playbook(fleet: Fleet, queen: httpx.Client) -> None:
     assert [h["name"] for h in listed] == ["one", "two", "refuses"]
 
 
+def test_hosts_of_an_ssh_configuration_are_taken_over_by_a_job(fleet: Fleet, queen: httpx.Client) -> None:
+    inventory = fleet.directory / "inventory.yml"
+    before, config = inventory.read_text(), fleet.directory / "ssh_config"
+    config.write_text("Host *\n  User ops\nHost three\n  HostName 192.0.2.3\n  Port 2200\n")
+    inventory.write_text("# mine\nrbee_hives:\n  hosts:\n    one:\n")
+    try:
+        first = ended(queen, begin(queen, "hive_import_ssh", ssh_config_path=str(config)))
+        again = ended(queen, begin(queen, "hive_import_ssh", ssh_config_path=str(config)))
+        after = inventory.read_text()
+    finally:
+        inventory.write_text(before)
+    assert (first["result"]["imported"], again["result"]["imported"]) == (["three"], [])
+    assert "ansible_port: 2200" in after
+    assert after.startswith("# mine\n")
+
+
 def test_inference_as_a_job_streams_its_tokens(fleet: Fleet, queen: httpx.Client) -> None:
     worker = fleet.add_worker("lab1")
     fleet.wait_ready()

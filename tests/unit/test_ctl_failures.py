@@ -93,6 +93,8 @@ def fleet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.S18
+@pytest.mark.S67
 @pytest.mark.parametrize(
     ("args", "queen", "exit_code", "code", "hint"), CASES, ids=[" ".join(c[0]) + f" -> {c[3]}" for c in CASES]
 )
