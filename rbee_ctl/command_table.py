@@ -44,6 +44,7 @@ TABLE: dict[str, Entry] = {
     "workers": Entry("worker", "plural", None),
     "model": Entry("model", "app", "Models: list, get, download, delete"),
     "runtime": Entry("runtime", "app", "Runtimes: list, build, download, use, delete"),
+    "bundle": Entry("bundle", "app", "A fleet without internet, in one file: create, verify, install"),
     "logs": Entry("logs", "logs", "The journal of rbee's units on a machine"),
     "key": Entry("key", "app", "API keys of clients: create, list, revoke, rotate"),
     "audit": Entry("audit", "app", "Audit log: verify, fetch the queen's"),

@@ -421,6 +421,16 @@ def model_downloaded(data: Data) -> View:
         yield f"{host}: {model.get('id')} {verb}, {size(model.get('size_bytes'))}, {model.get('path')}"
 
 
+def bundle(data: Data) -> View:
+    """What a bundle holds."""
+    found = data["bundle"]
+    yield f"{found['bundle']}: {size(found['size_bytes'])}, {found['files']} files, all as its list of contents says"
+    wheels = f"{found['wheels']} wheels for the controller"
+    yield f"rbee {found['rbee_version']} for Python {found['python']} on {found['machine']}, {wheels}"
+    for model in found["models"]:
+        yield f"model {model['id']}: {size(model['size_bytes'])}, {model['reference']}"
+
+
 def exports(data: Data) -> View:
     """Lines for ``eval``."""
     import shlex

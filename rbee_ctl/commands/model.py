@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rbee_ctl import completion
-from rbee_ctl.commands.options import Json, Node, Nodes, Verbose, Yes, session
+from rbee_ctl.commands.options import Json, Node, Nodes, SeveralNodes, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 
 if TYPE_CHECKING:
@@ -29,18 +29,30 @@ def download(
             metavar="REF", help="hf:org/repo[:file or quantisation], https://host/file.gguf#sha256=DIGEST or file:///path.gguf"
         ),
     ],
-    node: Nodes = None,
+    node: SeveralNodes = None,
+    via: Annotated[
+        str,
+        typer.Option(
+            "--via",
+            metavar="WAY",
+            help="fleet: one machine fetches, the others get it from that one; controller: copied over SSH",
+        ),
+    ] = "fleet",
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
-    """Fetch a model onto machines; one that is there already is left alone."""
+    """Fetch a model once and bring it onto machines; where it is already it is left alone."""
     from rbee_ctl.commands.fleet import per_host
     from rbee_ctl.references import check_model
+    from rbee_serve.contract.errors import InvalidRequest
 
     s = session(ctx, json=json, verbose=verbose)
     check_model(model)
-    s.known_node(node)
-    play = s.play("model_download", tries=3, limit=node, extra_vars={"rbee_model_ref": model})
+    if via not in ("fleet", "controller"):
+        raise InvalidRequest(f"--via {via!r} is no way; known: fleet, controller", hint="--via controller", field="via")
+    names = [s.inventory.get(name).name for part in node or [] for name in part.split(",")]
+    variables = {"rbee_model_ref": model, "rbee_model_via": via}
+    play = s.play("model_download", tries=3, limit=",".join(names) or None, extra_vars=variables)
     return per_host("model download", play, "model_downloaded")
 
 

@@ -20,6 +20,16 @@ Nodes = Annotated[
         "--node", "--hive", metavar="NODE", autocompletion=completion.nodes, help="machine of the inventory; default: all of them"
     ),
 ]
+SeveralNodes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--node",
+        "--hive",
+        metavar="NODE",
+        autocompletion=completion.nodes,
+        help="machine of the inventory, also several: --node a --node b or --node a,b; default: all of them",
+    ),
+]
 Backend = Annotated[str | None, typer.Option("--backend", metavar="NAME", help="cpu, cuda, rocm or vulkan")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="do not ask")]
 Device = Annotated[int | None, typer.Option("--device", min=0, max=63, help="index of the device within the backend")]

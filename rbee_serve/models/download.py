@@ -5,6 +5,8 @@ lines (progress.py); the last one is ``complete`` with the catalog entry or ``fa
 
 A file is collected in ``NAME.gguf.partial``, whose lock the downloader holds while it lives, and takes its name only
 when size and SHA-256 are right. What a broken download left is used by the next one (Range).
+
+With ``--peer`` the bytes come from another machine of the fleet that has the model (share.py) instead of the hub.
 """
 
 from __future__ import annotations
@@ -35,9 +37,10 @@ from rbee_serve.contract.errors import (
     ModelNotFound,
     RbeeError,
 )
-from rbee_serve.models import store
+from rbee_serve.models import share, store
 from rbee_serve.models.catalog import Catalog, choose_files, digest, parse_ref, ready
 from rbee_serve.models.hub import Hub, RemoteFile, Source, TransientError
+from rbee_serve.models.peer import Peer
 from rbee_serve.models.progress import Meter, Progress
 from rbee_serve.models.store import Entry, ModelRef
 
@@ -69,6 +72,9 @@ class Options:
     stall_timeout_s: float = 60.0
     bytes_per_s: int = 0  # 0: as fast as it goes
     roots: tuple[Path, ...] = ()  # besides the models directory: where file:/// references may point
+    sha256: str | None = None  # digest that the model must have, whatever its source says
+    peer: str | None = None  # address of a machine that shares the model
+    peer_token: str | None = None
 
 
 class Download:
@@ -81,8 +87,10 @@ class Download:
 
     def run(self) -> tuple[Entry, bool]:
         """Return the entry, Ready, and whether anything had to be fetched. Raises RbeeError."""
-        if (entry := self._catalog.find(self._ref)) and entry["status"] == store.READY:
+        if (entry := self._catalog.find(self._ref)) and self._usable(entry):
             return entry, False  # no traffic at all (SPEC CAP-44)
+        if self._options.peer:
+            return self._from_peer(self._options.peer)
         if self._ref.kind == "id":
             known = [e["id"] for e in self._catalog.list()[0]]
             raise ModelNotFound(
@@ -98,23 +106,48 @@ class Download:
         with closing(source):
             return self._fetched(source)
 
+    def _usable(self, entry: Entry | None) -> bool:
+        """Return whether the model is here and has the digest that was asked for, if one was."""
+        return entry is not None and entry["status"] == store.READY and self._options.sha256 in (None, entry.get("sha256"))
+
+    def _from_peer(self, url: str) -> tuple[Entry, bool]:
+        """Fetch from a machine that has it; its exact reference is what the model is catalogued under."""
+        with closing(Peer(url, self._options.peer_token, stall_timeout_s=self._options.stall_timeout_s)) as peer:
+            self._progress.line("resolving", f"asking {url} for {self._ref.text}")
+            try:
+                self._ref = parse_ref(Tries(self._options, self._progress).run(peer.reference))
+            except DownloadFailed as e:
+                hint = "let the machines reach each other (rbee_model_share_port), or repeat with --via controller"
+                raise type(e)(e.message, hint=hint, **e.details) from None
+            if self._ref.kind not in ("hf", "https"):
+                words = f"{url} has {self._ref.text}, which is not from a hub: its path means nothing here"
+                raise InvalidModelRef(words, hint="declare it in rbee_models with src: it is copied then")
+            return self._fetched(peer)
+
+    def _expected(self, remotes: list[RemoteFile]) -> None:
+        """Raise ChecksumMismatch before any byte when the source offers another file than the one that was asked for."""
+        told = [r.sha256 for r in remotes if r.sha256]
+        if self._options.sha256 and len(told) == len(remotes) and store.digest_of_parts(told) != self._options.sha256:
+            raise _other_file(self._ref.text, store.digest_of_parts(told), self._options.sha256)
+
     def _fetched(self, source: Source) -> tuple[Entry, bool]:
         tries = Tries(self._options, self._progress)
         self._progress.line("resolving", f"looking up {self._ref.text}")
         remotes = tries.run(lambda: source.resolve(self._ref))
+        self._expected(remotes)
         home = self._catalog.models_dir / self._ref.org / self._ref.repo
         first = home / remotes[0].name
         reference = self._ref.text
         if self._ref.kind == "hf":
             reference = f"hf:{self._ref.repo_id}:{store.set_name(remotes[0].name)}"
         old = self._catalog.find(parse_ref(reference))
-        if old and old["status"] == store.READY:
+        if old and self._usable(old):
             return old, False
         first.parent.mkdir(parents=True, exist_ok=True)
         with self._lock(store.partial_path(first), sum(r.size_bytes for r in remotes)):
             # Whoever held the lock may have finished the very same model.
             old = self._catalog.find(parse_ref(reference))
-            if old and old["status"] == store.READY:
+            if old and self._usable(old):
                 store.partial_path(first).unlink(missing_ok=True)
                 return old, False
             parts = [{"path": str(home / r.name), "size_bytes": r.size_bytes, "sha256": r.sha256} for r in remotes]
@@ -180,7 +213,7 @@ class _Transfer:
         self._source, self._remotes, self._home, self._entry = source, remotes, home, entry
         self._catalog, self._tries, self._progress = catalog, tries, progress
         self._total = sum(r.size_bytes for r in remotes)
-        self._pace = Pace(options.bytes_per_s)
+        self._pace, self._sha256 = Pace(options.bytes_per_s), options.sha256
 
     def run(self) -> Entry:
         """Return the entry, Ready. Raises RbeeError."""
@@ -204,6 +237,8 @@ class _Transfer:
                 before = sum(r.size_bytes for r in self._remotes[:number])
                 fetch = functools.partial(self._attempt, remote, partial, before)
                 digests.append(there[number] or self._tries.run(fetch))
+            if self._sha256 and store.digest_of_parts(digests) != self._sha256:
+                raise _other_file(self._entry["reference"], store.digest_of_parts(digests), self._sha256)
             # The first one last: its lock is what says that somebody is at work.
             for partial, final, whole in reversed(list(zip(partials, finals, there, strict=True))):
                 if whole:
@@ -211,7 +246,7 @@ class _Transfer:
                 else:
                     partial.chmod(0o644)
                     partial.replace(final)
-            entry = ready(self._entry, digests, source_url=self._remotes[0].url)
+            entry = ready(self._entry, digests, source_url=self._remotes[0].origin or self._remotes[0].url)
         except BaseException as e:
             if isinstance(e, InsufficientDisk | ChecksumMismatch):
                 self._drop(partials)
@@ -356,6 +391,15 @@ def _final(e: TransientError, tries: int) -> DownloadFailed:
     return kind(message, hint="repeat the command: it goes on where it stopped", tries=tries)
 
 
+def _other_file(what: str, got: str, expected: str) -> ChecksumMismatch:
+    return ChecksumMismatch(
+        f"SHA-256 of {what} is {got}, expected {expected}",
+        hint="correct sha256 in rbee_models, or name another file",
+        got=got,
+        expected=expected,
+    )
+
+
 def check_disk(directory: Path, needed_bytes: int, name: str) -> None:
     """Raise InsufficientDisk unless ``needed_bytes`` more fit (SPEC S-40)."""
     if shutil.disk_usage(directory).free < needed_bytes + _DISK_RESERVE_BYTES:
@@ -421,6 +465,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pause-s", type=float, default=Options.pause_s)
     parser.add_argument("--stall-timeout-s", type=float, default=Options.stall_timeout_s)
     parser.add_argument("--bytes-per-s", type=int, default=0, help="rate limit; 0: none")
+    parser.add_argument("--sha256", help="digest that the model must have")
+    parser.add_argument("--peer", metavar="URL", help="fetch from this machine of the fleet, which shares the model")
     args = parser.parse_args(argv)
     options = Options(
         endpoint=args.endpoint,
@@ -430,6 +476,9 @@ def main(argv: list[str] | None = None) -> int:
         stall_timeout_s=args.stall_timeout_s,
         bytes_per_s=args.bytes_per_s,
         roots=tuple(args.root),
+        sha256=args.sha256,
+        peer=args.peer,
+        peer_token=share.token_from(os.environ) if args.peer else None,
     )
     progress = Progress(args.progress_file)
     try:

@@ -42,17 +42,19 @@ class RemoteFile:
     size_bytes: int
     sha256: str | None
     url: str
+    origin: str | None = None  # where it came from in the first place, when ``url`` is a machine of the fleet
 
 
 class Source:
     """Files on a web server. All methods raise TransientError for what may pass, RbeeError for what will not."""
 
-    def __init__(self, *, stall_timeout_s: float) -> None:
+    def __init__(self, *, stall_timeout_s: float, trust_env: bool = True) -> None:
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "rbee"}
         self._stall_timeout_s = stall_timeout_s
         self._http = httpx.Client(
             follow_redirects=True,  # a hub answers with the address of its CDN; httpx drops the token on the way
             timeout=httpx.Timeout(_CONNECT_TIMEOUT_S, read=stall_timeout_s),
+            trust_env=trust_env,
         )
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from machines import Fleet, Lab
 
-from rbee_ctl.demo_model import MODEL_ID, SHA256
+from rbee_ctl.demo_model import MODEL_ID, SHA256, default_cache
 
 SHIM = "/usr/local/bin/nvidia-smi"
 
@@ -90,3 +90,26 @@ def test_runtimes_are_listed_kept_while_used_and_built_only_with_a_toolkit(fleet
     assert "nvcc" in lacking["details"]["missing"]
     after = asked(lab, "worker", "binary", "list", "--node", "lab2")["data"]["hosts"]["lab2"]["runtimes"]
     assert [r["path"] for r in after] == [r["path"] for r in listed]
+
+
+def test_a_chosen_runtime_stays_over_the_next_deployment_and_is_told(fleet: Fleet) -> None:
+    """SPEC OP-05: switched by hand, kept by site.yml, told by drift, and gone back from."""
+    lab, on = fleet.lab, ("--node", "lab2", "--type", "cpu")
+    link = "readlink /etc/rbee/workers/cpu0.runtime /opt/rbee/runtimes/cpu/current"
+    release = lab.ssh("lab2", link).stdout.split()
+    assert release[0] == release[1]
+    wheels = sorted((default_cache() / "wheels").glob("*/llama_cpp_python-*.whl"))
+    made = asked(lab, "runtime", "download", *on, "--source", str(wheels[-1]))["data"]["hosts"]["lab2"]["runtime"]
+    try:
+        used = asked(lab, "runtime", "use", *on, "--version", made["version"])["data"]["hosts"]["lab2"]
+        assert (used["previous"], used["moved"]) == (Path(release[0]).name, ["cpu0"])
+        site = lab.playbook("site", "--limit", "lab2")
+        assert "changed=0 " in site.stdout, site.stdout[-2000:]
+        assert {Path(p).name for p in lab.ssh("lab2", link).stdout.split()} == {made["version"]}
+        told = asked(lab, "drift", "--node", "lab2", code=6)
+        assert "chosen runtime" in json.dumps(told)
+    finally:
+        asked(lab, "runtime", "use", *on, "--version", Path(release[0]).name)
+        asked(lab, "runtime", "delete", *on, "--version", made["version"], "--yes")
+    assert lab.ssh("lab2", link).stdout.split() == release
+    assert "chosen runtime" not in json.dumps(lab.ctl("drift", "--node", "lab2", "--json", timeout=180).stdout)

@@ -143,3 +143,34 @@ def test_without_a_link_the_newest_is_current_and_a_virgin_machine_has_what_a_de
     assert runtime.current(node.params("current", fallback=""), False) == str(home)
     assert runtime.current(node.params("current", fallback="9"), True) == str(root / "9")
     assert runtime.current(node.params("current", fallback="9"), False) == str(home)
+
+
+def test_a_choice_outlasts_its_own_release_and_not_the_next_one(node: Node) -> None:
+    """SPEC OP-05: site.yml of the release that a machine has leaves what `runtime use` chose; another release brings its own."""
+    first = node.add("1")
+    hive = node.etc / "hive.toml"
+
+    def site(version: str) -> bool:
+        changed = runtime.deploy(node.params("deployed", version=version), False)["changed"]
+        hive.write_text(f'runtime_version = "{version}"\n')
+        return bool(changed)
+
+    assert site("1") is True
+    node.worker("cpu0", first)
+    assert site("1") is False
+    node.add("built")
+    assert runtime.use(node.params("used", version="built"), False)["moved"] == ["cpu0"]
+    assert site("1") is False
+    assert runtime.current(node.params("current", fallback="1"), True).endswith("/built")
+    node.add("2")
+    assert runtime.current(node.params("current", fallback="2"), True).endswith("/2")
+    assert site("2") is True
+    assert runtime.current(node.params("current", fallback="2"), False).endswith("/2")
+    assert site("1") is True  # an older release, deployed again
+    assert runtime.current_of(first.parent) == first
+
+
+def test_a_deployment_of_what_is_not_whole_is_refused(node: Node) -> None:
+    with pytest.raises(NodeError) as e:
+        runtime.deploy(node.params("deployed", version="7"), False)
+    assert e.value.code == "WORKER_BINARY_NOT_FOUND"

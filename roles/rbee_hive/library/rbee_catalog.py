@@ -200,6 +200,21 @@ def files_of(path, ref):
     return [path.with_name(name) for name in choose_files(wanted, there or [path.name])]
 
 
+def put_in_place(params, entry, old):
+    """Write an entry beside its file; ``old`` is what had its id before. Raises NodeError INVALID_MODEL_REF."""
+    path = entry["path"]
+    models_dir = Path(params["models_dir"])
+    if (home := home_of(models_dir, path)) is None:
+        raise NodeError("INVALID_MODEL_REF", f"{path} is not ORG/REPO/FILE beneath {models_dir}", "move it there", path=path)
+    put(models_dir, home, entry)
+    if old and (old_home := home_of(models_dir, old["path"])) not in (None, home):
+        remove(entry["id"], old_home)  # the id moved to another repository
+    # Downloads run as the directory's owner and must be able to write here as well.
+    owner = models_dir.stat()
+    for made in (home.parent, home, home / "metadata.yaml"):
+        os.chown(made, owner.st_uid, owner.st_gid)
+
+
 def present(params, entries, check):
     """Return (entry, changed). A file of the same path, size and digest that is catalogued as Ready is not read again."""
     path, ref = params["path"], parse_ref(params["ref"])
@@ -210,6 +225,11 @@ def present(params, entries, check):
         return old, False
     if check:
         return {"id": wanted_id, "reference": params["ref"], "path": path, "status": READY}, True
+    known = next((e for e in entries if e["path"] == path and e["status"] == READY and e["id"] != wanted_id), None)
+    if known and known["reference"] == params["ref"] and params["sha256"] in (None, known.get("sha256")):
+        put_in_place(params, {**known, "id": wanted_id}, old)
+        remove(known["id"], home_of(Path(params["models_dir"]), path))  # one file, one name: it is called otherwise from now on
+        return {**known, "id": wanted_id}, True
     try:
         paths = files_of(Path(path), ref)
         header = facts(*paths)
@@ -240,16 +260,7 @@ def present(params, entries, check):
         **({"files": files} if len(files) > 1 else {}),
         "metadata": header,
     }
-    models_dir = Path(params["models_dir"])
-    if (home := home_of(models_dir, path)) is None:
-        raise NodeError("INVALID_MODEL_REF", f"{path} is not ORG/REPO/FILE beneath {models_dir}", "move it there", path=path)
-    put(models_dir, home, entry)
-    if old and (old_home := home_of(models_dir, old["path"])) not in (None, home):
-        remove(wanted_id, old_home)  # the id moved to another repository
-    # Downloads run as the directory's owner and must be able to write here as well.
-    owner = models_dir.stat()
-    for made in (home.parent, home, home / "metadata.yaml"):
-        os.chown(made, owner.st_uid, owner.st_gid)
+    put_in_place(params, entry, old)
     return entry, True
 
 

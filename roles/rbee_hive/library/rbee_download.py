@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rbee_node import NodeError, any_runtime_python, fail, run, show
+from ansible.module_utils.rbee_node import SANDBOX, NodeError, any_runtime_python, fail, run, show
 from ansible.module_utils.rbee_store import READY, CatalogError, find, parse_ref, read
 
 DOCUMENTATION = r"""
@@ -30,6 +30,10 @@ options:
   endpoint:
     description: Address of the hub; by default the public one.
     type: str
+  peer:
+    description: Address of a machine of the fleet that shares the model (module rbee_share); the hub is not asked then.
+    type: str
+  sha256: {type: str, description: Digest that the model must have.}
   user: {type: str, default: rbee, description: Who downloads and owns the files.}
   tries: {type: int, default: 6, description: Tries in all.}
   pause_s: {type: float, default: 0.1, description: "Pause after the first failed try, seconds; doubled with each."}
@@ -75,22 +79,6 @@ rbee_result:
 
 
 PROGRESS_DIR = "rbee-downloads"
-SANDBOX = (
-    "CapabilityBoundingSet=",
-    "LockPersonality=yes",
-    "NoNewPrivileges=yes",
-    "PrivateDevices=yes",
-    "PrivateTmp=yes",
-    "ProtectControlGroups=yes",
-    "ProtectHome=yes",
-    "ProtectKernelModules=yes",
-    "ProtectKernelTunables=yes",
-    "ProtectSystem=strict",
-    "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX",
-    "RestrictNamespaces=yes",
-    "RestrictSUIDSGID=yes",
-    "UMask=0022",
-)
 
 
 def begin(params, python, unit, progress_file):
@@ -104,6 +92,8 @@ def begin(params, python, unit, progress_file):
     ]
     if params["token_file"]:
         properties.append(f"LoadCredential=hf-token:{params['token_file']}")
+    if params["peer"]:
+        properties.append("LoadCredential=fleet-token:/etc/rbee/credentials/fleet-token")
     environment = {"HF_HOME": f"/run/{PROGRESS_DIR}/home", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
     arguments = {
         "--ref": params["ref"],
@@ -114,6 +104,8 @@ def begin(params, python, unit, progress_file):
         "--stall-timeout-s": params["stall_timeout_s"],
         "--bytes-per-s": params["bytes_per_s"],
         "--endpoint": params["endpoint"] or None,
+        "--sha256": params["sha256"] or None,
+        "--peer": params["peer"] or None,
     }
     with contextlib.suppress(FileNotFoundError):
         Path(progress_file).unlink()  # of an earlier run: whoever follows would take its end for ours
@@ -141,11 +133,11 @@ def work(params, check):
     ref = parse_ref(params["ref"])
     entries, _ = read(params["models_dir"], python)
     entry = find(entries, ref)
-    if entry and entry["status"] == READY:
+    if entry and entry["status"] == READY and params["sha256"] in (None, "", entry.get("sha256")):
         return {"changed": False, "unit": None, "progress_file": None, "rbee_result": {"model": entry, "downloaded": False}}
     if entry and ref.kind == "id":
         params["ref"] = entry["reference"]  # a download that broke, asked for by its id
-    elif ref.kind == "id":
+    elif ref.kind == "id" and not params["peer"]:
         raise NodeError(
             "MODEL_NOT_FOUND",
             f"no model {ref.text!r} in the catalog, and only hf: and https:// references can be downloaded",
@@ -154,7 +146,7 @@ def work(params, check):
         )
     unit = f"rbee-download-{hashlib.sha256(params['ref'].encode()).hexdigest()[:12]}.service"
     progress_file = f"/run/{PROGRESS_DIR}/{unit.removesuffix('.service')}.jsonl"
-    if not python:
+    if not python and not check:
         expected = f"{params['install_path']}/runtimes/cpu/VERSION/bin/python"
         raise NodeError(
             "WORKER_BINARY_NOT_FOUND",
@@ -173,6 +165,8 @@ def main():
             "ref": {"type": "str", "required": True},
             "token_file": {"type": "path", "no_log": False},
             "endpoint": {"type": "str"},
+            "peer": {"type": "str"},
+            "sha256": {"type": "str"},
             "user": {"type": "str", "default": "rbee"},
             "tries": {"type": "int", "default": 6},
             "pause_s": {"type": "float", "default": 0.1},

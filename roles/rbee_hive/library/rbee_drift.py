@@ -11,6 +11,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_node import (
     NodeError,
     any_runtime_python,
+    current_of,
     fail,
     instances,
     read_toml,
@@ -111,6 +112,15 @@ def runtime_of(pid):
     return None
 
 
+def chosen(params, hive):
+    """Yield a runtime that somebody made current in place of the release's (rbee-ctl runtime use): it stays until undone."""
+    root = Path(params["install_path"], "runtimes", "cpu")
+    now, release = current_of(root), hive.get("runtime_version")
+    if now and release and now.name != release and (root / release).is_dir():
+        command = f"rbee-ctl runtime use --type cpu --version {release}"
+        yield entry("chosen runtime", "cpu", release, f"{now.name}, chosen by hand", command)
+
+
 def versions(what, props, link, newest):
     """Yield a process that runs another version than its link says, and a link that is not what the machine has now."""
     target = os.path.realpath(link) if Path(link).is_symlink() else None
@@ -123,11 +133,18 @@ def versions(what, props, link, newest):
             what,
             newest,
             Path(target).name,
-            "rbee-ctl upgrade",
+            "rbee-ctl upgrade, or ansible-playbook site.yml",
         )
 
 
-def workers(params, hive):
+def runtime_link(params, name):
+    """Return an instance's link, and the version that is current of its type."""
+    link = Path(params["etc_dir"], "workers", f"{name}.runtime")
+    now = current_of(Path(os.path.realpath(link)).parent)
+    return link, now.name if now else None
+
+
+def workers(params):
     """Yield differences of instances: declared ones that are not there or not as they should be, and strangers."""
     there, names = instances(params["etc_dir"]), declared_names(params["declared"])
     states = dict(zip(names, (w.get("state", "started") for w in params["declared"]), strict=True))
@@ -153,7 +170,7 @@ def workers(params, hive):
             yield entry("worker", name, "stopped", props["ActiveState"], "ansible-playbook site.yml")
         yield from unit_files(props, params["units"])
         if name in there:
-            yield from versions(name, props, f"{params['etc_dir']}/workers/{name}.runtime", hive.get("runtime_version"))
+            yield from versions(name, props, *runtime_link(params, name))
 
 
 def models(params):
@@ -186,7 +203,7 @@ def drift(params):
     queen = fixed["rbee-queen.service"]
     if queen.get("LoadState") == "loaded":
         found += versions("queen", queen, f"{params['etc_dir']}/queen.runtime", hive.get("runtime_version"))
-    return [*found, *workers(params, hive), *models(params)]
+    return [*found, *chosen(params, hive), *workers(params), *models(params)]
 
 
 def main():

@@ -13,8 +13,11 @@ from pathlib import Path
 
 from ansible.module_utils.rbee_node import (
     NodeError,
+    complete,
+    current_of,
     fail,
     instances,
+    read_toml,
     run,
     running,
     settled,
@@ -33,11 +36,12 @@ description:
 options:
   state:
     description: >-
-      C(list) and C(get) report, C(current) gives the path of the current one of I(type), C(used) makes I(version) current and
+      C(list) and C(get) report, C(current) the path of the current one of I(type), C(used) makes I(version) current and
       moves the instances of the type over to it one by one (one that does not come up goes back, and so do all),
-      C(absent) deletes, C(making) begins to build or fetch one in a transient unit that the action C(rbee_follow) shows.
+      C(deployed) makes the runtime of a release current where the machine had another release, C(absent) deletes,
+      C(making) begins to build or fetch one in a transient unit that the action C(rbee_follow) shows.
     type: str
-    choices: [list, get, current, used, absent, making]
+    choices: [list, get, current, used, deployed, absent, making]
     default: list
   type:
     description: C(cpu), C(cuda), C(rocm) or C(vulkan); C(cpu-llm-worker) is the same as C(cpu).
@@ -134,20 +138,6 @@ def size_of(home):
             with contextlib.suppress(OSError):
                 total += os.lstat(os.path.join(folder, name)).st_size  # noqa: PTH118 -- ten thousand of them
     return total
-
-
-def current_of(root):
-    """Return the directory that is current of a type: what the link leads to, else the newest; None if there is none."""
-    link = root / "current"
-    if link.is_symlink() and (link / "metadata.yaml").is_file():
-        return root / link.readlink()
-    there = complete(root)
-    return max(there, key=lambda p: (p / "metadata.yaml").stat().st_mtime) if there else None
-
-
-def complete(root):
-    """Return the directories of all whole runtimes of a type."""
-    return sorted(p.parent for p in root.glob("*/metadata.yaml") if p.parent.name != "current")
 
 
 def used_by(params, home):
@@ -312,12 +302,17 @@ def make(params, check):
     return {"unit": unit, "progress_file": progress_file, "changed": True}
 
 
+def release(params):
+    """Return the version of the release that this machine was last brought to; None before the first time."""
+    return read_toml(Path(params["etc_dir"], "hive.toml")).get("runtime_version")
+
+
 def current(params, check):
     """Return the path of the current runtime of a type; in check mode the one that would be after a deployment."""
     root = Path(params["install_path"], "runtimes", kind_of(params["type"]))
     home = current_of(root)
     deployed = root / params["fallback"] if params["fallback"] and root.name == "cpu" else None
-    if deployed and (home is None or check) and not deployed.is_dir():
+    if deployed and check and release(params) != params["fallback"]:
         home = deployed
     return str(home or find(params))
 
@@ -331,13 +326,30 @@ def report(params):
     return {"runtimes": [record(params, h) for h in homes], "changed": False}
 
 
+def deploy(params, check):
+    """Make a release's own runtime current when the machine is brought to that release. One that was chosen since then by
+    ``used`` stays: the same release again changes nothing."""
+    root = Path(params["install_path"], "runtimes", kind_of(params["type"]))
+    home, link = root / params["version"], root / "current"
+    stays = release(params) == params["version"] and (link / "metadata.yaml").is_file()
+    changed = not stays and not (link.is_symlink() and root / link.readlink() == home)
+    if changed and not check:
+        find(params)
+        point(link, home)
+    return {"changed": changed, "path": str(root / link.readlink() if link.is_symlink() else home)}
+
+
 def main():
     # Not at the top: rbee-ctl reads this machine with the functions above, in its own process (CAP-27).
     from ansible.module_utils.basic import AnsibleModule
 
     module = AnsibleModule(
         argument_spec={
-            "state": {"type": "str", "choices": ["list", "get", "current", "used", "absent", "making"], "default": "list"},
+            "state": {
+                "type": "str",
+                "choices": ["list", "get", "current", "used", "deployed", "absent", "making"],
+                "default": "list",
+            },
             "type": {"type": "str"},
             "version": {"type": "str"},
             "force": {"type": "bool", "default": False},
@@ -350,7 +362,7 @@ def main():
         },
         required_if=[
             *(("state", s, ["type"]) for s in ("get", "current", "absent", "making")),
-            ("state", "used", ["type", "version"]),
+            *(("state", s, ["type", "version"]) for s in ("used", "deployed")),
             ("state", "making", ["script"]),
         ],
         supports_check_mode=True,
@@ -359,6 +371,8 @@ def main():
     try:
         if params["state"] == "making":
             module.exit_json(**make(params, check))
+        if params["state"] == "deployed":
+            module.exit_json(**deploy(params, check))
         if params["state"] == "current":
             module.exit_json(changed=False, path=current(params, check))
         if params["state"] in ("list", "get"):

@@ -24,6 +24,24 @@ SHOWN = (
     "ExecMainStartTimestampMonotonic,FragmentPath,DropInPaths,NeedDaemonReload"
 )
 
+#: Properties of transient units that touch nothing but what they are given.
+SANDBOX = (
+    "CapabilityBoundingSet=",
+    "LockPersonality=yes",
+    "NoNewPrivileges=yes",
+    "PrivateDevices=yes",
+    "PrivateTmp=yes",
+    "ProtectControlGroups=yes",
+    "ProtectHome=yes",
+    "ProtectKernelModules=yes",
+    "ProtectKernelTunables=yes",
+    "ProtectSystem=strict",
+    "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX",
+    "RestrictNamespaces=yes",
+    "RestrictSUIDSGID=yes",
+    "UMask=0022",
+)
+
 NAME = re.compile(r"^(?=.{1,26}$)[a-z]+[0-9]+(-[a-z0-9]+)?$")
 
 
@@ -244,6 +262,20 @@ def runtimes(install_path, kind):
     complete = Path(install_path, "runtimes", kind).glob("*/metadata.yaml")
     usable = [p for p in complete if p.parent.name != "current" and os.access(p.parent / "bin" / "python", os.X_OK)]
     return [str(p.parent) for p in sorted(usable, key=lambda p: p.stat().st_mtime, reverse=True)]
+
+
+def current_of(root):
+    """Return the directory that is current of a type: what the link leads to, else the newest; None if there is none."""
+    link = root / "current"
+    if link.is_symlink() and (link / "metadata.yaml").is_file():
+        return root / link.readlink()
+    there = complete(root)
+    return max(there, key=lambda p: (p / "metadata.yaml").stat().st_mtime) if there else None
+
+
+def complete(root):
+    """Return the directories of all whole runtimes of a type."""
+    return sorted(p.parent for p in root.glob("*/metadata.yaml") if p.parent.name != "current")
 
 
 def any_runtime_python(install_path):

@@ -3,6 +3,7 @@
 
     build_wheelhouse.py --plan          {"version", "archive", "present"}; builds and writes nothing
     build_wheelhouse.py                 the same, after building what is not there
+    build_wheelhouse.py --controller D  the same, with the wheels of rbee-ctl in folder D, for a bundle
 
 The archive holds the wheel of this checkout (or of the installation that this file is part of), the llama-cpp-python wheel,
 all they need in the exact versions of requirements/constraints.txt, and requirements-{queen,worker}.txt. Its version,
@@ -18,14 +19,16 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).parent))
 import build_llama_wheel as llama
@@ -54,20 +57,51 @@ def installed_files(rbee: metadata.Distribution) -> list[metadata.PackagePath]:
     return sorted(found)
 
 
+def source_files(source: Path) -> list[tuple[str, Path]]:
+    """Return all files that decide what rbee's own wheel is, and their names."""
+    if (rbee := installed(source)) is not None:
+        return [(str(f), Path(str(f.locate()))) for f in installed_files(rbee)]
+    paths = [source / f for f in FILES]
+    for package in SOURCES:
+        paths += sorted(p for p in (source / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
+    return [(str(p.relative_to(source)), p) for p in paths]
+
+
 def input_key(source: Path) -> str:
     """Digest of everything that decides what the wheels are."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {llama.cache_key()}".encode())
-    if (rbee := installed(source)) is not None:
-        files = [(str(f), Path(str(f.locate()))) for f in installed_files(rbee)]
-    else:
-        paths = [source / f for f in FILES]
-        for package in SOURCES:
-            paths += sorted(p for p in (source / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-        files = [(str(p.relative_to(source)), p) for p in paths]
-    for name, path in files:
+    for name, path in source_files(source):
         digest.update(f"\n{name}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def sources_key(files: Iterable[tuple[str, bytes]]) -> str:
+    """Digest of rbee's sources alone: equal on machines that differ in everything else."""
+    digest = hashlib.sha256()
+    for name, data in files:
+        digest.update(f"\n{name}\n{len(data)}\n".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def wheel_key(wheel: Path) -> str:
+    """Return the ``sources_key`` of an rbee that is installed from this wheel."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(PurePosixPath(n) for n in archive.namelist() if not n.endswith(("/", ".dist-info/RECORD")))
+        return sources_key((str(name), archive.read(str(name))) for name in names)
+
+
+def controller_wheels(source: Path, archive: Path, python: str, folder: Path) -> str:
+    """Put the wheels of rbee-ctl and all that it needs into ``folder``; returns the ``wheel_key`` of rbee's own."""
+    with tempfile.TemporaryDirectory(prefix=".wheelhouse-", dir=archive.parent) as scratch:
+        with tarfile.open(archive) as tar:
+            own = next(m for m in tar.getmembers() if m.name.startswith("rbee-"))
+            tar.extract(own, scratch, filter="data")
+        rbee = Path(scratch, own.name)
+        limits = ("--constraint", str(source / "requirements/constraints.txt"))
+        pip(python, "download", "--quiet", "--only-binary", ":all:", *limits, "--dest", str(folder), f"{rbee}[ctl]")
+        return wheel_key(rbee)
 
 
 def repack(rbee: metadata.Distribution, folder: Path) -> Path:
@@ -170,6 +204,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path(default_cache), help="cache directory")
     parser.add_argument("--python", default=sys.executable, help="interpreter with pip, of the nodes' Python version")
     parser.add_argument("--plan", action="store_true", help="build and write nothing")
+    parser.add_argument("--controller", type=Path, metavar="DIR", help="put the wheels of rbee-ctl into this folder too")
     options = parser.parse_args()
     key = input_key(options.source)
     cache = options.cache.expanduser()
@@ -181,12 +216,19 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not archive.is_file():
                 build(options.source, cache, archive, options.python)
+    sources = [sources_key((name, path.read_bytes()) for name, path in source_files(options.source))]
+    if options.controller:
+        sources.append(controller_wheels(options.source, archive, options.python, options.controller))
     result = {
         "version": f"{rbee_version(options.source)}-{key[:8]}",
         "rbee_version": rbee_version(options.source),
         "archive": str(archive),
         "present": present,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "machine": platform.machine(),
+        # Which rbee-ctl may use this archive: one of the same sources and the same build of llama.cpp, on whatever machine.
+        "sources": sources,
+        "build": hashlib.sha256("\n".join((llama.VERSION, llama.CMAKE_HOOK, *llama.CMAKE_ARGS)).encode()).hexdigest()[:16],
         # What a runtime that is built on a node is built from and with.
         "llama": {"version": llama.VERSION, "cmake_args": " ".join(llama.CMAKE_ARGS), "cmake_hook": llama.CMAKE_HOOK},
     }
