@@ -1,6 +1,6 @@
 """roles/rbee_hive/files/make_runtime.py as a node runs it: a wheel from a file, an address and an index, and real compilers.
 
-The making of a whole runtime from a wheel is shown on a booted machine; here is all that must leave nothing behind.
+A compile of llama.cpp takes minutes; a few lines of C with its name and its one entry point go the same way in a second.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import getpass
 import http.server
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +38,51 @@ def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
 """
 
 
+#: One that succeeds: compiles three real C files into a library, waiting behind the first until the file ``go`` is there.
+GOOD_BACKEND = """
+import base64, hashlib, pathlib, subprocess, time, zipfile
+GO = pathlib.Path({go!r})
+def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
+    for n in range(3):
+        source = f"part{{n}}.c"
+        pathlib.Path(source).write_text(
+            'const char *llama_version(void) {{ return "of this test"; }}' if n == 2 else f"int part{{n}};"
+        )
+        print(f"[{{n + 1}}/3] gcc -c {{source}}", flush=True)
+        subprocess.run(["gcc", "-fPIC", "-c", source], check=True)
+        while n == 0 and not GO.exists():
+            time.sleep(0.02)
+    subprocess.run(["gcc", "-shared", "-o", "libllama.so", "part0.o", "part1.o", "part2.o"], check=True)
+    name = "llama_cpp_python-0.3.36-py3-none-any.whl"
+    info = "llama_cpp_python-0.3.36.dist-info"
+    files = {{
+        "llama_cpp/__init__.py": b"",
+        "llama_cpp/lib/libllama.so": pathlib.Path("libllama.so").read_bytes(),
+        f"{{info}}/METADATA": b"Metadata-Version: 2.1\\nName: llama-cpp-python\\nVersion: 0.3.36\\n",
+        f"{{info}}/WHEEL": b"Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
+    }}
+    with zipfile.ZipFile(pathlib.Path(wheel_directory, name), "w") as wheel:
+        for path, data in files.items():
+            wheel.writestr(path, data)
+        wheel.writestr(f"{{info}}/RECORD", "".join(f"{{path}},,\\n" for path in files))
+    return name
+"""
+
+
+def source_package(wheels: Path, backend: str) -> None:
+    """Put a source package with this build backend where pip looks."""
+    source = wheels.parent / "llama_cpp_python-0.3.36"
+    source.mkdir()
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
+        '[project]\nname = "llama-cpp-python"\nversion = "0.3.36"\n'
+    )
+    (source / "backend.py").write_text(backend)
+    (source / "broken.c").write_text("int main(void) { return nothing_like_this; }\n")
+    with tarfile.open(wheels / "llama_cpp_python-0.3.36.tar.gz", "w:gz") as archive:
+        archive.add(source, source.name)
+
+
 @pytest.fixture
 def wheels(tmp_path: Path) -> Path:
     folder = tmp_path / "wheels"
@@ -53,7 +100,7 @@ class Made:
         return self.lines[-1]
 
 
-def make(tmp_path: Path, wheels: Path, **options: str | bool) -> Made:
+def command_of(tmp_path: Path, wheels: Path, **options: str | bool) -> list[str]:
     values = {
         "type": "cpu",
         "install-path": str(tmp_path / "opt"),
@@ -66,7 +113,12 @@ def make(tmp_path: Path, wheels: Path, **options: str | bool) -> Made:
         "user": getpass.getuser(),
     } | {k.replace("_", "-"): v for k, v in options.items()}
     flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in values.items()]
-    done = subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=120, check=False)
+    return [sys.executable, str(SCRIPT), *flags]
+
+
+def make(tmp_path: Path, wheels: Path, **options: str | bool) -> Made:
+    command = command_of(tmp_path, wheels, **options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     lines = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
     assert not (tmp_path / "work").exists()
     assert [p for p in (tmp_path / "opt").rglob("*") if not p.is_dir()] == [] or done.returncode == 0  # nothing half-registered
@@ -113,16 +165,7 @@ def test_a_missing_toolkit_is_named_before_anything_is_done(tmp_path: Path, whee
 
 def test_a_compiler_that_fails_is_heard_while_it_works_and_its_last_lines_are_kept(tmp_path: Path, wheels: Path) -> None:
     """SPEC OP-02: a real gcc, a real error; lines arrive as they are printed."""
-    source = tmp_path / "llama_cpp_python-0.3.36"
-    source.mkdir()
-    (source / "pyproject.toml").write_text(
-        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
-        '[project]\nname = "llama-cpp-python"\nversion = "0.3.36"\n'
-    )
-    (source / "backend.py").write_text(BACKEND)
-    (source / "broken.c").write_text("int main(void) { return nothing_like_this; }\n")
-    with tarfile.open(wheels / "llama_cpp_python-0.3.36.tar.gz", "w:gz") as archive:
-        archive.add(source, source.name)
+    source_package(wheels, BACKEND)
     made = make(tmp_path, wheels, build=True)
     assert (made.code, made.last["code"]) == (1, "BUILD_FAILED")
     assert any("nothing_like_this" in line for line in made.last["details"]["journal"])
@@ -185,3 +228,47 @@ def test_a_wheel_of_an_index_and_of_an_address_becomes_a_runtime_that_imports_ll
     assert metadata["source"] == f"{url}/simple/"
     again = make(tmp_path, wheels, wheel=f"{url}/simple/llama-cpp-python/{real.name}", sha256=metadata["sha256"])
     assert (again.code, again.last["runtime"]["made"], again.last["runtime"]["version"]) == (0, False, runtime["version"])
+
+
+def begin_to_build(tmp_path: Path, wheels: Path) -> tuple[subprocess.Popen[bytes], Path]:
+    """Start a real compile and return when its first line has come; it goes on when the path that is returned is there."""
+    go, progress = tmp_path / "go", tmp_path / "progress.jsonl"
+    source_package(wheels, GOOD_BACKEND.format(go=str(go)))
+    process = subprocess.Popen(
+        command_of(tmp_path, wheels, build=True), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 60
+    while "[1/3] gcc" not in (progress.read_text() if progress.is_file() else ""):
+        assert process.poll() is None, progress.read_text()
+        assert time.monotonic() < end, "the compiler is not heard"
+        time.sleep(0.02)
+    assert "[2/3] gcc" not in progress.read_text()  # heard as it is said: the compile is waiting here
+    return process, go
+
+
+def test_a_compile_is_heard_as_it_goes_and_its_runtime_loads(tmp_path: Path, wheels: Path) -> None:
+    """SPEC OP-02: the whole way, from the source package by a real gcc to a registered runtime whose library was loaded."""
+    process, go = begin_to_build(tmp_path, wheels)
+    go.touch()
+    assert process.wait(120) == 0
+    lines = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    said = [line["human"].strip() for line in lines if line["stage"] == "building"]
+    assert [s for s in said if s.startswith("[")] == [f"[{n + 1}/3] gcc -c part{n}.c" for n in range(3)]
+    assert any("llama.cpp of this test" in line["human"] for line in lines)
+    runtime = lines[-1]["runtime"]
+    assert (lines[-1]["stage"], runtime["source"], runtime["made"]) == ("complete", "built here", True)
+    home = tmp_path / "opt/runtimes/cpu" / runtime["version"]
+    assert json.loads((home / "metadata.yaml").read_text())["worker_type"] == "cpu-llm-worker"
+    assert (home / "bin/python").exists()
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_compile_that_is_killed_registers_nothing_and_the_next_one_succeeds(tmp_path: Path, wheels: Path) -> None:
+    process, go = begin_to_build(tmp_path, wheels)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
+    assert not list((tmp_path / "opt").rglob("metadata.yaml"))
+    go.touch()
+    again = make(tmp_path, wheels, build=True)
+    assert again.code == 0, again.last
+    assert len(list((tmp_path / "opt/runtimes/cpu").glob("*/metadata.yaml"))) == 1

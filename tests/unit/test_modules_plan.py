@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import node_modules  # noqa: F401
+import node_modules
 import pytest
 from ansible.module_utils.rbee_node import NodeError
 from ansible.module_utils.rbee_plan import (
@@ -142,6 +142,22 @@ def test_a_refusal_names_only_what_would_work() -> None:
     nothing = refusal(check_memory, REAL, CPU, 1_000_000, {}, [REAL, SMALLER], [])
     assert "fits" not in str(nothing.hint)
     assert "stop another worker" in str(nothing.hint)
+
+
+def test_the_second_look_right_before_the_start_says_that_less_is_free() -> None:
+    """SPEC E-13."""
+    preflight = node_modules.load("library", "rbee_preflight")
+    params = {"mem_available_bytes": 2_000_000_000, "elsewhere": [], "previous_available_bytes": None}
+    found: dict[str, Any] = {"model": MODEL}
+    first = preflight.memory(params, found, {}, CPU, [])
+    assert first.startswith("RAM: needs 1200 MB")
+    assert (found["required_bytes"], found["available_bytes"]) == (1_200_000_000, 2_000_000_000)
+    again = preflight.memory(params | {"previous_available_bytes": 2_500_000_000}, found, {}, CPU, [])
+    assert again.startswith("500 MB less are free than at the first look; RAM: needs 1200 MB")
+    same = preflight.memory(params | {"previous_available_bytes": 2_000_000_000}, found, {}, CPU, [])
+    assert same == first
+    shrunk = params | {"previous_available_bytes": 2_500_000_000, "mem_available_bytes": 1_000_000_000}
+    assert refusal(preflight.memory, shrunk, found, {}, CPU, []).code == "INSUFFICIENT_RAM"
 
 
 @pytest.mark.S37
