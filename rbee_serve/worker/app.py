@@ -23,7 +23,6 @@ from rbee_serve.contract.settings import WorkerSettings
 from rbee_serve.worker import text_api
 from rbee_serve.worker.backend import WorkerBackend
 from rbee_serve.worker.engine.protocol import Engine
-from rbee_serve.worker.heartbeat import HeartbeatSender
 from rbee_serve.worker.inference import InferenceApi
 from rbee_serve.worker.lifecycle import Lifecycle
 from rbee_serve.worker.metrics import CONTENT_TYPE, Metrics
@@ -44,7 +43,11 @@ def create_app(
     """
     worker = Worker(settings, engine, Metrics())
     worker.fleet_token = fleet_token
-    heartbeat = HeartbeatSender(worker, settings.queen_url, fleet_token) if settings.queen_url else None
+    heartbeat = None
+    if settings.queen_url:
+        from rbee_serve.worker.heartbeat import HeartbeatSender  # httpx takes 0.1 s of a start: only where it is needed
+
+        heartbeat = HeartbeatSender(worker, settings.queen_url, fleet_token)
     lifecycle = Lifecycle(worker, notifier or Notifier({}), heartbeat, leave)
 
     def authenticate(token: str, _: str) -> bool:

@@ -6,12 +6,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 from rbee_serve.common.sdnotify import Notifier
 from rbee_serve.contract.errors import BY_CODE, BackendUnavailable, ExitCode
 from rbee_serve.worker.engine.protocol import LoadProgress
-from rbee_serve.worker.heartbeat import HeartbeatSender
 from rbee_serve.worker.state import Worker
+
+if TYPE_CHECKING:
+    from rbee_serve.worker.heartbeat import HeartbeatSender
 
 logger = logging.getLogger(__name__)
 

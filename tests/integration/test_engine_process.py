@@ -143,6 +143,23 @@ def test_engine_cancel_frees_the_slot_within_a_second(model_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_engine_cancel_ends_the_evaluation_of_a_prompt_within_its_block(model_path: Path) -> None:
+    """The prompt is one block of thousands of tokens; what a cancelled evaluation has not finished is not in the cache."""
+
+    async def run() -> None:
+        long = "word " * 3000
+        async with running(model_path, slots=1, context_tokens=3200, prompt_block_tokens=3200) as engine:
+            before = await ask(engine, "Once upon a time", max_tokens=8)
+            async with aclosing(engine.generate(request(long, max_tokens=5))) as events:
+                assert isinstance(await anext(events), Started)
+            again = await ask(engine, long[:600] + "the end", max_tokens=1)
+            assert again.started is not None
+            assert again.started.cached_tokens == 0, "the whole block was evaluated before the cancellation was heard"
+            assert (await ask(engine, "Once upon a time", max_tokens=8)).ids == before.ids
+
+    asyncio.run(run())
+
+
 def test_engine_running_stream_is_not_held_up_by_a_long_prompt(model_path: Path) -> None:
     """Between any two tokens of a stream lies at most one block of somebody else's prompt."""
 

@@ -31,6 +31,7 @@ class Model:
     """llama.Model's place: every call takes its time and is written down, every token is the same."""
 
     n_vocab, context_tokens = 8, 4096
+    causal = True
     ll = None  # greedy tokens ask llama.cpp for nothing
 
     def __init__(self, clock: Clock) -> None:
@@ -45,7 +46,7 @@ class Model:
         self._clock.now += seconds
         return 0
 
-    def prefill(self, tokens: NDArray[np.int32], start: int, seq: int, *, logits: bool) -> int:
+    def prefill(self, tokens: NDArray[np.int32], start: int, seq: int, owner: str, *, logits: bool) -> int:
         return self._took("prompt", len(tokens), TOKEN_S * len(tokens))
 
     def decode_step(self, rows: list[tuple[int, int, int]]) -> int:

@@ -1,16 +1,19 @@
 """The engine process: loads the model, then one loop of reading messages and stepping. Started by process.py.
 
-Everything happens in one thread, so what it reports (a tick at least once a second) is proof that generation moves.
+Everything happens in one thread, so what it reports (a tick at least once a second) is proof that generation moves. A second
+one only reads: it hears of a cancellation while llama.cpp computes and ends the evaluation of that prompt.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-import select
+import queue
 import signal
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, RbeeError
 from rbee_serve.worker.engine import llama
 from rbee_serve.worker.engine.embedding import Embedder
+from rbee_serve.worker.engine.interrupt import Interrupt
 from rbee_serve.worker.engine.model_file import read_header
 from rbee_serve.worker.engine.prefix_store import PrefixStore
 from rbee_serve.worker.engine.protocol import EngineConfig, GenerateRequest
@@ -56,7 +60,8 @@ class EngineLoop:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._unpacker = Unpacker()
+        self._messages: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None: the front is gone
+        self._interrupt = Interrupt()
         self._ticked = 0.0
         self._timed = 0.0
         self._busy_s = 0.0
@@ -67,7 +72,7 @@ class EngineLoop:
         try:
             self._connection.sendall(pack(message))
         except OSError:
-            raise SystemExit(0) from None
+            raise FrontGone from None
 
     def give_out(self, events: list[Event]) -> None:
         """Send the events of one step as one message."""
@@ -75,16 +80,32 @@ class EngineLoop:
 
     def receive(self, timeout_s: float) -> list[Any]:
         """Return the messages that have arrived, waiting up to ``timeout_s`` for the first."""
-        readable, _, _ = select.select([self._connection], [], [], timeout_s)
-        if not readable:
-            return []
-        try:
-            data = self._connection.recv(1 << 20)
-        except ConnectionResetError:
-            data = b""
-        if not data:
+        messages = []
+        with contextlib.suppress(queue.Empty):
+            messages.append(self._messages.get(timeout=timeout_s) if timeout_s else self._messages.get_nowait())
+            while True:
+                messages.append(self._messages.get_nowait())
+        if None in messages:
             raise FrontGone
-        return list(self._unpacker.feed(data))
+        return messages
+
+    def listen(self) -> None:
+        """Read in a thread of its own from now on."""
+        threading.Thread(target=self._listen, name="listener", daemon=True).start()
+
+    def _listen(self) -> None:
+        unpacker = Unpacker()
+        try:
+            while data := self._connection.recv(1 << 20):
+                for message in unpacker.feed(data):
+                    self._messages.put(message)  # first, so that whoever is interrupted finds the reason
+                    if (request_id := message.get("cancel")) is not None:
+                        self._interrupt.cancel(request_id)
+        except OSError:
+            pass
+        finally:
+            self._messages.put(None)
+            self._interrupt.cancel_watched()
 
     def load(self, config: EngineConfig) -> tuple[llama.Model, Scheduler]:
         """Load and prove that a token can be generated; progress goes to the front as it happens."""
@@ -99,12 +120,12 @@ class EngineLoop:
                 self.send({"load": {"stage": "loading_to_vram", "layers_loaded": loaded, "layers_total": layers}})
 
         progress(0.0)
-        model = llama.Model(config, header, progress)
+        model = llama.Model(config, header, progress, self._interrupt)
         store = None
         if config.prefix_store_dir is not None:
             store = PrefixStore(Path(config.prefix_store_dir), model.state_fingerprint, config.prefix_store_max_bytes)
         scheduler = Scheduler(model, config.slots, gap_s=config.stream_gap_s, store=store)
-        self_test(scheduler)
+        self_test(model, scheduler)
         self.send({"ready": model.facts(), "layers_total": layers})
         return model, scheduler
 
@@ -137,6 +158,7 @@ class EngineLoop:
         if (request := message.get("submit")) is not None:
             return scheduler.submit(GenerateRequest(params=as_params(request.pop("params")), **request))
         if (request_id := message.get("cancel")) is not None:
+            self._interrupt.heard(request_id)
             return scheduler.cancel(request_id)
         return []
 
@@ -169,8 +191,17 @@ def detokenize(model: llama.Model, ids: list[int], *, special: bool) -> str | Rb
     return b"".join(map(model.shown if special else model.piece, ids)).decode("utf-8", "replace")
 
 
-def self_test(scheduler: Scheduler) -> None:
-    """Generate one token; raises InferenceFailed when that does not work."""
+def self_test(model: llama.Model, scheduler: Scheduler) -> None:
+    """Generate one token, or embed one text where that is what the model does; raises InferenceFailed when it does not work."""
+    if not model.causal:
+        embedder = Embedder(model)
+        embedder.submit(0, ["a"])
+        answers: list[Any] = []
+        while embedder.has_work:
+            answers += [answer for _, answer in embedder.step()]
+        if not isinstance(answers[0], dict):
+            raise InferenceFailed(f"self test of one embedding failed: {answers}")
+        return
     params = {"max_tokens": 1, "temperature": 0, "seed": 0, "stop": [], "ignore_eos": False}
     params |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": None}
     params |= {"typical_p": 1, "grammar": None, "json_schema": None}
@@ -188,7 +219,11 @@ def main() -> None:
     # Ctrl+C in a terminal and systemd's SIGTERM reach the whole group: the front decides, streams may still be draining.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     loop = EngineLoop(socket.socket(fileno=int(sys.argv[1])))
+    loop.listen()
+    with contextlib.suppress(RbeeError):  # loading says it again, to somebody who listens
+        llama.bindings()
     config: EngineConfig | None = None
     while config is None:
         for message in loop.receive(60.0):

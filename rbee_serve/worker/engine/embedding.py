@@ -1,7 +1,8 @@
 """Embeddings beside generation: a context of its own, so that streams keep theirs, evaluated a block at a time.
 
 Token vectors are pooled here and not by llama.cpp, which pools what one call holds: a text may so be longer than a block
-and a block may hold several texts.
+and a block may hold several texts. Models whose tokens see those after them too (BERT and its like) need a text whole: there
+a block holds as many texts as fit, and none in part.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class Embedder:
         params = ll.llama_context_default_params()
         params.n_seq_max = _SEQUENCES
         params.n_ctx = model.context_tokens
-        params.n_batch = params.n_ubatch = model.blocks.capacity
+        params.n_batch = params.n_ubatch = model.blocks.capacity if model.causal else model.context_tokens
         params.n_threads = params.n_threads_batch = model.threads
         params.embeddings, params.pooling_type = True, _NONE
         params.kv_unified = True  # else each text has a part of the context only
@@ -188,7 +189,8 @@ class Embedder:
         """Whether a text fits into the context beside those that run, and may begin with the next block."""
         held = sum(len(t.tokens) for t in self._running)
         begun = sum(len(t.tokens) - t.done for t in self._running)
-        return held + tokens <= self._model.context_tokens and begun < self._batch.capacity
+        least = 1 if self._model.causal else tokens
+        return held + tokens <= self._model.context_tokens and begun + least <= self._batch.capacity
 
     def _pool(self, text: _Text, block: NDArray[np.float32]) -> None:
         if self._pooling == _LAST:
@@ -207,7 +209,8 @@ class Embedder:
         return [float(x) for x in vector.astype(np.float32)]
 
     def _leave(self, text: _Text) -> None:
-        self._model.ll.llama_memory_seq_rm(self._memory, text.seq, -1, -1)
+        if self._memory:  # encoders keep nothing
+            self._model.ll.llama_memory_seq_rm(self._memory, text.seq, -1, -1)
         self._running.remove(text)
         self._free.append(text.seq)
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rbee_serve.contract.errors import BackendUnavailable, ConfigInvalid, InsufficientRam, InsufficientVram, ModelFileInvalid
-from rbee_serve.worker.engine import guards, libs
+from rbee_serve.worker.engine import guards, interrupt, libs
 from rbee_serve.worker.engine.batch import Batch
 from rbee_serve.worker.engine.blocks import Blocks
 from rbee_serve.worker.engine.model_file import fingerprint
@@ -40,6 +40,10 @@ _TYPE_NAMES = {1: "F16", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K
 _F16_EXACT_TOKENS = 256
 #: Formats that llama.cpp repacks at load (AVX): mapping the file as well would keep both copies in memory.
 _REPACKED = frozenset({2, 12, 20})  # Q4_0, Q4_K, IQ4_NL
+
+
+#: What `prefill` returns when it was interrupted (llama_decode's "aborted").
+INTERRUPTED = 2
 
 
 def bindings() -> Any:
@@ -63,14 +67,21 @@ class Model:
     ``ll``: the bindings; ``ctx``, ``vocab``: llama.cpp's handles; ``context_tokens``: room of each sequence.
     """
 
-    def __init__(self, config: EngineConfig, header: gguf.Header, on_progress: Callable[[float], None]) -> None:
-        """Load; ``on_progress`` gets 0..1.
+    def __init__(
+        self,
+        config: EngineConfig,
+        header: gguf.Header,
+        on_progress: Callable[[float], None],
+        interrupt_: interrupt.Interrupt | None = None,
+    ) -> None:
+        """Load; ``on_progress`` gets 0..1; ``interrupt_`` can end the evaluation of a prompt.
 
         Raises BackendUnavailable (device not there, weights not on it), ModelFileInvalid (llama.cpp refused the file),
         InsufficientRam or InsufficientVram (no room for the context).
         """
         ll = self.ll = bindings()
         self.config, self.header, self.log = config, header, libs.LoadLog()
+        self._interrupt = interrupt_ or interrupt.Interrupt()
         self._log_callback = ll.llama_log_callback(lambda level, text, _: self.log.feed(level, text))
         ll.llama_log_set(self._log_callback, ctypes.c_void_p())
         guards.check_abi(ll, importlib.metadata.version("llama-cpp-python"))
@@ -173,6 +184,8 @@ class Model:
         params.type_k = params.type_v = _KV_TYPES[config.kv_type]
         params.flash_attn_type = 1  # with it off, prompt and decode never agree
         params.kv_unified = False
+        params.abort_callback = ll.ggml_abort_callback(interrupt.CALLBACK)
+        params.abort_callback_data = self._interrupt.data
         self.ctx = ll.llama_init_from_model(self.model, params)
         if not self.ctx:
             error = InsufficientRam if config.backend == "cpu" else InsufficientVram
@@ -185,6 +198,8 @@ class Model:
         self.context_tokens = min(self.context_tokens, ll.llama_n_ctx_seq(self.ctx))
         self.apply_adapters(self.ctx)
         self.memory = ll.llama_get_memory(self.ctx)
+        #: Whether a token may see those before it alone; else a text must be evaluated in one call.
+        self.causal = bool(self.header.values.get(f"{self.header.architecture}.attention.causal", True)) and bool(self.memory)
         self._batch = Batch(ll, params.n_batch)
 
     # --- decoding -----------------------------------------------------------------------------------------------
@@ -198,8 +213,11 @@ class Model:
         batch.size = n
         return self._call()
 
-    def prefill(self, tokens: NDArray[np.int32], start: int, seq: int, *, logits: bool) -> int:
-        """Evaluate a block of one sequence from position ``start``; with ``logits`` those of its last token are kept."""
+    def prefill(self, tokens: NDArray[np.int32], start: int, seq: int, owner: str, *, logits: bool) -> int:
+        """Evaluate a block of one sequence from position ``start``; with ``logits`` those of its last token are kept.
+
+        `INTERRUPTED` when request ``owner`` was cancelled meanwhile: the block is then not in the cache.
+        """
         n, batch = len(tokens), self._batch
         batch.tokens[:n] = tokens
         batch.pos[:n] = np.arange(start, start + n, dtype=np.int32)
@@ -207,7 +225,11 @@ class Model:
         batch.logits[:n] = 0
         batch.logits[n - 1] = logits
         batch.size = n
-        return self._call()
+        self._interrupt.watch(owner)
+        try:
+            return self._call()
+        finally:
+            self._interrupt.rest()
 
     def _call(self) -> int:
         began = time.perf_counter()
@@ -337,7 +359,7 @@ class Model:
         template = ll.llama_model_chat_template(self.model, None)
         digest, build, same_bits = self._identity()
         exact = 0
-        if self.batch_invariant:
+        if self.batch_invariant and self.causal:
             exact = min(_F16_EXACT_TOKENS, self.context_tokens) if config.kv_type == "f16" else self.context_tokens
         return {
             "architecture": header.architecture,
@@ -365,6 +387,7 @@ class Model:
                 "model_digest": digest,
                 "kv_type": config.kv_type,
                 "deterministic": config.deterministic,
+                "generates": self.causal,  # False: embeddings alone
                 "lora": [f"{Path(path).name}:{scale:g}" for path, scale in config.lora],
                 "buffers_mib": self.log.buffers_mib,
                 # Length of prompt + answer up to which equal classes give equal bits in any batch; 0: they do not.

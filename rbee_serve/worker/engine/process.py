@@ -9,9 +9,7 @@ import itertools
 import logging
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -40,7 +38,8 @@ from rbee_serve.worker.engine.protocol import (
     Started,
     TokenOut,
 )
-from rbee_serve.worker.engine.wire import Unpacker, pack
+from rbee_serve.worker.engine.spawn import EngineChild
+from rbee_serve.worker.engine.wire import Unpacker, configuration, pack
 
 _log = logging.getLogger(__name__)
 
@@ -69,11 +68,27 @@ class _Stream:
         return event
 
 
+def _ended(process: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop) -> asyncio.Future[int]:
+    """Return the exit code of a process to come."""
+    future, fd = loop.create_future(), os.pidfd_open(process.pid)
+
+    def ended() -> None:
+        loop.remove_reader(fd)
+        os.close(fd)
+        future.set_result(process.wait())
+
+    loop.add_reader(fd, ended)
+    return future
+
+
 class ProcessEngine:
     """Implementation of protocol.Engine. It never restarts its process: systemd restarts the worker."""
 
-    def __init__(self, config: EngineConfig, queue_max: int = 0, load_timeout_s: float = 300.0) -> None:
-        """``queue_max`` requests may wait beyond the slots; loading that takes longer than ``load_timeout_s`` fails."""
+    def __init__(
+        self, config: EngineConfig, queue_max: int = 0, load_timeout_s: float = 300.0, child: EngineChild | None = None
+    ) -> None:
+        """``queue_max`` requests may wait beyond the slots; loading that takes longer than ``load_timeout_s`` fails.
+        ``child``: the process, where it has been begun already."""
         self._config, self._queue_max, self._load_timeout_s = config, queue_max, load_timeout_s
         self._progress = LoadProgress("starting")
         self._progress_changed = asyncio.Event()
@@ -85,7 +100,9 @@ class ProcessEngine:
         self._last_words: deque[str] = deque(maxlen=3)  # of the engine's stderr: an assert says there what it found
         self._heard = time.monotonic()
         self._times = (0.0, 0.0)
-        self._process: asyncio.subprocess.Process | None = None
+        self._child = child
+        self._ended: asyncio.Future[int] | None = None  # the process's exit code
+        self._stderr: asyncio.BaseTransport | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._dead: asyncio.Future[str] | None = None
@@ -96,19 +113,17 @@ class ProcessEngine:
 
     async def start(self) -> None:
         """Spawn the process and begin loading; returns at once."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "rbee_serve.worker.engine.child", str(theirs.fileno()), str(os.getpid())),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-            )
+        loop = asyncio.get_running_loop()
+        child = self._child = self._child or EngineChild()
+        self._ended = _ended(child.process, loop)
         self._heard = time.monotonic()
-        reader, self._writer = await asyncio.open_connection(sock=ours)
-        self._dead = asyncio.get_running_loop().create_future()
-        self._send({"config": dataclasses.asdict(self._config)})
-        listener = asyncio.create_task(self._listen(self._process))
+        reader, self._writer = await asyncio.open_connection(sock=child.connection)
+        errors = asyncio.StreamReader()
+        self._stderr, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(errors), child.process.stderr)
+        self._dead = loop.create_future()
+        if not child.told:
+            self._write(configuration(self._config))
+        listener = asyncio.create_task(self._listen(errors))
         self._tasks = [asyncio.create_task(self._read(reader, listener)), asyncio.create_task(self._limit_loading()), listener]
 
     async def close(self) -> None:
@@ -121,13 +136,13 @@ class ProcessEngine:
             task.cancel()
         if self._writer is not None:
             self._writer.close()
-        if self._process is not None and self._process.returncode is None:
-            try:
-                await asyncio.wait_for(self._process.wait(), _PARK_S if self._config.prefix_store_dir else 2)
-            except TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+        if self._ended is not None:
+            await asyncio.wait({self._ended}, timeout=_PARK_S if self._config.prefix_store_dir else 2)
+            self._kill()
+            await self._ended
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._stderr is not None:
+            self._stderr.close()
         self._fail_all(WorkerCrashed("the engine was stopped"))
 
     async def wait_dead(self) -> str:
@@ -139,7 +154,7 @@ class ProcessEngine:
     @property
     def pid(self) -> int | None:
         """Process id of the engine, once started."""
-        return self._process.pid if self._process else None
+        return self._child.process.pid if self._child else None
 
     @property
     def progress(self) -> LoadProgress:
@@ -269,16 +284,16 @@ class ProcessEngine:
             self._kill()
         await self._bury(listener)
 
-    async def _listen(self, process: asyncio.subprocess.Process) -> None:
+    async def _listen(self, errors: asyncio.StreamReader) -> None:
         """Log what the engine writes on stderr and keep its last lines: they tell why it died."""
-        while process.stderr is not None and (line := await process.stderr.readline()):
+        while line := await errors.readline():
             if text := line.decode("utf-8", "replace").strip():
                 _log.warning("%s", text, extra={"source": "engine"})
                 self._last_words.append(text)
 
     def _kill(self) -> None:
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+        if self._child is not None and self._ended is not None and not self._ended.done():
+            self._child.kill()
 
     def _dispatch(self, message: dict[str, Any]) -> None:
         for kind, request_id, payload in message.get("events", ()):
@@ -343,9 +358,9 @@ class ProcessEngine:
 
     async def _bury(self, listener: asyncio.Task[None]) -> None:
         """The connection is closed: say why the process ended, to everyone who waits."""
-        if self._process is None or self._dead is None or self._closing:
+        if self._ended is None or self._dead is None or self._closing:
             return
-        code = await self._process.wait()
+        code = await asyncio.shield(self._ended)
         await asyncio.wait({listener}, timeout=1)
         if code < 0:
             reason = f"the engine process was killed by {signal.Signals(-code).name}"

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # Values of contract.api.StopReason; that module is not imported here because pydantic costs a cold start 0.15 s.
 EOS, MAX_TOKENS, STOP_SEQUENCE, CANCELLED, ERROR = "EOS", "MAX_TOKENS", "STOP_SEQUENCE", "CANCELLED", "ERROR"
+#: llama.INTERRUPTED; that module loads llama.cpp.
+_INTERRUPTED = 2
 #: Copying a cached prefix from another slot pays from this many tokens on.
 _WORTH_COPYING = 32
 #: Reading a prefix from disk pays from this many tokens on; shorter ones are not written either.
@@ -126,6 +128,8 @@ class Scheduler:
 
     def _prepare(self, request: GenerateRequest) -> Generation:
         model = self._model
+        if not model.causal:
+            raise InvalidRequest("this model gives embeddings alone, it generates no text", hint="POST /v1/embeddings")
         if bad := [i for i in request.generated_ids if not 0 <= i < model.n_vocab]:
             raise InvalidRequest(
                 f"continue_from.generated_ids: {bad[0]} is no token of this model, which has {model.n_vocab}",
@@ -376,7 +380,12 @@ class Scheduler:
     def _fill(self, slot: Slot, generation: Generation, end: int) -> list[Event]:
         """Evaluate a prompt (or tokens generated elsewhere) up to ``end``; its last block gives the first token."""
         start, total, began = generation.done, len(generation.ids), time.monotonic()
-        code = self._model.prefill(generation.ids[start:end], start, slot.seq, logits=end == total)
+        owner = generation.request.request_id
+        code = self._model.prefill(generation.ids[start:end], start, slot.seq, owner, logits=end == total)
+        if code == _INTERRUPTED:  # its cancellation is the next message
+            generation.done = self._model.cut(slot.seq, start)
+            slot.cached, slot.canonical = slot.cached[: generation.done], min(slot.canonical, generation.done)
+            return []
         if code != 0:
             return self._failed([(slot, generation)], code)
         if end - start >= _WORTH_COPYING:  # a token alone takes several times as long as one of a block

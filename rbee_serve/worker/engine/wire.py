@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
+
+if TYPE_CHECKING:
+    from rbee_serve.worker.engine.protocol import EngineConfig
 
 _HEADER = struct.Struct("<I")
 
@@ -15,6 +19,11 @@ def pack(message: Any) -> bytes:
     """Return one message as bytes."""
     body = orjson.dumps(message)
     return _HEADER.pack(len(body)) + body
+
+
+def configuration(config: EngineConfig) -> bytes:
+    """Return the first message to an engine process."""
+    return pack({"config": dataclasses.asdict(config)})
 
 
 class Unpacker:
