@@ -9,7 +9,7 @@ import traceback
 
 from bench import ctl_cases, engine_cases, fleet_cases, queen_cases
 from bench.engine_cases import Run
-from bench.results import ROOT, Results
+from bench.results import Results
 from rbee_ctl import demo_model
 from rbee_serve.worker.engine.libs import cpu_limit
 
@@ -31,10 +31,10 @@ def main() -> int:
             sys.stdout.write(f"{name:16} {(case.__doc__ or '').strip()}\n")
         return 0 if args.list else 2
     cache = demo_model.default_cache()
-    results = Results(cache, quick=args.quick)
+    results = Results(cache, quick=args.quick, backend=args.backend)
     rounds = args.rounds or (1 if args.quick else 3)
     run = Run(cache, results, rounds, args.quick, cpu_limit(), args.backend)
-    page, failed = ROOT / "docs/benchmarks.md", []
+    failed = []
     for name in chosen:
         began = time.monotonic()
         print(f"{name}: {(CASES[name].__doc__ or '').strip()}", flush=True)
@@ -45,7 +45,7 @@ def main() -> int:
             failed.append(name)
         print(f"  ({time.monotonic() - began:.0f} s)", flush=True)
         if not args.quick:
-            page.write_text(results.page(list(CASES)), encoding="utf-8")
+            results.page_path.write_text(results.page(list(CASES)), encoding="utf-8")
     if failed:
         print(f"not measured: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -41,8 +41,8 @@ class Run:
         return 24 if self.quick else ANSWER
 
     def peer_binary(self) -> Path:
-        """llama-server for the instruction set that the worker picks."""
-        return llama_server.build(self.cache, servers.cpu_variant())
+        """llama-server for the instruction set that the worker picks, and the backend asked for."""
+        return llama_server.build(self.cache, servers.cpu_variant(), self.backend)
 
 
 @contextlib.contextmanager
@@ -173,7 +173,7 @@ def binding_server(run: Run) -> None:
     python = peers.python_with_llama_cpp_server(run.cache)
     with (
         servers.rbee_worker(model, 16, run.threads, backend=run.backend) as ours,
-        servers.llama_cpp_server(python, model, run.threads) as peer,
+        servers.llama_cpp_server(python, model, run.threads, backend=run.backend) as peer,
     ):
         for count in (8, 16):
             seen: dict[str, list[list[Stream]]] = {ours.name: [], peer.name: []}

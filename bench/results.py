@@ -49,8 +49,10 @@ class Row:
 class Results:
     """The rows measured so far, newest value of each case; kept on disk after each one, so that an interrupted run loses none."""
 
-    def __init__(self, cache: Path, *, quick: bool) -> None:
-        self._path = cache / "bench" / ("results-quick.json" if quick else "results.json")
+    def __init__(self, cache: Path, *, quick: bool, backend: str = "cpu") -> None:
+        device = "" if backend == "cpu" else f"-{backend}"  # figures of a GPU are kept, and shown, apart
+        self._path = cache / "bench" / f"results{device}{'-quick' if quick else ''}.json"
+        self.page_path = ROOT / f"docs/benchmarks{device}.md"
         self._data: dict[str, Any] = {"rows": {}}
         if self._path.is_file():
             self._data = json.loads(self._path.read_text())
@@ -164,5 +166,6 @@ make bench ARGS="--list"                # the cases
 
 Every case that ends is kept (`$RBEE_CACHE/bench/results.json`) and this page is written again, so an interrupted run
 loses nothing and single cases can be repeated. On a machine with a GPU give `ARGS="--backend cuda"`: the workers then
-hold the weights there, with a CUDA build of llama-cpp-python in the environment.
+hold the weights there, with a CUDA build of llama-cpp-python in the environment, llama-server is built for it too, and the
+page is docs/benchmarks-cuda.md.
 """

@@ -157,14 +157,15 @@ def llama_server(binary: Path, model: Path, slots: int, threads: int, *extra: st
 
 
 @contextlib.contextmanager
-def llama_cpp_server(python: Path, model: Path, threads: int) -> Iterator[Server]:
+def llama_cpp_server(python: Path, model: Path, threads: int, *, backend: str = "cpu") -> Iterator[Server]:
     """Run ``python -m llama_cpp.server``; interrupt_requests off, or each new request would cut the running one."""
     port = free_port()
     boot = (
         "import ctypes, pathlib, runpy, sys, llama_cpp, llama_cpp.llama_cpp as ll\n"
         "libs = pathlib.Path(llama_cpp.__file__).parent.glob('lib/libggml-cpu-*.so')\n"
-        "best = max((s, str(p)) for p in libs if (s := ctypes.CDLL(str(p)).ggml_backend_score()) < 2048)\n"
-        "ll._lib.ggml_backend_load.argtypes = [ctypes.c_char_p]; ll._lib.ggml_backend_load(best[1].encode())\n"
+        "best = [(s, str(p)) for p in libs if (s := ctypes.CDLL(str(p)).ggml_backend_score()) < 2048]\n"
+        "ll._lib.ggml_backend_load.argtypes = [ctypes.c_char_p]\n"
+        "[ll._lib.ggml_backend_load(max(best)[1].encode()) for _ in best[:1]]\n"  # a build without variants has none to load
         "sys.argv[0] = 'llama_cpp.server'; runpy.run_module('llama_cpp.server', run_name='__main__')\n"
     )
     command = [str(python), "-c", boot, "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
@@ -178,5 +179,7 @@ def llama_cpp_server(python: Path, model: Path, threads: int) -> Iterator[Server
         "--verbose",
         "false",
     ]
+    if backend != "cpu":
+        command += ["--n_gpu_layers", "-1"]
     with running("llama_cpp.server", command, port, "/v1/completions", "/v1/models") as server:
         yield server

@@ -49,6 +49,9 @@ def test_engine_deterministic_goes_on_exactly_from_every_cut(model_path: Path) -
 
     async def run() -> None:
         async with running(model_path, slots=1, **EXACT) as engine:
+            assert engine.info is not None
+            facts = engine.info.metadata
+            assert (facts["exact_context_tokens"], facts["kv_type"], facts["deterministic"]) == (1024, "q8_0", True)
             whole = [await ask(engine, prompt, max_tokens=TOKENS, **params) for prompt, params in RUNS]
         cuts = [(n, cut) for n, answer in enumerate(whole) for cut in range(1, len(answer.tokens))]
         assert len(cuts) > 70
@@ -63,16 +66,6 @@ def test_engine_deterministic_goes_on_exactly_from_every_cut(model_path: Path) -
             for (n, cut), answer in zip(cuts, await asyncio.gather(*(rest(*c) for c in cuts)), strict=True):
                 assert said(answer) == said(whole[n])[cut:], (RUNS[n], cut)
                 assert answer.reason == whole[n].reason
-
-    asyncio.run(run())
-
-
-def test_engine_says_how_long_it_is_exact(model_path: Path) -> None:
-    async def run() -> None:
-        async with running(model_path, slots=1, **EXACT) as engine:
-            assert engine.info is not None
-            facts = engine.info.metadata
-            assert (facts["exact_context_tokens"], facts["kv_type"], facts["deterministic"]) == (1024, "q8_0", True)
 
     asyncio.run(run())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engine_bench import Answer, ask, directly, running
@@ -49,25 +50,31 @@ def test_engine_text_equals_llama_cpp_python(model_path: Path) -> None:
     assert {a.reason for a in answers} == {StopReason.MAX_TOKENS, StopReason.EOS}
 
 
-@pytest.mark.parametrize("params", [{}, SEEDED, {**SEEDED, "repetition_penalty": 1.2, "presence_penalty": 0.5}])
-def test_engine_continuation_equals_the_undisturbed_run(model_path: Path, params: dict[str, float]) -> None:
+def test_engine_continuation_equals_the_undisturbed_run(model_path: Path) -> None:
     """Cut anywhere, alone and beside others, by token ids alone; text held back at the cut is not lost."""
     long_prompt = " ".join(f"Item {i} costs {3 * i} coins." for i in range(15)) + " The total"
+    ways: list[dict[str, Any]] = [{}, SEEDED, {**SEEDED, "repetition_penalty": 1.2, "presence_penalty": 0.5}]
+    asked = [(prompt, {"max_tokens": 24, "stop": ["never to be seen"], **way}) for prompt in (CHAT, long_prompt) for way in ways]
 
     async def run() -> None:
-        async with running(model_path, slots=4) as engine, running(model_path, slots=4) as other:
-            for prompt in (CHAT, long_prompt):
-                whole = await ask(engine, prompt, max_tokens=40, stop=["never to be seen"], **params)
-                for cut in {1, 2, 9, len(whole.ids) // 2, len(whole.ids) - 1}:
-                    jobs = [ask(other, prompt, whole.ids[:cut], max_tokens=40, stop=["never to be seen"], **params)]
-                    jobs += [ask(other, SHORT, max_tokens=20, temperature=1, seed=n) for n in range(cut % 3)]
-                    rest = (await asyncio.gather(*jobs))[0]
-                    assert whole.ids[:cut] + rest.ids == whole.ids, cut
-                    assert "".join(t.text for t in whole.tokens[:cut]) + rest.text == whole.text, cut
-                    assert rest.tokens[0].index == cut
-                    assert rest.finished is not None
-                    assert whole.finished is not None
-                    assert rest.finished.tokens_out == whole.finished.tokens_out
+        async with running(model_path, slots=1) as engine:
+            wholes = [await ask(engine, prompt, **params) for prompt, params in asked]
+        cuts = [(n, cut) for n, w in enumerate(wholes) for cut in {1, 2, 9, len(w.ids) // 2, len(w.ids) - 1}]
+        async with running(model_path, slots=6, queue_max=len(cuts)) as other:
+
+            async def check(n: int, cut: int) -> None:
+                (prompt, params), whole = asked[n], wholes[n]
+                rest = await ask(other, prompt, whole.ids[:cut], **params)
+                assert whole.ids[:cut] + rest.ids == whole.ids, (n, cut)
+                assert "".join(t.text for t in whole.tokens[:cut]) + rest.text == whole.text, (n, cut)
+                assert rest.tokens[0].index == cut
+                assert rest.finished is not None
+                assert whole.finished is not None
+                assert rest.finished.tokens_out == whole.finished.tokens_out
+
+            for alone in cuts[:: len(cuts) // 3]:
+                await check(*alone)
+            await asyncio.gather(*(check(*cut) for cut in cuts))
 
     asyncio.run(run())
 
