@@ -43,10 +43,13 @@ class Lifecycle:
     @asynccontextmanager
     async def run(self) -> AsyncIterator[None]:
         """Lifespan of the application: the port answers from the start, loading goes on beside it."""
-        await self._worker.engine.start()
-        tasks = [asyncio.create_task(self._watch())]
+        tasks = []
         if self._heartbeat is not None:
+            # Before the engine is listened to, which may be up already: the queen hears of every worker that loads.
             tasks.append(asyncio.create_task(self._heartbeat.run()))
+            await asyncio.sleep(0)
+        await self._worker.engine.start()
+        tasks.append(asyncio.create_task(self._watch()))
         try:
             yield
         finally:

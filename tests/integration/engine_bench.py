@@ -113,8 +113,9 @@ def directly(model: Path, cases: Sequence[dict[str, Any]]) -> list[str]:
         from rbee_serve.worker.engine import libs
         libs.load_cpu_variant(llama_cpp.llama_cpp)
         texts = []
+        llm = llama_cpp.Llama(sys.argv[1], n_ctx=1024, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
         for case in json.load(sys.stdin):
-            llm = llama_cpp.Llama(sys.argv[1], n_ctx=1024, n_threads=1, n_threads_batch=1, flash_attn=True, verbose=False)
+            llm.reset()  # nothing of the case before is reused: that would change bits
             texts.append(llm.create_completion(**case)["choices"][0]["text"])
         json.dump(texts, sys.stdout)
     """

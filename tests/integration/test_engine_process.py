@@ -148,7 +148,7 @@ def test_engine_cancel_ends_the_evaluation_of_a_prompt_within_its_block(model_pa
 
     async def run() -> None:
         long = "word " * 3000
-        async with running(model_path, slots=1, context_tokens=3200, prompt_block_tokens=3200) as engine:
+        async with running(model_path, slots=1, queue_max=1, context_tokens=3200, prompt_block_tokens=3200) as engine:
             before = await ask(engine, "Once upon a time", max_tokens=8)
             async with aclosing(engine.generate(request(long, max_tokens=5))) as events:
                 assert isinstance(await anext(events), Started)

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from fleet import Fleet, events_of, ids_of, wait_until
-from worker_process import TOKEN, WorkerProcess, handed_over
+from worker_process import TOKEN, HeldLoad, WorkerProcess, handed_over
 
 pytestmark = pytest.mark.integration
 
@@ -118,7 +118,8 @@ def test_port_that_is_taken(tmp_path: Path, model_path: Path) -> None:
 
 
 def test_port_answers_while_loading_and_ready_is_said_after(tmp_path: Path, model_path: Path) -> None:
-    with WorkerProcess(tmp_path, model_path, environ={"WATCHDOG_USEC": "300000"}) as worker:
+    held = HeldLoad(tmp_path / "prefixes")
+    with WorkerProcess(tmp_path, model_path, held.settings, environ={"WATCHDOG_USEC": "300000"}) as worker:
 
         def early() -> dict[str, Any] | None:
             try:
@@ -128,7 +129,9 @@ def test_port_answers_while_loading_and_ready_is_said_after(tmp_path: Path, mode
                 return None
 
         first = wait_until(early, "port answers")
-        assert first["state"] == "loading", f"loaded too fast to be seen: {first}"
+        assert first["state"] == "loading"
+        wait_until(lambda: any("30 of 30 layers" in n for n in worker.notices), "all layers")
+        held.release()
         with worker.client() as client, client.stream("GET", "/v1/loading/progress") as response:
             stages = [e["stage"] for e in events_of(response)]
         assert stages[-1] == "ready"
@@ -262,7 +265,7 @@ def test_fleet_token_changes_on_sighup_and_a_running_stream_goes_on(worker: Work
 
 
 def test_sigterm_while_loading_ends_with_0(tmp_path: Path, model_path: Path) -> None:
-    with WorkerProcess(tmp_path, model_path) as worker:
+    with WorkerProcess(tmp_path, model_path, HeldLoad(tmp_path / "prefixes").settings) as worker:
         wait_until(lambda: any(n.startswith("STATUS=loading") for n in worker.notices), "loading")
         assert worker.stop() == 0, worker.log
         assert "READY=1" not in worker.notices

@@ -35,6 +35,20 @@ def handed_over(held: socket.socket) -> dict[str, Any]:
     return {"pass_fds": (held.fileno(),), "prefix": [sys.executable, "-c", _HAND_OVER, str(held.fileno())]}
 
 
+class HeldLoad:
+    """An engine stays in loading until `release`: its store of prefixes has a pipe among its files, at which opening waits."""
+
+    def __init__(self, directory: Path) -> None:
+        self.settings = {"prefix_store_dir": str(directory)}
+        (directory / "cpu0").mkdir(parents=True)
+        self._pipe = directory / "cpu0" / "hold.prefix"
+        os.mkfifo(self._pipe)
+
+    def release(self) -> None:
+        """Let it go on, as soon as it has come so far."""
+        self._pipe.open("wb").close()
+
+
 @dataclass
 class WorkerProcess:
     """``start``, talk, ``stop``. Everything it says to systemd is in ``notices``, everything it logs in ``log``."""

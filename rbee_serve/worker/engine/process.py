@@ -137,7 +137,8 @@ class ProcessEngine:
         if self._writer is not None:
             self._writer.close()
         if self._ended is not None:
-            await asyncio.wait({self._ended}, timeout=_PARK_S if self._config.prefix_store_dir else 2)
+            parks = self._config.prefix_store_dir is not None and self._info is not None
+            await asyncio.wait({self._ended}, timeout=_PARK_S if parks else 2)
             self._kill()
             await self._ended
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -318,8 +319,7 @@ class ProcessEngine:
                 future.set_result(message["answer"])
 
     def _deliver(self, kind: str, request_id: str, payload: Any) -> None:
-        ends = kind in ("finished", "error")
-        stream = self._streams.pop(request_id, None) if ends else self._streams.get(request_id)
+        stream = self._streams.get(request_id)
         if stream is None:
             return
         if kind == "token":
@@ -330,6 +330,8 @@ class ProcessEngine:
             stream.put(Finished(**payload))
         else:
             stream.put(from_envelope({"error": payload}, fallback="the engine failed"))
+        if kind in ("finished", "error"):  # not before: whoever waits must hear of an event that can not be read
+            del self._streams[request_id]
 
     # --- endings ------------------------------------------------------------------------------------------------
 
