@@ -29,7 +29,7 @@ FORMAT = 1
 MANIFEST, SUMS, README = "manifest.json", "SHA256SUMS", "README.txt"
 _BLOCK, _RECORD = tarfile.BLOCKSIZE, tarfile.RECORDSIZE
 _CHUNK = 1 << 20
-_LONGEST_NAME = 99  # of a member in one header block
+_LONGEST_NAME = 250  # most file systems take 255
 _LARGEST_MANIFEST = 16 << 20
 
 OnBytes = Callable[[str, int, int], None]
@@ -171,12 +171,23 @@ class _Reader:
         self._raw = self._take(_BLOCK)
         if not any(self._raw):
             return None
+        info, name = self._info(), None
+        if info.type == tarfile.GNUTYPE_LONGNAME:  # a name of more than 100 bytes comes first, as a member of its own
+            if not 0 < info.size <= _LONGEST_NAME + 1:
+                raise self.error(f"damaged at byte {self._file.tell() - _BLOCK}: a name of {info.size} bytes")
+            name = self._take(info.size)
+            before = self._raw + name + self._take(-info.size % _BLOCK)
+            self._raw = self._take(_BLOCK)
+            info = self._info()
+            self._raw = before + self._raw
+        self._size = info.size
+        return info.name if name is None else name.rstrip(b"\0").decode(errors="replace")
+
+    def _info(self) -> tarfile.TarInfo:
         try:
-            info = tarfile.TarInfo.frombuf(self._raw, "utf-8", "strict")
+            return tarfile.TarInfo.frombuf(self._raw, "utf-8", "strict")
         except (tarfile.HeaderError, UnicodeError) as e:
             raise self.error(f"damaged at byte {self._file.tell() - _BLOCK}: {e}") from None
-        self._size = info.size
-        return info.name
 
     def begin(self) -> Contents:
         """Read manifest and sums."""

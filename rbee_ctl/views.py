@@ -416,7 +416,8 @@ def runtime_deleted(data: Data) -> View:
 def model_downloaded(data: Data) -> View:
     """A model that was fetched, or was there."""
     for host, outcome in data["hosts"].items():
-        model = outcome.get("model", {})
+        if not (model := outcome.get("model")):
+            continue  # its error says why
         verb = "downloaded" if outcome.get("downloaded") else "already there"
         yield f"{host}: {model.get('id')} {verb}, {size(model.get('size_bytes'))}, {model.get('path')}"
 

@@ -19,7 +19,13 @@ from rbee_ctl.inventory import Host, Inventory
 from rbee_serve.contract.errors import BundleInvalid, ChecksumMismatch, InvalidRequest
 
 FACTS: dict[str, Any] = {"rbee_version": "0.1.0", "python": "3.11", "machine": "x86_64", "models": []}
-FILES = {"controller/a.whl": b"a wheel", "models/0123456789abcdef/m.gguf": bytes(range(256)) * 9, "nodes/wheels.tar": b"x" * 512}
+LONG = "controller/" + "a_long_name_of_a_wheel-" * 6 + "x86_64.whl"  # more than the 100 bytes of a plain tar header
+FILES = {
+    "controller/a.whl": b"a wheel",
+    LONG: b"another",
+    "models/0123456789abcdef/m.gguf": bytes(range(256)) * 9,
+    "nodes/wheels.tar": b"x" * 512,
+}
 
 
 def sources(base: Path, files: dict[str, bytes] = FILES) -> list[Source]:
