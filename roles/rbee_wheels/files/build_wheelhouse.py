@@ -4,6 +4,7 @@
     build_wheelhouse.py --plan          {"version", "archive", "present"}; builds and writes nothing
     build_wheelhouse.py                 the same, after building what is not there
     build_wheelhouse.py --controller D  the same, with the wheels of rbee-ctl in folder D, for a bundle
+    build_wheelhouse.py --ctl           the same with the archive that rbee-ctl needs, "ctl_archive"
 
 The archive holds the wheel of this checkout (or of the installation that this file is part of), the llama-cpp-python wheel,
 all they need in the exact versions of requirements/constraints.txt, and requirements-{queen,worker}.txt. Its version,
@@ -36,6 +37,8 @@ import build_llama_wheel as llama
 SOURCES = ("rbee_serve", "rbee_ctl")
 FILES = ("pyproject.toml", "README.md", "LICENSE", "requirements/constraints.txt")
 RUNTIMES = ("queen", "worker")
+#: What no node needs has an archive of its own: rbee-ctl with Ansible, for a queen that runs jobs.
+CTL_RUNTIMES = ("ctl",)
 #: Archives kept in the cache, 40 MB each.
 KEEP = 8
 
@@ -150,7 +153,7 @@ def requirements(wheels: Path, resolved: Path) -> str:
     return "".join(sorted(lines))
 
 
-def build(source: Path, cache: Path, archive: Path, python: str) -> None:
+def build(source: Path, cache: Path, archive: Path, python: str, runtimes: tuple[str, ...]) -> None:
     """Build ``archive`` and put it into place in one step."""
     command = [python, str(Path(llama.__file__)), "--cache", str(cache), "--python", python]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
@@ -165,7 +168,7 @@ def build(source: Path, cache: Path, archive: Path, python: str) -> None:
         else:
             pip(python, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source))
             rbee = next(built.glob("rbee-*.whl"))
-        for runtime in RUNTIMES:
+        for runtime in runtimes:
             resolved = Path(scratch, runtime)
             links = ("--find-links", str(built), "--find-links", str(llama_wheel.parent), "--find-links", str(wheels))
             limits = ("--constraint", str(source / "requirements/constraints.txt"))
@@ -203,26 +206,29 @@ def main() -> None:
     parser.add_argument("--source", type=Path, default=Path(__file__).resolve().parents[3], help="checkout of rbee")
     parser.add_argument("--cache", type=Path, default=Path(default_cache), help="cache directory")
     parser.add_argument("--python", default=sys.executable, help="interpreter with pip, of the nodes' Python version")
+    parser.add_argument("--ctl", action="store_true", help="the archive for rbee-ctl instead")
     parser.add_argument("--plan", action="store_true", help="build and write nothing")
     parser.add_argument("--controller", type=Path, metavar="DIR", help="put the wheels of rbee-ctl into this folder too")
     options = parser.parse_args()
     key = input_key(options.source)
     cache = options.cache.expanduser()
-    archive = cache / "wheelhouses" / f"{key[:16]}.tar"
+    main_archive, ctl_archive = (cache / "wheelhouses" / f"{key[:16]}{suffix}.tar" for suffix in ("", "-ctl"))
+    archive, runtimes = (ctl_archive, CTL_RUNTIMES) if options.ctl else (main_archive, RUNTIMES)
     present = archive.is_file()
     if not present and not options.plan:
         archive.parent.mkdir(parents=True, exist_ok=True)
         with archive.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not archive.is_file():
-                build(options.source, cache, archive, options.python)
+                build(options.source, cache, archive, options.python, runtimes)
     sources = [sources_key((name, path.read_bytes()) for name, path in source_files(options.source))]
     if options.controller:
         sources.append(controller_wheels(options.source, archive, options.python, options.controller))
     result = {
         "version": f"{rbee_version(options.source)}-{key[:8]}",
         "rbee_version": rbee_version(options.source),
-        "archive": str(archive),
+        "archive": str(main_archive),
+        "ctl_archive": str(ctl_archive),
         "present": present,
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "machine": platform.machine(),
