@@ -256,7 +256,8 @@ def test_a_head_without_end_is_cut_off_in_size_and_in_time(tmp_path: Path) -> No
 
 
 def test_shutdown_over_http_ends_workers_and_queen_in_good_order(tmp_path: Path, model_path: Path) -> None:
-    fleet = Fleet(tmp_path, model_path, queen_settings={"audit_file": str(tmp_path / "audit.jsonl")})
+    settings = {"audit_file": str(tmp_path / "audit.jsonl"), "drain_timeout_s": 60.0}
+    fleet = Fleet(tmp_path, model_path, queen_settings=settings)
     fleet.start_queen()
     try:
         for hive in ("lab1", "lab2"):
@@ -269,7 +270,7 @@ def test_shutdown_over_http_ends_workers_and_queen_in_good_order(tmp_path: Path,
             assert next(events)["type"] == "started"
             answer = client.post("/v1/shutdown")
             rest = list(events)
-        ends = [s.process.wait(40) for s in (fleet.workers["lab1-cpu0"], fleet.queen) if s.process is not None]
+        ends = [s.process.wait(100) for s in (fleet.workers["lab1-cpu0"], fleet.queen) if s.process is not None]
     finally:
         fleet.close()
 
