@@ -23,7 +23,7 @@ NODE = "lab1"
 LOCK = "/run/rbee-lock.json"
 WORKER = "rbee-worker@cpu0.service"
 #: The process on the machine in which a deployment spends most of its time.
-PIP = "pgrep -of 'pip install.*rbee/wheels-worker|pip.* --find-links .*wheels-worker'"
+PIP = "pgrep -of '[p]ip.* --find-links .*wheels-worker'"
 
 
 class Faulty:
@@ -57,7 +57,7 @@ class Faulty:
         command = ["rbee-ctl", "apply"]
         process = subprocess.Popen(command, env=self.lab.environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         try:
-            pid = until(lambda: self.sh(PIP, check=False) or self.over(process), "packages being installed", limit_s=120)
+            pid = until(lambda: self.sh(PIP, check=False) or self.over(process), "packages being installed", limit_s=250)
             self.sh(f"kill -STOP {pid}")
             yield process, pid
         finally:
