@@ -96,10 +96,10 @@ def test_sudo_that_is_refused(faulty: Faulty) -> None:
 
 @pytest.mark.N13
 def test_a_machine_that_is_too_old_is_told_what_it_lacks(faulty: Faulty) -> None:
-    done = faulty.lab.playbook("install", "-e", "__rbee_hive_systemd_minimum=999")
+    done = faulty.lab.playbook("install", "-e", '{"__rbee_hive_systemd_minimum": 999}')
 
     assert done.returncode != 0
-    assert "needed are Linux on x86_64, systemd 999 and Python 3.11 or newer" in " ".join(done.stdout.split())
+    assert "needed are Linux on x86_64, systemd 999 and Python 3.11 or newer" in " ".join(done.stdout.split()), done.stdout
     assert faulty.sh("ls -d /etc/rbee /opt/rbee 2>&1", check=False).count("No such file") == 2
 
 
