@@ -106,7 +106,7 @@ def test_a_machine_that_is_too_old_is_told_what_it_lacks(faulty: Faulty) -> None
 def test_a_disk_that_is_full(faulty: Faulty) -> None:
     faulty.sh("mkdir -p /opt/rbee && mount -t tmpfs -o size=20M tmpfs /opt/rbee")
     try:
-        faulty.refused("DISK_FULL", 11, "no space left for the worker's runtime", "/opt/rbee has 21 MB free", "df -h /opt/rbee")
+        faulty.refused("DISK_FULL", 11, "no space left for the worker's runtime: /opt/rbee", "has 21 MB free", "df -h /opt/rbee")
     finally:
         faulty.sh("umount /opt/rbee")
 

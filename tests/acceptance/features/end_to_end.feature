@@ -1,7 +1,7 @@
 Feature: From one command to a story
   A person names a machine and a model. Everything that is missing is brought up, in order and visibly; what is there is used.
 
-  @S11 @S87
+  @S11 @S87 @N05
   Scenario: A model that no machine has yet is fetched, loaded and asked
     Given a hub that has the model "lab/story" and sends 15 MB a second
     When I ask "lab2" with "hf:lab/story:SmolLM2-135M-Instruct.Q4_1.gguf" to go on from "Once upon a time"
