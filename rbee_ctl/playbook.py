@@ -404,7 +404,7 @@ def _line_with(result: Mapping[str, Any], *phrases: str) -> str | None:
 #: What Ansible says around ssh's own words.
 _SSH_PREFIX = re.compile(
     r"^(Task failed: )?(Data could not be sent to remote host \S+ Make sure this host can be reached over ssh: |"
-    r"Failed to connect to the host via ssh: )?"
+    r"Failed to connect to the host via ssh: )?(mux_client_\S+: read from master failed: \S+ \S+ )?"
 )
 
 
