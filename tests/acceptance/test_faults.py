@@ -65,8 +65,10 @@ class Faulty:
         finally:
             process.kill()
             process.communicate()
-            with suppress(ValueError, ProcessLookupError):  # Ansible itself, where a failed test leaves it behind
-                os.kill(json.loads(self.sh(f"cat {LOCK}", check=False))["pid"], signal.SIGKILL)
+            with suppress(ValueError, OSError):  # Ansible itself, where a failed test leaves it behind
+                holder = json.loads(self.sh(f"cat {LOCK}", check=False))["pid"]
+                if str(self.lab.inventory) in Path(f"/proc/{holder}/cmdline").read_text():
+                    os.kill(holder, signal.SIGKILL)
 
     def over(self, process: subprocess.Popen[str]) -> str:
         assert process.poll() is None, f"the deployment has ended with {process.returncode}: {process.communicate()[1]}"
