@@ -24,7 +24,7 @@ NODE = "lab1"
 LOCK = "/run/rbee-lock.json"
 WORKER = "rbee-worker@cpu0.service"
 #: The process on the machine in which a deployment spends most of its time.
-PIP = "pgrep -of '[p]ip.* --find-links .*wheels-worker'"
+PIP = "pgrep -f '[p]ip.* --find-links .*wheels-worker'"
 
 
 class Faulty:
@@ -54,12 +54,15 @@ class Faulty:
         return found
 
     @contextmanager
-    def half_way(self) -> Iterator[tuple[subprocess.Popen[str], str]]:
-        """A deployment in its middle, where it stands still: its process here, and that on the machine which stands."""
+    def half_way(self, before: str = "") -> Iterator[tuple[subprocess.Popen[str], str]]:
+        """A deployment in its middle, where it stands still: its process here, and that on the machine which stands.
+
+        ``before``: the one that an earlier deployment has left there.
+        """
         command = ["rbee-ctl", "apply"]
         process = subprocess.Popen(command, env=self.lab.environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         try:
-            pid = until(lambda: self.sh(PIP, check=False) or self.over(process), "packages being installed", limit_s=250)
+            pid = until(lambda: self.pip(before) or self.over(process), "packages being installed", limit_s=250)
             self.sh(f"kill -STOP {pid}")
             yield process, pid
         finally:
@@ -69,6 +72,10 @@ class Faulty:
                 holder = json.loads(self.sh(f"cat {LOCK}", check=False))["pid"]
                 if str(self.lab.inventory) in Path(f"/proc/{holder}/cmdline").read_text():
                     os.kill(holder, signal.SIGKILL)
+
+    def pip(self, before: str) -> str:
+        """Process that installs packages on the machine; empty while there is none but ``before``."""
+        return next((pid for pid in self.sh(PIP, check=False).split() if pid != before), "")
 
     def over(self, process: subprocess.Popen[str]) -> str:
         assert process.poll() is None, f"the deployment has ended with {process.returncode}: {process.communicate()[1]}"
@@ -144,7 +151,7 @@ def test_two_controllers_and_one_that_dies(faulty: Faulty) -> None:
 
     assert faulty.runs(left), "the machine does not know that its controller is dead"
     assert json.loads(faulty.sh(f"cat {LOCK}"))["pid"] == holder
-    with faulty.half_way() as (second, again):
+    with faulty.half_way(left) as (second, again):
         assert not faulty.runs(left), "two of them would write into one environment"
         second.send_signal(signal.SIGINT)
         _, said = second.communicate(timeout=60)
