@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rbee_node import NodeError, fail, run, show, socket_unit, worker_unit
+from ansible.module_utils.rbee_node import NodeError, fail, refuse_masked, run, show, socket_unit, worker_unit
 
 DOCUMENTATION = r"""
 module: rbee_worker_unit
@@ -98,6 +98,8 @@ def enablement(params):
     comes_up = {service: params["enabled"] and not params["socket"], socket: params["enabled"] and bool(params["socket"])}
     todo = []
     for unit, wanted in comes_up.items():
+        if wanted:
+            refuse_masked(show(unit)[unit])
         _, out, _ = run("systemctl", "is-enabled", unit)
         if (out.strip() == "enabled") != wanted:
             todo.append(("enable" if wanted else "disable", unit))
