@@ -75,3 +75,12 @@ def test_a_machine_that_does_not_answer_is_tried_three_times_before_a_worker_is_
     assert "[NODE_UNREACHABLE]" in done.stderr
     assert "rbee-ctl hive list" in done.stderr
     assert "unreachable" in run("hive", "list").stdout
+
+
+def test_an_inventory_without_a_queen_is_one_too(tmp_path: Path) -> None:
+    inventory = tmp_path / "inventory.yml"
+    inventory.write_text("rbee_hives:\n  hosts: {ws: {ansible_host: 127.0.0.1}}\n")
+    ctl = [str(Path(sys.executable).parent / "rbee-ctl"), "-i", str(inventory)]
+    environ = os.environ | {"HOME": str(tmp_path)}
+    done = subprocess.run([*ctl, "config", "check"], capture_output=True, text=True, env=environ, timeout=90, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
