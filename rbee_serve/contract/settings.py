@@ -138,6 +138,13 @@ class WorkerSettings(Settings):
         "as far as a block of 64 prompt tokens (32 with kv_type q8_0) takes no longer; between a stream's first two tokens up to "
         "20 times as long, for newcomers with short prompts",
     )
+    draft_tokens: int = Field(
+        0,
+        ge=0,
+        le=15,
+        description="tokens guessed from the text so far (prompt look-up) and checked in one call while a stream runs alone; "
+        "changes no token. 3 makes answers that repeat their prompt faster; 0: no guessing",
+    )
     prefix_store_dir: Path | None = Field(
         None,
         description="folder in which an engine that ends leaves the prompt prefixes it holds for the next one, each instance "

@@ -40,6 +40,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         deterministic=settings.deterministic,
         lora=settings.adapters,
         stream_gap_s=settings.stream_gap_s,
+        draft_tokens=settings.draft_tokens,
         # A folder of its own: files of another instance are neither counted nor taken for wrong ones.
         prefix_store_dir=str(settings.prefix_store_dir / settings.name) if settings.prefix_store_dir else None,
         prefix_store_max_bytes=settings.prefix_store_max_bytes,

@@ -44,6 +44,22 @@ def said(answer: Answer) -> list[tuple[int, int, str, Any]]:
     return [(t.index, t.token_id, t.text, t.logprobs) for t in answer.tokens]
 
 
+def test_engine_guesses_change_no_token(model_path: Path) -> None:
+    """Prompt look-up on: the same ten runs, whole and continued, whatever was guessed, drawn, forbidden or reported."""
+
+    async def run() -> None:
+        async with running(model_path, slots=1, **EXACT) as engine:
+            whole = [await ask(engine, prompt, max_tokens=TOKENS, **params) for prompt, params in RUNS]
+        async with running(model_path, slots=1, draft_tokens=3, **EXACT) as engine:
+            for (prompt, params), expected in zip(RUNS, whole, strict=True):
+                assert said(await ask(engine, prompt, max_tokens=TOKENS, **params)) == said(expected)
+                rest = await ask(engine, prompt, expected.ids[:4], max_tokens=TOKENS, **params)
+                assert said(rest) == said(expected)[4:]
+                assert rest.reason == expected.reason
+
+    asyncio.run(run())
+
+
 def test_engine_deterministic_goes_on_exactly_from_every_cut(model_path: Path) -> None:
     """Ten runs alone on one worker, then every cut of each on another, eight at a time in whatever batch that gives."""
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from rbee_serve.worker.engine import scheduler
 from rbee_serve.worker.engine.blocks import Blocks
 from rbee_serve.worker.engine.protocol import GenerateRequest
-from rbee_serve.worker.engine.scheduler import Scheduler
+from rbee_serve.worker.engine.scheduler import Scheduler, look_up
 
 TOKEN_S, STEP_S, GAP_S = 0.001, 0.04, 0.25
 
@@ -31,7 +34,7 @@ class Model:
     """llama.Model's place: every call takes its time and is written down, every token is the same."""
 
     n_vocab, context_tokens = 8, 4096
-    causal = True
+    causal = can_be_cut = True
     ll = None  # greedy tokens ask llama.cpp for nothing
 
     def __init__(self, clock: Clock) -> None:
@@ -50,12 +53,14 @@ class Model:
         return self._took("prompt", len(tokens), TOKEN_S * len(tokens))
 
     def decode_step(self, rows: list[tuple[int, int, int]]) -> int:
+        self.rows = rows
         return self._took("tokens", len(rows), STEP_S)
 
     def logits(self, index: int) -> NDArray[np.float32]:
         return np.arange(self.n_vocab, dtype=np.float32)
 
     def cut(self, seq: int, keep: int) -> int:
+        self.kept = keep
         return keep
 
     def piece(self, token: int) -> bytes:
@@ -133,3 +138,64 @@ def test_turns_a_burst_without_end_does_not_hold_up_for_ever(clock: Clock) -> No
         engine.submit(asked(f"r{n}", 64, 1 + n % 7, answer=1))
     run(engine, 120)
     assert ("tokens", 1) in model.calls
+
+
+class Counting(Model):
+    """Says 0 1 2 3 0 1 2 3 ..., whatever the guess was that a row stood for."""
+
+    def logits(self, index: int) -> NDArray[np.float32]:
+        token, _, _ = self.rows[index] if index >= 0 else (3, 0, 0)
+        return np.eye(self.n_vocab, dtype=np.float32)[(token + 1) % 4]
+
+
+def test_turns_guesses_save_calls_and_change_no_token(clock: Clock) -> None:
+    given: list[tuple[int, int]] = []
+
+    def collect(events: list[Any]) -> None:
+        given.extend((payload[0], payload[1]) for kind, _, payload in events if kind == "token")
+
+    calls = []
+    for guessed in (0, 3):
+        model = Counting(clock)
+        engine = Scheduler(model, 2, gap_s=GAP_S, draft_tokens=guessed)  # type: ignore[arg-type]
+        engine.submit(asked("one", 64, 7, answer=30))
+        given.clear()
+        while engine.has_work:
+            engine.step(collect)
+        assert given == [(n, n % 4) for n in range(30)]
+        calls.append([size for kind, size in model.calls if kind == "tokens"])
+    assert calls[0] == [1] * 29
+    assert len(calls[1]) < 15
+    assert sum(calls[1]) > 29 - 1
+    assert max(calls[1]) == 4
+
+
+def test_turns_wrong_guesses_are_taken_back(clock: Clock) -> None:
+    """The model goes on counting where its prompt did not: what was evaluated for the guess is cut off."""
+    model = Counting(clock)
+    engine = Scheduler(model, 1, gap_s=GAP_S, draft_tokens=3)  # type: ignore[arg-type]
+    request = asked("one", 1, 0, answer=40)
+    engine.submit(replace(request, prompt_ids=[0, 1, 5, 6, 7, 3] * 12))
+    run(engine, 3)
+    assert [size for kind, size in model.calls[1:]] == [4, 1]
+    assert model.kept == 72 + 2, "the prompt, the token before and the one that the guess stood beside"
+
+
+def test_turns_streams_together_are_not_guessed_for(clock: Clock) -> None:
+    model = Counting(clock)
+    engine = Scheduler(model, 2, gap_s=GAP_S, draft_tokens=3)  # type: ignore[arg-type]
+    for n in range(2):
+        engine.submit(asked(f"r{n}", 64, 7 - n))
+    run(engine, 30)
+    assert {size for kind, size in model.calls if kind == "tokens"} == {2}
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 5))
+def test_guesses_are_what_followed_last_time(ids: list[int], count: int) -> None:
+    expected: list[int] = []
+    for length in (3, 2):
+        places = [i for i in range(len(ids) - length) if ids[i : i + length] == ids[-length:]]
+        if places and count:
+            expected = ids[places[-1] + length :][:count]
+            break
+    assert look_up(np.array(ids, np.int32), count) == expected

@@ -124,7 +124,8 @@ class EngineLoop:
         store = None
         if config.prefix_store_dir is not None:
             store = PrefixStore(Path(config.prefix_store_dir), model.state_fingerprint, config.prefix_store_max_bytes)
-        scheduler = Scheduler(model, config.slots, gap_s=config.stream_gap_s, store=store)
+        gap_s, draft_tokens = config.stream_gap_s, config.draft_tokens
+        scheduler = Scheduler(model, config.slots, gap_s=gap_s, store=store, draft_tokens=draft_tokens)
         self_test(model, scheduler)
         self.send({"ready": model.facts(), "layers_total": layers})
         return model, scheduler

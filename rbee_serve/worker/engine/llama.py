@@ -130,12 +130,17 @@ class Model:
             raise ModelFileInvalid(f"llama.cpp could not load {path}: {self.log.reason}", path=path)
         self.vocab = ll.llama_model_get_vocab(self.model)
 
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether the last positions of a sequence can be taken back: not with recurrent layers or sliding windows."""
+        ll, model = self.ll, self.model
+        recurrent = ll.llama_model_is_recurrent(model) or ll.llama_model_is_hybrid(model)
+        return not recurrent and ll.llama_model_n_swa(model) == 0
+
     def _is_batch_invariant(self) -> bool:
         """Whether a stream's bits are known not to depend on what else is in the batch (CPU, dense, full attention)."""
-        ll, model = self.ll, self.model
-        odd = ll.llama_model_is_recurrent(model) or ll.llama_model_is_hybrid(model) or ll.llama_model_n_swa(model) > 0
         experts = self.header.values.get(f"{self.header.architecture}.expert_count", 0)
-        usual = self.config.backend == "cpu" and not odd and not experts and not self.config.lora
+        usual = self.config.backend == "cpu" and self.can_be_cut and not experts and not self.config.lora
         return usual and self.header.tensor_types <= _BATCH_INVARIANT
 
     def _check_deterministic(self) -> None:
@@ -178,8 +183,8 @@ class Model:
         params = ll.llama_context_default_params()
         params.n_seq_max = config.slots
         params.n_ctx = self.context_tokens * config.slots
-        params.n_batch = params.n_ubatch = max(self.blocks.capacity, config.slots)
-        params.n_outputs_max = config.slots
+        params.n_batch = params.n_ubatch = max(self.blocks.capacity, config.slots, 1 + config.draft_tokens)
+        params.n_outputs_max = max(config.slots, 1 + config.draft_tokens)
         params.n_threads = params.n_threads_batch = self.threads
         params.type_k = params.type_v = _KV_TYPES[config.kv_type]
         params.flash_attn_type = 1  # with it off, prompt and decode never agree
@@ -205,7 +210,7 @@ class Model:
     # --- decoding -----------------------------------------------------------------------------------------------
 
     def decode_step(self, rows: list[tuple[int, int, int]]) -> int:
-        """Evaluate one token of each of several sequences, ``(token, position, sequence)``; all get logits, in order."""
+        """Evaluate tokens, ``(token, position, sequence)``, one of each sequence or a few of one; all get logits, in order."""
         n, batch = len(rows), self._batch
         table = np.array(rows, np.int32)
         batch.tokens[:n], batch.pos[:n], batch.seq[:n] = table[:, 0], table[:, 1], table[:, 2]

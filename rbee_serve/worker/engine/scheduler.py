@@ -92,12 +92,31 @@ def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
     return int(differs[0]) if len(differs) else n
 
 
+def look_up(ids: NDArray[np.int32], count: int) -> list[int]:
+    """Guess what follows: what followed the last place where the same three tokens, else the same two, stood before."""
+    for length in (3, 2):
+        n = len(ids) - length
+        if count < 1 or n < 1:
+            continue
+        same = np.ones(n, bool)
+        for i in range(length):
+            same &= ids[i : n + i] == ids[n + i]
+        places = np.flatnonzero(same)
+        if len(places):
+            begin = int(places[-1]) + length
+            return [int(token) for token in ids[begin : begin + count]]
+    return []
+
+
 class Scheduler:
     """Owns the model's sequences. Single-threaded: all methods are called from the engine's loop."""
 
-    def __init__(self, model: Model, slots: int, *, gap_s: float = 0.0, store: PrefixStore | None = None) -> None:
+    def __init__(
+        self, model: Model, slots: int, *, gap_s: float = 0.0, store: PrefixStore | None = None, draft_tokens: int = 0
+    ) -> None:
         """``gap_s``: longest pause that prompts make in running streams, as far as the smallest block allows; ``store``:
-        prefixes kept on disk."""
+        prefixes kept on disk; ``draft_tokens``: tokens guessed and checked in one call while one stream runs alone."""
+        self._draft_tokens = draft_tokens if model.can_be_cut else 0
         self._model, self._blocks = model, model.blocks
         self._gap_s, self._store = gap_s, store
         self._token_s = 0.0  # seconds that a prompt token takes, measured; 0: not yet
@@ -220,7 +239,7 @@ class Scheduler:
                     give_out(events)
                 return
         if decoding:
-            events = self._decode(decoding)
+            events = self._decode_alone(*decoding[0]) if self._draft_tokens and len(running) == 1 else self._decode(decoding)
             self._decoded, self._filled_since = time.monotonic(), False
             give_out(events)
 
@@ -407,6 +426,28 @@ class Scheduler:
         for row, (slot, generation) in enumerate(decoding):
             generation.done += 1
             events += self._give_out(slot, generation, row)
+        return events
+
+    def _decode_alone(self, slot: Slot, generation: Generation) -> list[Event]:
+        """Evaluate the last token and what may follow it; keep as many of the guesses as are what is drawn anyway.
+
+        Each token is drawn once, from the logits that it would have had: guessing changes no stream.
+        """
+        last, at = generation.made[-1], generation.done
+        left = min(self._model.context_tokens - at, generation.request.params.max_tokens - generation.generated) - 1
+        so_far = np.concatenate([generation.ids, np.array(generation.made, np.int32)])
+        guesses = look_up(so_far, min(self._draft_tokens, left))
+        rows = [(token, at + i, slot.seq) for i, token in enumerate([last, *guesses])]
+        if (code := self._model.decode_step(rows)) != 0:
+            return self._failed([(slot, generation)], code)
+        events: list[Event] = []
+        for row in range(len(rows)):
+            generation.done += 1
+            events += self._give_out(slot, generation, row)
+            if slot.generation is None or row == len(guesses) or generation.made[-1] != guesses[row]:
+                break
+        if generation.done < at + len(rows):
+            self._model.cut(slot.seq, generation.done)
         return events
 
     def _give_out(self, slot: Slot, generation: Generation, row: int) -> list[Event]:
