@@ -22,8 +22,8 @@ NOTES: dict[str, str] = {
     "shared/warm": _BURST + " Besides, to stay exact with an f16 cache the last 64 tokens of each prompt are evaluated again, "
     'of which 24 are new; with kv_type = "q8_0" it would be the 24.',
     "python/8": "By the clock, of the whole loop. Worked out from its parts, not profiled: what Python computes for eight "
-    "streams (argmax 5 us a token, the rest less) is well under 1 % of a step of 40 ms, so most of it should be the loop's thread "
-    "waiting for a core: two compute threads, the front and the client share two.",
+    "streams (argmax 5 us a token, the rest less) is well under 1 % of a step of 40 ms, so most of it should be the loop's "
+    "thread waiting for a core: two compute threads, the front and the client share two.",
     "start/135M": _START,
     "wake/135M": _START + " Besides, 64 tokens are evaluated again to stay exact, and without the prefix it is 2 s more only.",
     "wake/1.1B": _START,
