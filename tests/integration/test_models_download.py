@@ -362,24 +362,33 @@ def test_a_disk_that_fills_up_ends_the_download_and_leaves_nothing(server: Hub, 
 def test_killed_fifty_times_at_random_moments_it_always_goes_on_and_never_leaves_a_wrong_file(
     server: Hub, models_dir: Path, small_model: Path
 ) -> None:
-    """SIGKILL for a process that imports once and forks for each try, so that fifty take seconds."""
+    """SIGKILL for a process that imports once and forks for each try, so that fifty take seconds. Every other kill comes
+    at a random time, the others after a random number of bytes: on a slow machine no byte may have come by any time."""
     digest = server.add("org/small", "small-Q8_0.gguf", small_model)
     server.behaviour.bytes_per_s = 30_000_000
     code = (
         "import os, random, signal, sys, time\n"
+        "from pathlib import Path\n"
         "from rbee_serve.models import download\n"
         "rng = random.Random(int(sys.argv[1]))\n"
-        "for _ in range(50):\n"
+        "partial = Path(sys.argv[2])\n"
+        "size = lambda: partial.stat().st_size if partial.exists() else 0\n"
+        "for n in range(50):\n"
+        "    enough, end = size() + rng.randrange(1, int(sys.argv[3]) // 4), time.monotonic() + 60\n"
         "    pid = os.fork()\n"
         "    if pid == 0:\n"
-        "        os._exit(download.main(sys.argv[2:]))\n"
-        "    time.sleep(rng.uniform(0.0, 0.25))\n"
+        "        os._exit(download.main(sys.argv[4:]))\n"
+        "    over = lambda: os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None\n"
+        "    while n % 2 and size() < enough and not over() and time.monotonic() < end:\n"
+        "        time.sleep(0.001)\n"
+        "    time.sleep(0 if n % 2 else rng.uniform(0.0, 0.25))\n"
         "    os.kill(pid, signal.SIGKILL)\n"
         "    print(os.waitpid(pid, 0)[1], flush=True)\n"
         "    sys.stdin.readline()\n"
     )
-    command = [sys.executable, "-c", code, "7", *arguments(server, models_dir, SMALL)]
     final = models_dir / "org/small/small-Q8_0.gguf"
+    size = str(small_model.stat().st_size)
+    command = [sys.executable, "-c", code, "7", f"{final}.partial", size, *arguments(server, models_dir, SMALL)]
     killed = completed = 0
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
