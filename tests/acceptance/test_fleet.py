@@ -290,6 +290,27 @@ def test_a_stream_whose_worker_is_cut_off_the_network_goes_on_elsewhere(fleet: F
     assert silence < 30, "the cut was found by keep-alive (5 s), and not by the silence of the stream (60 s)"
 
 
+@pytest.mark.S56
+def test_a_stream_that_nobody_may_go_on_with_ends_with_the_reason_and_its_slot_is_free_again(
+    fleet: Fleet, queen: httpx.Client
+) -> None:
+    # By name: a worker that was cut off a moment ago is otherwise given requests last.
+    reference, events, silence = cut_off_in_the_middle(fleet, queen, failover="off", node="lab2")
+
+    tokens = [e["id"] for e in events if e["type"] == "token"]
+    assert 5 <= len(tokens) < 200
+    assert tokens == reference["token_ids"][: len(tokens)]
+    assert (events[-1]["type"], events[-1]["code"], events[-1]["tokens_out"]) == ("error", "WORKER_CRASHED", len(tokens))
+    assert events[-1]["hint"]
+    assert silence < 30
+
+    def all_free() -> bool:
+        found = queen.get("/v1/workers/lab2-cpu0").json()
+        return bool(found["slots_available"] == found["slots_total"])
+
+    until(all_free, "the worker has let go of the stream", limit_s=60)
+
+
 def test_a_client_key_comes_and_goes_without_costing_a_stream(fleet: Fleet, queen: httpx.Client) -> None:
     def asks(key: str, **body: Any) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key}"}
