@@ -349,3 +349,28 @@ def test_without_ephemeral_nothing_is_stopped(queen: QueenStandIn, monkeypatch: 
     queen.answers = [ModelNotFound("model is not served"), whole("hi")]
     assert run("infer", "--node", "lab1", "--model", "m", "-p", "x")[0].exit_code == 0
     assert [name for name, _ in plays.calls] == ["worker_start"]
+
+
+@pytest.mark.S89
+def test_health_says_of_each_worker_whether_it_is_ready(queen: QueenStandIn) -> None:
+    beaten = {"last_heartbeat_age_s": 2.5}
+    queen.workers = [worker(**beaten), worker("lab2-cpu0", status="loading", **beaten)]
+    result, out, _ = run("workers", "health", "--json")
+    assert result.exit_code == 0
+    found = {w["id"]: (w["node"], w["ready"], w["state"], w["last_heartbeat_age_s"]) for w in json.loads(out)["data"]["workers"]}
+    assert found == {"lab1-cpu0": ("lab1", True, "idle", 2.5), "lab2-cpu0": ("lab2", False, "loading", 2.5)}
+    shown = run("workers", "health")[1].splitlines()
+    assert len([line for line in shown if "lab1-cpu0" in line or "lab2-cpu0" in line]) == 2
+
+
+@pytest.mark.S84
+def test_installing_for_all_users_is_refused_to_others_than_root(
+    queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    result, _, err = run("install", "--system")
+    assert result.exit_code == 1
+    assert "needs root" in err
+    assert "sudo rbee-ctl install --system" in err
+    assert not (tmp_path / "home").exists()
