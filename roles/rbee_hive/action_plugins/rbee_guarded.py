@@ -18,9 +18,10 @@ display = Display()
 
 
 def started(pid):
-    """Return when a process began, in ticks since boot; None when there is none."""
+    """Return when a process began, in ticks since boot; None when there is none, or when it is dead and only not buried."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
     except (OSError, ValueError, IndexError):
         return None
 
