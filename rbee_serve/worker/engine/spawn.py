@@ -12,10 +12,6 @@ import socket
 import subprocess
 import sys
 
-#: Large pages for large allocations where the kernel gives them to those who ask (transparent_hugepage = madvise): cache and
-#: repacked weights are touched for the first time in fewer, larger steps.
-_LARGE_PAGES = "glibc.malloc.hugetlb=1"
-
 
 class EngineChild:
     """The process, from its start on; it waits for its configuration. ``connection``: our end of the socket pair;
@@ -24,14 +20,12 @@ class EngineChild:
     def __init__(self) -> None:
         self.connection, theirs = socket.socketpair()
         self.told = False
-        tunables = os.environ.get("GLIBC_TUNABLES", "")
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "rbee_serve.worker.engine.child", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                env=os.environ | {"GLIBC_TUNABLES": ":".join(filter(None, (tunables, _LARGE_PAGES)))},
             )
 
     def tell(self, data: bytes) -> None:
