@@ -6,7 +6,6 @@ import json
 import subprocess
 from pathlib import Path
 
-import pytest
 import yaml
 from machines import Lab
 
@@ -35,7 +34,6 @@ awk '/^Ip: [0-9]/ {print $13} /^Udp: [0-9]/ {print $3}' /proc/net/snmp; awk '/^I
 """
 
 
-@pytest.mark.timeout(600)
 def test_a_machine_without_any_route_out_installs_and_serves_from_a_bundle(
     own_lab: Lab, tmp_path: Path, model_path: Path
 ) -> None:
@@ -76,15 +74,15 @@ def test_a_machine_without_any_route_out_installs_and_serves_from_a_bundle(
         "lab1",
         f"tar -xf {file.name} controller && python3 -m venv rbee && "
         "rbee/bin/pip install --quiet --no-index --find-links controller 'rbee[ctl]'",
-        timeout=300,
+        timeout=600,
     )
-    assert MODEL_ID in lab.ssh("lab1", f"{CTL} bundle verify {file.name}").stdout
+    assert MODEL_ID in lab.ssh("lab1", f"{CTL} bundle verify {file.name}", timeout=300).stdout
     worker = {"backend": "cpu", "model": MODEL_ID, "threads": 1}
     host = {"ansible_connection": "local", "ansible_host": lab.address("lab1"), "rbee_workers": [worker]}
     fleet = {"rbee_queen": {"hosts": {"lab1": None}}, "rbee_hives": {"hosts": {"lab1": host}}}
     inventory = yaml.safe_dump({"all": {"vars": {"ansible_python_interpreter": "/usr/bin/python3"}, "children": fleet}})
     lab.ssh("lab1", f"cat > fleet.yml <<'X'\n{inventory}X\n")
-    installed = lab.ssh("lab1", f"{CTL} bundle install {file.name} -i fleet.yml", check=False, timeout=400)
+    installed = lab.ssh("lab1", f"{CTL} bundle install {file.name} -i fleet.yml", check=False, timeout=800)
     assert installed.returncode == 0, f"{installed.stdout}\n{installed.stderr}"
     asked = lab.ssh(
         "lab1", f"{CTL} -i fleet.yml infer --model {MODEL_ID} --prompt 'Once upon a time' --max-tokens 8", timeout=120
@@ -95,5 +93,5 @@ def test_a_machine_without_any_route_out_installs_and_serves_from_a_bundle(
     ask = "import socket; socket.create_connection(('192.0.2.1', 80))"
     lab.ssh("lab1", f'! python3 -c "{ask}"')
     assert lab.ssh("lab1", COUNTERS).stdout != before  # a request that wants out is counted
-    again = lab.ssh("lab1", f"{CTL} bundle install {file.name} -i fleet.yml --json", timeout=300)
+    again = lab.ssh("lab1", f"{CTL} bundle install {file.name} -i fleet.yml --no-apply --json", timeout=600)
     assert "everything is in /root/.cache/rbee already" in again.stderr
