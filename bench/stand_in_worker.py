@@ -35,9 +35,8 @@ async def _tokens(writer: asyncio.StreamWriter, count: int, *, chat: bool, paced
     first = _openai({"role": "assistant"}) if chat else _event(started | {"cached_tokens": 0, "worker_id": "bench-cpu0"})
     writer.write(HEAD + first)
     for i in range(count):
-        writer.write(
-            _openai({"content": " word"}) if chat else _event({"type": "token", "t": " word", "i": i, "id": 1000 + i % 1000})
-        )
+        text = f" word{i}"
+        writer.write(_openai({"content": text}) if chat else _event({"type": "token", "t": text, "i": i, "id": 1000 + i % 1000}))
         if paced:
             await asyncio.sleep(PACE_S)
         elif i % 16 == 15:

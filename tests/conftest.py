@@ -12,7 +12,13 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register a marker for each number of the specification, so that ``-m S11`` or ``-m N04`` runs what proves it."""
-    for letter, last, what in (("S", 91, "scenario"), ("N", 14, "requirement"), ("P", 15, "promise"), ("X", 24, "decision")):
+    for letter, last, what in (
+        ("S", 91, "scenario"),
+        ("N", 14, "requirement"),
+        ("P", 15, "promise"),
+        ("X", 24, "decision"),
+        ("E", 46, "expectation"),
+    ):
         for number in range(1, last + 1):
             config.addinivalue_line("markers", f"{letter}{number:02d}: {what} {number} of the specification")
 

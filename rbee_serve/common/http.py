@@ -279,14 +279,8 @@ class _Gate:
                 f"request line and headers of {head} bytes, at most {limits.headers_max_bytes} are accepted",
                 limit_bytes=limits.headers_max_bytes,
             )
-        if scope["path"] not in self._public and self._authenticate is not None:
-            try:
-                scope.setdefault("state", {})["caller"] = self._known(scope, headers)
-            except (MissingApiKey, InvalidApiKey):
-                self._bad.check(_caller(scope))  # whoever knows a key is not held up by others at its address who do not
-                raise
         if scope["path"] not in self._public:
-            self._bad.check(_caller(scope))
+            self._admit(scope, headers)
         if self._in_progress > limits.requests_max and scope["path"] not in self._public:
             raise Overloaded(
                 f"{limits.requests_max} requests are in progress, which is the limit",
@@ -298,12 +292,24 @@ class _Gate:
         if length.isdigit() and int(length) > largest:
             raise BodyTooLarge(f"body of {int(length)} bytes, at most {largest} are accepted", limit_bytes=largest)
 
-    def _known(self, scope: Scope, headers: Mapping[bytes, bytes]) -> object:
-        """Return who the caller is; raises MissingApiKey, InvalidApiKey."""
-        caller = self._authenticate(_token(headers), scope["path"]) if self._authenticate is not None else None
-        if not caller:
-            raise InvalidApiKey("the API key is not known here", hint="see api_key_file in `rbee-ctl config show`")
-        return caller
+    def _admit(self, scope: Scope, headers: Mapping[bytes, bytes]) -> None:
+        """Find out who the caller is; raises MissingApiKey, InvalidApiKey, and RateLimited for one that gets nothing right.
+
+        Whoever knows a key is not held up by others at its address who know none.
+        """
+        if self._authenticate is None:
+            self._bad.check(_caller(scope))
+            return
+        try:
+            caller = self._authenticate(_token(headers), scope["path"])
+            if not caller:
+                raise InvalidApiKey("the API key is not known here", hint="see api_key_file in `rbee-ctl config show`")
+        except (MissingApiKey, InvalidApiKey):
+            self._bad.check(_caller(scope))
+            raise
+        scope.setdefault("state", {})["caller"] = caller
+        if hasattr(caller, "id"):
+            self._bad.check(_caller(scope))
 
     def _limited(self, receive: Receive) -> Receive:
         """Count the bytes of the body, a chunked one has no length that a header tells, and the time that it takes.

@@ -30,6 +30,7 @@ class Metrics:
 
         self.requests = counter("requests", "inference requests ended, by API and outcome", "api", "outcome")
         self.key_requests = counter("key_requests", "inference requests accepted, by name of the client key", "key")
+        self.key_tokens = counter("key_tokens", "tokens of ended requests, by name of the client key and kind", "key", "kind")
         self.errors = counter("errors", "errors answered or sent in streams, by code", "code")
         self.dispatches = counter("dispatches", "requests sent to workers, by result", "result")
         self.failovers = counter(

@@ -39,7 +39,7 @@ class Search:
     ) -> None:
         self.tried: set[Worker] = set()  # failed the request since its last token
         self.queued_ms = 0.0
-        self.waits = asyncio.Event()  # set when the request has had to wait
+        self._has_waited: asyncio.Future[None] | None = None  # made for whoever asks: most requests find a slot at once
         self._parts, self._request, self._model, self._key = parts, request, model, key
         self._deadline, self._hold, self._prompt = deadline, hold, prompt
         asked_s = request.queue_timeout_s
@@ -125,7 +125,9 @@ class Search:
             hope = worth_waiting_for(parts.registry, ticket.wanted, now, ticket.exclude)
             if not any(parts.registry.routable(w, now) and w.slots_free for w in hope):
                 self._waking = parts.waker.follow(hope) or (self._waking if not hope else None)
-            self.waits.set()
+            waits = self.waits()
+            if not waits.done():
+                waits.set_result(None)
             waited = now - ticket.since
             if not hope:
                 hopeless_since = now if hopeless_since is None else hopeless_since
@@ -157,6 +159,12 @@ class Search:
             queued_ms=round(waited_s * 1000),
             retry_after_s=1,
         )
+
+    def waits(self) -> asyncio.Future[None]:
+        """Return what is done as soon as the request has had to wait."""
+        if self._has_waited is None:
+            self._has_waited = asyncio.get_running_loop().create_future()
+        return self._has_waited
 
     def begin_anew(self) -> None:
         """Another search begins, of which the client knows nothing yet."""

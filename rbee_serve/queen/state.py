@@ -117,6 +117,9 @@ class Queen:
             "tokens_out": stream.tokens_out,
         }
         self.record("inference.end", **facts, **end)
+        tokens = self.metrics.key_tokens
+        tokens.labels(key=facts["key"] or "", kind="prompt").inc(stream.prompt_tokens)
+        tokens.labels(key=facts["key"] or "", kind="generated").inc(stream.tokens_made)
         line = {"request_id": stream.id, "key": facts["key"], "api": facts["api"], "model": stream.model} | end
         logger.info("request ended", extra=line | {"queued_ms": round(stream.queued_ms), "duration_ms": stream.lasted_ms})
 

@@ -125,6 +125,11 @@ class Stream:
         return len(self.ids)
 
     @property
+    def tokens_made(self) -> int:
+        """Tokens so far that workers have made for this request."""
+        return len(self.ids) - self._given
+
+    @property
     def lasted_ms(self) -> float:
         """Time since the request was accepted."""
         return round((time.perf_counter() - self._began) * 1000, 1)
@@ -140,11 +145,7 @@ class Stream:
         if patience_s is None:
             await asyncio.wait((placing,))
         else:
-            waits = asyncio.ensure_future(self._search.waits.wait())
-            try:
-                await asyncio.wait((placing, waits), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                waits.cancel()
+            await asyncio.wait((placing, self._search.waits()), timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
         if placing.done():
             self._placed(placing)
 

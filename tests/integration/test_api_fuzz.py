@@ -20,8 +20,8 @@ pytestmark = pytest.mark.integration
 #: What a queen may say when nothing is wrong with it: nobody fits the request, or nobody is free.
 _CAPACITY = {"NO_WORKER_AVAILABLE", "ALL_SLOTS_BUSY"}
 SLOTS = 4
-#: Operations of jobs change machines.
-_LEFT_OUT = "/v1/jobs"
+#: Operations of jobs change machines, and a queen that is told to shut down does.
+_LEFT_OUT = ("/v1/jobs", "/v1/shutdown")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def check(answer: httpx.Response, what: str) -> None:
     assert code in _CAPACITY, f"{what}: {answer.text[:500]}"
 
 
+@pytest.mark.E26
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_nothing_that_is_sent_is_answered_with_a_fault_of_the_service(fleet: Fleet, mode: GenerationMode) -> None:
     with fleet.client() as client:
@@ -104,6 +105,7 @@ HOSTILE: list[Any] = [
 ]
 
 
+@pytest.mark.E26
 def test_hostile_values_in_every_field_are_refused_or_harmless(fleet: Fleet) -> None:
     """Half surrogate pairs, absurd nesting, numbers without measure, wrong types: in every field of every body."""
     with fleet.client() as client:

@@ -176,7 +176,7 @@ def test_wrong_key_is_refused(stack: Stack, tmp_path: Path) -> None:
 def test_unknown_model_names_the_known_ones(stack: Stack) -> None:
     done = stack.ctl("infer", "--model", "nobody/knows", "-p", "x", "--json")
     error = json.loads(done.stdout)["errors"][0]
-    assert (done.returncode, error["code"], error["details"]["known"]) == (1, "INVALID_MODEL_REF", [MODEL])
+    assert (done.returncode, error["code"], error["details"]["known"]) == (5, "INVALID_MODEL_REF", [MODEL])
 
 
 def test_prompt_that_is_too_long_tells_both_numbers(stack: Stack) -> None:

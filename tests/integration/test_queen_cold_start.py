@@ -71,6 +71,7 @@ def sleeping(tmp_path: Path, model_path: Path) -> Iterator[tuple[Fleet, Socket]]
         behind.close()
 
 
+@pytest.mark.N03
 def test_sleeping_worker_is_known_over_a_restart_woken_by_a_request_and_sleeps_again(sleeping: tuple[Fleet, Socket]) -> None:
     fleet, behind = sleeping
     assert behind.lives == 1

@@ -89,6 +89,8 @@ def idle(fleet: Fleet) -> set[str]:
     return {i for i, w in fleet.records().items() if w["available"] and w["slots_available"] == w["slots_total"]}
 
 
+@pytest.mark.X14
+@pytest.mark.P09
 @pytest.mark.parametrize("request_", [SEEDED, SHAPED], ids=["free", "json-schema"])
 def test_killed_at_every_token_index_nothing_changes(fleet: Cuttable, request_: dict[str, Any]) -> None:
     with fleet.client() as client:
@@ -114,6 +116,7 @@ def test_killed_at_every_token_index_nothing_changes(fleet: Cuttable, request_: 
     assert len(modes) >= len(expected) // 2  # the last tokens may be on their way when the worker dies
 
 
+@pytest.mark.X14
 def test_engine_that_hangs_behind_a_front_that_lives_is_left(fleet: Cuttable) -> None:
     with fleet.client() as client:
         expected = ids_of(generate(client, LONG))
@@ -134,6 +137,7 @@ def test_engine_that_hangs_behind_a_front_that_lives_is_left(fleet: Cuttable) ->
     assert 2.5 < gap < 6
 
 
+@pytest.mark.E10
 def test_drain_hands_a_running_stream_over_at_once(fleet: Cuttable) -> None:
     with fleet.client() as client:
         began = time.monotonic()
@@ -162,6 +166,7 @@ def test_drain_hands_a_running_stream_over_at_once(fleet: Cuttable) -> None:
     assert 'queen_failovers_total{cause="drain",mode="exact"}' in metrics
 
 
+@pytest.mark.X14
 def test_cut_connection_costs_nothing(fleet: Cuttable) -> None:
     with fleet.client() as client:
         expected = ids_of(generate(client, LONG))
@@ -282,6 +287,8 @@ class Chaos:
         return {i for i, w in self.fleet.records().items() if w["status"] in ("idle", "busy")} == set(self.fleet.workers)
 
 
+@pytest.mark.X14
+@pytest.mark.E37
 def test_chaos_leaves_no_mark_on_any_stream(fleet: Cuttable) -> None:
     seconds, seed = float(os.environ.get("RBEE_CHAOS_S", "22")), int(os.environ.get("RBEE_CHAOS_SEED", "1"))
     clients = int(os.environ.get("RBEE_CHAOS_CLIENTS", "5"))

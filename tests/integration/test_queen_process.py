@@ -75,6 +75,7 @@ def test_missing_settings_file_ends_with_78(tmp_path: Path) -> None:
     assert "No such file or directory" in done.stderr
 
 
+@pytest.mark.E21
 @pytest.mark.parametrize("secret", ["client-keys", "fleet-token"])
 def test_secret_that_others_can_read_ends_with_78(fleet: Fleet, secret: str) -> None:
     path = fleet.directory / secret
@@ -87,6 +88,7 @@ def test_secret_that_others_can_read_ends_with_78(fleet: Fleet, secret: str) -> 
     assert fleet.token not in done.stderr
 
 
+@pytest.mark.E19
 @pytest.mark.parametrize(
     ("without", "said"), [("client_keys_file", "without client keys"), ("fleet_token_file", "without a fleet token")]
 )
@@ -113,6 +115,7 @@ def test_taken_port_ends_with_78_and_names_the_address(fleet: Fleet) -> None:
     assert f"127.0.0.1:{fleet.queen.port}" in done.stderr
 
 
+@pytest.mark.E19
 def test_loopback_without_keys_is_open(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, Path("unused"))
     fleet.queen.config.write_text(f"port = {fleet.queen.port}\n", encoding="utf-8")
@@ -125,6 +128,7 @@ def test_loopback_without_keys_is_open(tmp_path: Path) -> None:
     assert (answer.status_code, answer.json()) == (200, {"workers": []})
 
 
+@pytest.mark.E24
 def test_secrets_stay_out_of_log_and_command_line(fleet: Fleet) -> None:
     fleet.start_queen()
     try:
@@ -141,6 +145,7 @@ def test_secrets_stay_out_of_log_and_command_line(fleet: Fleet) -> None:
     assert fleet.token.encode() not in command
 
 
+@pytest.mark.E23
 def test_keys_and_token_change_on_sighup_and_what_can_not_be_taken_changes_nothing(fleet: Fleet) -> None:
     def status(key: str) -> int:
         headers = {"Authorization": f"Bearer {key}"}
@@ -280,6 +285,7 @@ def test_shutdown_over_http_ends_workers_and_queen_in_good_order(tmp_path: Path,
     assert '"event":"queen.shutdown"' in (tmp_path / "audit.jsonl").read_text(encoding="utf-8").replace(": ", ":")
 
 
+@pytest.mark.E30
 def test_the_audit_log_tells_who_asked_and_holds_no_secret_and_no_prompt(tmp_path: Path, model_path: Path) -> None:
     fleet = Fleet(tmp_path, model_path, queen_settings={"audit_file": str(tmp_path / "audit.jsonl")})
     fleet.start_queen()

@@ -56,6 +56,8 @@ def client(worker: WorkerProcess) -> Iterator[httpx.Client]:
 # --- keys -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.E18
+@pytest.mark.P14
 @pytest.mark.parametrize(("token", "code"), [(None, "MISSING_API_KEY"), ("wrong", "INVALID_API_KEY")])
 def test_every_path_and_method_asks_for_the_token(worker: WorkerProcess, token: str | None, code: str) -> None:
     with worker.client(token) as client:
@@ -75,6 +77,8 @@ def test_health_needs_none(worker: WorkerProcess) -> None:
             assert client.get(path).json()["status"] == "alive"
 
 
+@pytest.mark.E18
+@pytest.mark.E28
 def test_hundred_parallel_requests_get_what_their_token_deserves(worker: WorkerProcess) -> None:
     async def run() -> None:
         async with httpx.AsyncClient(base_url=worker.url, trust_env=False, timeout=60) as client:
@@ -314,6 +318,7 @@ def test_full_worker_says_503_and_takes_the_next_one_after(worker: WorkerProcess
     running[1].close()
 
 
+@pytest.mark.E03
 def test_admission_is_atomic(worker: WorkerProcess, client: httpx.Client) -> None:
     async def run() -> list[int]:
         headers = {"Authorization": f"Bearer {TOKEN}"}
@@ -325,6 +330,7 @@ def test_admission_is_atomic(worker: WorkerProcess, client: httpx.Client) -> Non
     assert asyncio.run(run()) == [200, 200, 503, 503, 503, 503]
 
 
+@pytest.mark.E31
 def test_deadline_is_kept(worker: WorkerProcess, client: httpx.Client) -> None:
     events = worker.stream(**(LONG | {"timeout_s": 0.4}))
     assert (events[-1]["type"], events[-1]["code"]) == ("error", "REQUEST_TIMEOUT")
@@ -333,6 +339,7 @@ def test_deadline_is_kept(worker: WorkerProcess, client: httpx.Client) -> None:
     worker.wait_idle(1)
 
 
+@pytest.mark.E39
 def test_slow_reader_loses_nothing(worker: WorkerProcess, client: httpx.Client) -> None:
     expected = ids_of(worker.stream(**(LONG | {"max_tokens": 120})))
     with client.stream("POST", "/v1/inference", json=LONG | {"max_tokens": 120}) as response:
@@ -343,6 +350,7 @@ def test_slow_reader_loses_nothing(worker: WorkerProcess, client: httpx.Client) 
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.E27
 def test_correlation_id_goes_through(client: httpx.Client) -> None:
     headers = {"X-Correlation-ID": "from-the-queen"}
     with client.stream("POST", "/v1/inference", json={"prompt": "x", "max_tokens": 1}, headers=headers) as response:

@@ -35,6 +35,7 @@ def test_lines_are_json_with_time_and_without_what_is_none(tmp_path: Path) -> No
     assert verify([tmp_path / "audit.jsonl"]) == EVENTS
 
 
+@pytest.mark.E30
 @pytest.mark.parametrize(
     ("harm", "line"),
     [
@@ -72,6 +73,7 @@ def test_a_changed_line_with_its_hash_made_anew_breaks_the_next_one(tmp_path: Pa
         verify([path])
 
 
+@pytest.mark.E30
 def test_a_restart_goes_on_and_a_torn_line_is_told(tmp_path: Path) -> None:
     path = filled(tmp_path)
     with path.open("a") as f:
@@ -85,6 +87,7 @@ def test_a_restart_goes_on_and_a_torn_line_is_told(tmp_path: Path) -> None:
     assert verify([path]) == EVENTS + 2
 
 
+@pytest.mark.E30
 def test_rotated_parts_are_one_chain_and_the_oldest_go(tmp_path: Path) -> None:
     path = tmp_path / "audit.jsonl"
     log = AuditLog(path, max_bytes=4096, keep=2)

@@ -67,6 +67,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     return error
 
 
+@pytest.mark.E18
+@pytest.mark.P14
 @pytest.mark.parametrize(("headers", "code"), [({}, "MISSING_API_KEY"), ({"Authorization": "Bearer wrong"}, "INVALID_API_KEY")])
 def test_every_route_and_method_asks_for_a_key_but_health(headers: dict[str, str], code: str) -> None:
     app = App().app
@@ -102,6 +104,7 @@ def test_fleet_token_opens_heartbeats_only_and_a_client_key_opens_all_but_heartb
     assert (refused.status_code, error_of(refused)["code"]) == (401, "INVALID_API_KEY")
 
 
+@pytest.mark.E19
 def test_without_keys_clients_need_none_and_workers_still_need_the_token() -> None:
     app = create_app(QueenSettings(), fleet_token=FLEET)
     body = beat().model_dump(mode="json")
@@ -152,6 +155,7 @@ def test_filters_of_the_list(query: str, expected: list[str]) -> None:
     assert [w["id"] for w in app.ask("GET", f"/v1/workers?{query}").json()["workers"]] == expected
 
 
+@pytest.mark.P08
 def test_silent_worker_disappears_and_comes_back() -> None:
     app = App()
     app.beat(seq=1)
@@ -162,6 +166,7 @@ def test_silent_worker_disappears_and_comes_back() -> None:
     assert len(app.ask("GET", "/v1/workers").json()["workers"]) == 1
 
 
+@pytest.mark.E01
 def test_second_worker_of_the_same_id_is_refused() -> None:
     app = App()
     app.beat()
@@ -171,6 +176,7 @@ def test_second_worker_of_the_same_id_is_refused() -> None:
     assert (response.status_code, error_of(response)["code"]) == (409, "WORKER_ALREADY_REGISTERED")
 
 
+@pytest.mark.E01
 def test_ten_first_heartbeats_at_once_make_ten_workers() -> None:
     app = App()
 
@@ -208,6 +214,7 @@ def test_info_says_where_clients_go() -> None:
     assert (info["name"], info["role"], info["openai_base_url"]) == ("rbee", "queen", "http://queen/v1")
 
 
+@pytest.mark.E32
 def test_metrics_name_workers_by_state() -> None:
     app = App()
     app.beat()
@@ -219,6 +226,7 @@ def test_metrics_name_workers_by_state() -> None:
     assert 'queen_heartbeats_total{outcome="registered"} 1.0' in text
 
 
+@pytest.mark.E27
 def test_correlation_id_is_kept() -> None:
     response = App().ask("GET", "/v1/workers/x", headers=CLIENT | {"X-Correlation-ID": "abc-123"})
 
@@ -231,6 +239,7 @@ def test_delete_of_an_unknown_request_is_fine() -> None:
     assert [app.ask("DELETE", "/v1/inference/nobody").status_code for _ in range(2)] == [204, 204]
 
 
+@pytest.mark.E27
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
@@ -252,6 +261,7 @@ def test_wrong_paths_get_the_envelope(method: str, path: str, status: int, code:
 P, M = {"prompt": "hi"}, {"messages": [{"role": "user", "content": "hi"}]}
 
 
+@pytest.mark.E26
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
@@ -342,6 +352,7 @@ def test_nobody_there_is_503_with_a_time_to_come_back(path: str) -> None:
     assert response.headers["retry-after"] == "1"
 
 
+@pytest.mark.E31
 def test_deadline_that_is_no_number_is_named_and_one_that_has_passed_is_408() -> None:
     app = App()
     app.beat()
@@ -412,6 +423,7 @@ def test_requests_over_the_rate_get_429_and_when_to_come_back() -> None:
     assert second.headers["retry-after"] == "60"
 
 
+@pytest.mark.E26
 def test_a_caller_that_gets_nothing_right_is_slowed_down_and_nobody_else() -> None:
     app = App()
     keys = ClientKeys(
@@ -437,6 +449,7 @@ def test_a_caller_that_gets_nothing_right_is_slowed_down_and_nobody_else() -> No
     assert get("/health", "stranger").status_code == 200
 
 
+@pytest.mark.E32
 def test_answered_errors_are_counted_by_code() -> None:
     app = App()
     for path in ("/nowhere", "/v1/workers/nobody", "/v1/workers/nobody"):

@@ -223,6 +223,7 @@ def test_nobody_listens() -> None:
     play(answering(), talk)
 
 
+@pytest.mark.E39
 def test_slow_reader_slows_the_server_and_gets_everything_in_order() -> None:
     piece, count = b"x" * 1000, 20_000  # 20 MB: no socket buffer holds it
     sent = 0

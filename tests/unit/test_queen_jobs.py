@@ -39,6 +39,7 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(asyncio.wait_for(test(), 20))
 
 
+@pytest.mark.E32
 def test_ended_jobs_are_counted_whatever_their_end() -> None:
     async def work(job: Job) -> None:
         if job.operation.operation == "hive_stop":

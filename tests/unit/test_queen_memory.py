@@ -40,6 +40,7 @@ def kept(directory: Path, *beats: object) -> Registry:
     return asyncio.run(run())
 
 
+@pytest.mark.N03
 def test_sleeping_worker_is_known_after_a_restart_and_one_that_beats_is_not_written_down(tmp_path: Path) -> None:
     kept(tmp_path, beat("lab1-cpu0", status="dormant"), beat("lab2-cpu0"))
 

@@ -43,6 +43,7 @@ def test_first_beat_registers_and_the_worker_is_routable() -> None:
     assert registry.routable(registry.get("lab1-cpu0", 0.0), 0.0)
 
 
+@pytest.mark.X09
 @pytest.mark.parametrize(("silent_s", "routable", "known"), [(30, True, 1), (30.1, False, 1), (120, False, 1), (120.1, False, 0)])
 def test_silence_ends_routing_after_30_s_and_memory_after_120_s(silent_s: float, routable: bool, known: int) -> None:
     registry = Registry()
@@ -64,6 +65,7 @@ def test_silent_worker_is_hidden() -> None:
         registry.get("lab1-cpu0", 30.1)
 
 
+@pytest.mark.E02
 def test_older_beat_never_overwrites() -> None:
     registry = Registry()
     registry.beat(beat(seq=5, slots_available=1), 0.0)
@@ -88,6 +90,7 @@ def test_successor_on_a_machine_whose_clock_was_set_back_is_taken_when_the_old_o
     assert registry.beat(beat(started_at=1000.0, pid=2), 31.0) is BeatOutcome.REGISTERED
 
 
+@pytest.mark.E01
 def test_same_id_from_another_address_is_refused_while_the_first_lives() -> None:
     registry = Registry()
     registry.beat(beat(), 0.0)
@@ -121,6 +124,7 @@ def test_goodbye_of_an_impostor_does_not_remove() -> None:
     assert len(registry) == 1
 
 
+@pytest.mark.E05
 def test_failed_worker_is_not_routed_until_it_beats_again() -> None:
     registry = Registry()
     registry.beat(beat(seq=1), 0.0)
@@ -190,6 +194,7 @@ def test_states_that_take_no_requests_are_listed_and_not_routed(state: WorkerSta
     assert not registry.routable(registry.get("lab1-cpu0", 0.0), 0.0)
 
 
+@pytest.mark.N03
 def test_dormant_worker_is_silent_and_not_forgotten() -> None:
     registry = Registry()
     registry.beat(beat(status="dormant"), 0.0)
@@ -197,6 +202,7 @@ def test_dormant_worker_is_silent_and_not_forgotten() -> None:
     assert [w.state for w in registry.live(100_000.0)] == [WorkerState.DORMANT]
 
 
+@pytest.mark.E01
 def test_ten_first_beats_make_ten_records() -> None:
     registry = Registry()
     for n in range(10):
@@ -205,6 +211,7 @@ def test_ten_first_beats_make_ten_records() -> None:
     assert len(registry.live(0.0)) == 10
 
 
+@pytest.mark.E02
 @given(
     st.lists(
         st.tuples(st.sampled_from([1000.0, 2000.0, 3000.0]), st.integers(0, 20), st.booleans()),

@@ -248,6 +248,7 @@ def test_started_names_the_request_as_the_queen_does() -> None:
     assert started["request_id"] == request_id
 
 
+@pytest.mark.X14
 @pytest.mark.parametrize(
     ("script", "broken"),
     [
@@ -305,6 +306,7 @@ def test_kept_connection_that_was_just_closed_is_tried_again_on_a_fresh_one() ->
     assert bench.failed() == []
 
 
+@pytest.mark.X14
 @pytest.mark.parametrize(("classes", "mode"), [(["A", "A"], "exact"), (["A", "B"], "approximate")])
 def test_broken_stream_goes_on_at_another_worker(classes: list[str], mode: str) -> None:
     bench = Bench(breaks_after(3), whole, classes=classes)
@@ -393,6 +395,7 @@ def test_pings_count_as_life() -> None:
     assert text_of(bench.run()) == "".join(TEXT)
 
 
+@pytest.mark.X14
 @pytest.mark.parametrize(
     ("script", "code"),
     [(breaks_after(3), WorkerCrashed.code), (stream_of(STARTED, *tokens(0, 3), 30.0), ConnectionTimeout.code)],
@@ -460,6 +463,7 @@ def test_nobody_there() -> None:
         Bench().run()
 
 
+@pytest.mark.E31
 def test_deadline_before_the_first_byte_is_408() -> None:
     async def slow() -> None:
         bench = Bench(whole)
@@ -478,6 +482,7 @@ def test_deadline_before_the_first_byte_is_408() -> None:
     asyncio.run(slow())
 
 
+@pytest.mark.E31
 def test_deadline_within_the_stream_is_an_event() -> None:
     bench = Bench(stream_of(STARTED, *tokens(0, 2), 30.0), whole, stall_s=10.0)
 
@@ -487,6 +492,7 @@ def test_deadline_within_the_stream_is_an_event() -> None:
     assert bench.failed() == []
 
 
+@pytest.mark.E31
 def test_deadline_is_passed_on_and_never_lengthened() -> None:
     async def ask(deadline: float | None, timeout_s: float | None) -> str | None:
         bench = Bench(whole)
@@ -523,6 +529,7 @@ def test_cancel_ends_the_stream_at_once_and_closes_the_worker_s() -> None:
     assert time.perf_counter() - began < 5
 
 
+@pytest.mark.E09
 def test_drain_waits_for_streams_then_tells_the_rest_why_and_takes_nothing_new() -> None:
     async def drain(*pieces: Piece) -> tuple[list[dict[str, Any]], Bench]:
         bench = Bench(stream_of(STARTED, *tokens(0, 2), *pieces), stall_s=20.0)
@@ -578,6 +585,7 @@ def test_client_that_leaves_in_the_middle_closes_the_worker_s_stream() -> None:
     asyncio.run(leave())
 
 
+@pytest.mark.X14
 @settings(deadline=None)
 @given(st.integers(0, len(TEXT)), st.integers(1, 200), st.integers(1, 200), st.booleans())
 def test_cut_anywhere_the_client_gets_every_token_once(cut: int, first_size: int, second_size: int, same: bool) -> None:
@@ -614,6 +622,29 @@ def test_pings_do_not_hide_a_worker_that_hangs_while_it_decodes() -> None:
     assert text_of(seen) == "".join(TEXT)
     assert bench.failed() == ["lab0-cpu0"]
     assert bench.failovers() == {("timeout", "exact"): 1.0}
+
+
+@pytest.mark.E08
+def test_worker_whose_beats_are_lost_ends_what_it_has_and_gets_nothing_new() -> None:
+    now = [0.0]
+
+    async def run() -> None:
+        bench = Bench(whole, clock=lambda: now[0])
+        stream = await bench.open()
+        seen: list[dict[str, Any]] = []
+        async for batch in stream.events():
+            seen += [event for _, event in batch]
+            if now[0] == 0.0:
+                now[0] = bench.registry.stale_after_s + 1
+                with pytest.raises(NoWorkerAvailable, match="silent"):
+                    await bench.open(stream=False)
+        assert text_of(seen) == "".join(TEXT)
+        assert (seen[-1]["type"], bench.workers) == ("end", ["lab0-cpu0"])
+        bench.registry.sweep(bench.registry.forget_after_s + 1)
+        assert len(bench.registry) == 0
+        assert all(body.closed for body in bench.bodies)
+
+    asyncio.run(run())
 
 
 def test_slow_client_is_no_hung_worker() -> None:
