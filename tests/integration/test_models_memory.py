@@ -27,7 +27,7 @@ from rbee_serve.worker.engine.protocol import EngineConfig
 config = EngineConfig(**json.loads(sys.argv[1]))
 model = Model(config, gguf.read(config.model_path), lambda share: None)
 for slot in range(config.slots):
-    model.prefill(np.ones(64, np.int32), 0, slot, logits=True)
+    model.prefill(np.ones(64, np.int32), 0, slot, "", logits=True)
 rollup = Path("/proc/self/smaps_rollup").read_text()
 print(json.dumps({"buffers": sum(model.log.buffers_mib.values()) * 2**20,
                   "resident": int(re.search(r"Rss:\s+(\d+)", rollup)[1]) * 1024}))
