@@ -69,7 +69,8 @@ def relay(run: Run) -> None:
         openai = replace(queen.server, path="/v1/chat/completions")
         for server in (queen.server, openai, proxy):
             asyncio.run(at_once(server, ["Hello"] * 4, 20))
-        for _ in range(run.rounds):
+        for n in range(run.rounds):
+            queen.beat(fleets.heartbeat("bench", worker.port, slots=1000, seq=2 + n))  # the proxy takes its time: not silent
             ours.append(_rate(queen.server, "Hello", tokens))
             alone.append(_rate(queen.server, "paced", paced))
             chat.append(_rate(openai, "Hello", tokens))
