@@ -10,6 +10,8 @@ _START = (
 )
 
 NOTES: dict[str, str] = {
+    "throughput/1": "The same kernels; this machine's speed changes between sessions (1.13 x in one earlier the same day, at "
+    "nearly twice the tokens per second of both). What one stream costs beside llama.cpp's decode is not profiled.",
     "throughput/8": "The spreads of both servers overlap almost wholly: parity, on two cores that also run the client.",
     "throughput-1b/1": "The spreads of both servers overlap: parity. One stream reads all weights for each token, with the same "
     "kernels in both servers.",
@@ -17,14 +19,16 @@ NOTES: dict[str, str] = {
     "throughput-1b/p99-8": _BURST
     + " With this model a prompt of 64 tokens alone takes longer than the gap of 0.25 s, so a step came "
     "after every one.",
-    "throughput/ttft-16": _BURST,
+    "throughput/ttft-16": "With eight times as many prompts as cores the time goes into evaluating them, with the same kernels "
+    "in both servers; bursts are read through first, and what is saved beyond that would be fewer evaluated tokens.",
     "binding/ttft-8": _BURST + " One of the two rounds took twice as long as the other.",
     "shared/warm": _BURST + " Besides, to stay exact with an f16 cache the last 64 tokens of each prompt are evaluated again, "
     'of which 24 are new; with kv_type = "q8_0" it would be the 24.',
     "python/8": "By the clock, of the whole loop. Worked out from its parts, not profiled: what Python computes for eight "
     "streams (argmax 5 us a token, the rest less) is well under 1 % of a step of 40 ms, so most of it should be the loop's "
     "thread waiting for a core: two compute threads, the front and the client share two.",
-    "start/135M": _START,
+    "start/135M": "The engine process begins ahead of the worker's own imports (0.98 s before that); what remains is two "
+    "interpreters that import numpy, llama.cpp's bindings and starlette on two cores, and the self test. Not profiled further.",
     "wake/135M": _START + " Besides, 64 tokens are evaluated again to stay exact, and without the prefix it is 2 s more only.",
     "wake/1.1B": _START,
 }
