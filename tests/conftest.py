@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+HERE = Path(__file__).resolve().parent
+#: Modules of tests/acceptance with machines of their own; the others share one deployed fleet.
+OWN_MACHINES = {"test_bundle", "test_faults", "test_lab"}
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
@@ -21,6 +24,15 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         for number in range(1, last + 1):
             config.addinivalue_line("markers", f"{letter}{number:02d}: {what} {number} of the specification")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the tests (``pytest -n 2 --dist loadgroup``): what shares a fleet or a module stays together."""
+    for item in items:
+        path = item.path.relative_to(HERE)
+        shared = path.parts[0] == "acceptance" and path.stem not in OWN_MACHINES
+        item.add_marker(pytest.mark.xdist_group("fleet" if shared else path.stem))
 
 
 @pytest.fixture(scope="session")
