@@ -36,6 +36,8 @@ format: ## let ruff rewrite the code
 molecule: setup ## molecule scenarios on lab machines
 	molecule test -s default
 	molecule test -s lifecycle
+	molecule test -s upgrade
+	molecule test -s remove
 
 bench: setup ## measure beside llama.cpp's own servers and write docs/benchmarks.md; ARGS="--only CASE --rounds N --quick --list"
 	@python -m bench $(ARGS)

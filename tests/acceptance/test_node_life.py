@@ -20,6 +20,8 @@ from rbee_ctl.demo_model import MODEL_ID
 NODE = "lab2"
 #: Asleep behind a socket; with a stream; the one that things happen to.
 SLEEPER, STREAMER, VICTIM = "cpu0-s", "cpu0-g", "cpu0-v"
+#: On a port that is not the next one.
+ASIDE = "cpu0-t"
 PROBE = Path(__file__).with_name("sandbox_probe.py")
 
 
@@ -77,7 +79,7 @@ def node(fleet: Fleet) -> Iterator[Node]:
         node.add(VICTIM, socket=False)
         yield node
     finally:
-        for name in (SLEEPER, STREAMER, VICTIM):
+        for name in (SLEEPER, STREAMER, VICTIM, ASIDE):
             units = f"rbee-worker@{name}.service rbee-worker@{name}.socket"
             node.sh(
                 f"systemctl disable --now {units}; systemctl reset-failed {units}; rm -rf /etc/rbee/workers/{name}.toml"
@@ -96,6 +98,7 @@ def node(fleet: Fleet) -> Iterator[Node]:
 @pytest.mark.N02
 @pytest.mark.N03
 @pytest.mark.N10
+@pytest.mark.P15
 def test_an_idle_worker_sleeps_and_every_connection_wakes_it_also_after_a_reboot(node: Node) -> None:
     exits = f"journalctl -u rbee-worker@{SLEEPER} -o cat --no-pager | grep -c 'Deactivated successfully' || true"
     url = node.url(SLEEPER)
@@ -150,6 +153,7 @@ def test_a_queen_that_is_gone_longer_than_its_lease_frees_the_machine_and_the_so
 
 @pytest.mark.S74
 @pytest.mark.N04
+@pytest.mark.P15
 def test_a_blocked_generation_thread_is_noticed_by_the_watchdog_and_nobody_else_suffers(node: Node) -> None:
     node.settings(VICTIM, "[Service]", "WatchdogSec=2", "Environment=RBEE_STALL_TIMEOUT_S=1")
     node.restart(VICTIM)
@@ -169,6 +173,7 @@ def test_a_blocked_generation_thread_is_noticed_by_the_watchdog_and_nobody_else_
 
 @pytest.mark.S35
 @pytest.mark.S46
+@pytest.mark.P15
 def test_a_worker_that_runs_out_of_memory_while_loading_ends_failed_and_says_so(node: Node) -> None:
     limits = ("[Unit]", "StartLimitBurst=3", "[Service]", "MemoryMax=90M", "RestartSec=100ms")
     node.sh(f"systemctl stop rbee-worker@{VICTIM}")
@@ -204,6 +209,46 @@ def test_a_sleeping_worker_whose_port_is_taken_is_refused_with_the_name_of_the_t
         node.sh("systemctl stop squatter")
     node.restart(SLEEPER)
     assert node.socket(SLEEPER) == "active"
+
+
+@pytest.mark.S45
+def test_a_new_worker_steps_aside_from_a_port_that_another_process_has(node: Node) -> None:
+    listener = "import socket,time; s=[socket.create_server(('',p)) for p in range(8002,8012)]; time.sleep(600)"
+    node.sh(f'systemd-run --unit=squatter -p Type=exec python3 -c "{listener}"')
+    try:
+        until(lambda: node.sh("ss -ltnH 'sport = :8011'"), "the ports are taken")
+        done = node.lab.ctl("worker", "start", "--node", NODE, "--model", MODEL_ID, "--name", ASIDE, "--slots", "1", "--json")
+        assert done.returncode == 0, done.stderr
+        warned = re.search(r"port [0-9, ]+ is taken by another process; using (\d+)", done.stderr)
+        assert warned, done.stderr
+        assert json.loads(done.stdout)["data"]["worker"]["url"].endswith(f":{warned[1]}")
+        assert httpx.get(f"{node.url(ASIDE)}/health", trust_env=False).json()["status"] == "alive"
+        listed = httpx.get(f"{node.fleet.queen_url}/v1/workers", headers=node.fleet.headers, trust_env=False).json()["workers"]
+        assert [w["url"] for w in listed if w["name"] == ASIDE] == [node.url(ASIDE)]
+    finally:
+        node.sh("systemctl stop squatter")
+
+
+@pytest.mark.S17
+@pytest.mark.S46
+def test_a_worker_that_dies_at_once_is_told_with_its_last_words_and_the_next_command(node: Node) -> None:
+    unit = f"rbee-worker@{VICTIM}.service"
+    node.sh(f"systemctl stop {unit}")
+    node.settings(VICTIM, "[Service]", 'ExecStartPre=/bin/sh -c "echo no such luck >&2; exit 1"', "RestartSec=200ms")
+    try:
+        done = node.lab.ctl("worker", "start", "--node", NODE, "--model", MODEL_ID, "--name", VICTIM, "--slots", "1", "--json")
+        (error,) = json.loads(done.stdout)["errors"]
+        assert (done.returncode, error["code"], error["host"]) == (1, "UNIT_START_FAILED", NODE), done.stdout
+        assert "no such luck" in error["message"]
+        assert f"journalctl -u {unit} -n 50" in error["hint"]
+        assert [line for line in error["details"]["journal"] if "no such luck" in line]
+        # Tried again with pauses, and not for ever.
+        until(lambda: node.service(VICTIM)["ActiveState"] == "failed", "given up", limit_s=60)
+        assert int(node.service(VICTIM)["NRestarts"]) in range(2, 6)
+        assert node.show("rbee-hive.target")["ActiveState"] == "active"
+        assert VICTIM not in node.registry()
+    finally:
+        node.settings(VICTIM, "")
 
 
 @pytest.mark.N12
@@ -250,7 +295,9 @@ def moment(node: Node, name: str, key: str) -> int:
 @pytest.mark.S77
 @pytest.mark.S78
 @pytest.mark.N01
+@pytest.mark.P05
 def test_a_stop_ends_idle_busy_and_hung_workers_and_sockets_and_nothing_comes_back(node: Node) -> None:
+    assert node.lab.ctl("worker", "stop", "--node", NODE, ASIDE).returncode == 0
     for name in (SLEEPER, STREAMER, VICTIM):
         node.restart(name)
     node.settings(VICTIM, "[Service]", "TimeoutStopSec=4")
