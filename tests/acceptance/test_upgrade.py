@@ -83,8 +83,10 @@ class Client:
             if stream.status_code == 503:
                 self._later(min(1.0, float(stream.headers["retry-after"])))
                 return
+            if stream.status_code != 200:
+                self.faults.append(f"{stream.status_code}: {stream.read().decode()}")
+                return
             lines = [line[6:] for line in stream.iter_lines() if line.startswith("data: ")]
-            assert stream.status_code == 200, stream.status_code
         self._judge(lines)
 
     def _judge(self, lines: list[str]) -> None:
