@@ -150,7 +150,7 @@ class Roll:
 
     def upgrade(self) -> tuple[int, dict[str, Any]]:
         """Return exit code and envelope of ``rbee-ctl upgrade``."""
-        done = self.lab.ctl("-i", str(self.inventory), "upgrade", "--json", timeout=600)
+        done = self.lab.ctl("-i", str(self.inventory), "upgrade", "--json", timeout=900)
         return done.returncode, json.loads(done.stdout)
 
     def running(self, node: str) -> str:
@@ -191,6 +191,7 @@ def roll(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rol
         assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.timeout(1800)  # two rolls with clients at work all the while, and the wheels of a version that nobody has built
 def test_an_upgrade_loses_no_token_and_one_that_can_not_serve_stops_at_the_first_machine(roll: Roll) -> None:
     before = {node: (roll.running(node), roll.pid(node)) for node in NODES}
     assert {path.rsplit("/", 1)[1] for path, _ in before.values()} != {roll.version}
