@@ -69,6 +69,8 @@ rbee_result:
 """
 
 OWN_DROP_IN = "50-rbee.conf"
+#: Where an administrator's drop-ins are.
+UNIT_PLACES = ("/etc/systemd/system", "/run/systemd/system")
 
 
 def entry(kind, what, expected, found, command):
@@ -92,7 +94,9 @@ def unit_files(props, shipped):
         yield entry(
             "unit file", fragment, f"as shipped ({shipped[template][:12]})", digest(fragment)[:12], f"systemctl cat {unit}"
         )
-    for drop_in in props.get("DropInPaths", "").split():
+    # Also those on disk that systemd has not read yet: they take effect at the next reload, whoever asks for it.
+    unread = [str(p) for place in UNIT_PLACES for name in {unit, template} for p in Path(place, name + ".d").glob("*.conf")]
+    for drop_in in sorted({*props.get("DropInPaths", "").split(), *unread}):
         if Path(drop_in).name != OWN_DROP_IN and "/rbee" in drop_in:
             yield entry("drop-in", unit, "none but rbee's own", drop_in, f"systemctl cat {unit}")
     if props.get("NeedDaemonReload") == "yes":
