@@ -1,0 +1,357 @@
+"""Operations on machines by both doors, rbee-ctl and a job of the deployed queen, which has a key to them (SPEC 2).
+
+The third machine, lab3, has another install path (S-86) and is taken through its whole life.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from machines import Done, Fleet
+from waiting import until
+
+from rbee_ctl.demo_model import MODEL_ID
+
+Answer = dict[str, Any]
+WORKER = "lab2-cpu0-op"
+
+
+class Doors:
+    """The two ways in: rbee-ctl here, and jobs of the queen on lab1, which has rbee-ctl, an inventory and a key of its own."""
+
+    def __init__(self, fleet: Fleet, folder: Path) -> None:
+        self.fleet, self.lab, self.folder = fleet, fleet.lab, folder
+        self.inventory = folder / "inventory.yml"
+        self.http = httpx.Client(base_url=fleet.queen_url, headers=fleet.headers, timeout=300, trust_env=False)
+
+    @property
+    def env(self) -> dict[str, str]:
+        return {"RBEE_INVENTORY": str(self.inventory)}
+
+    def run(self, *arguments: str) -> Done:
+        return self.lab.ctl(*arguments, env=self.env, timeout=300)
+
+    def ctl(self, *arguments: str, code: int = 0) -> Answer:
+        """Return the envelope of a command."""
+        done = self.run(*arguments, "--json")
+        assert done.returncode == code, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        envelope: Answer = json.loads(done.stdout)
+        return envelope
+
+    def job(self, operation: str, **fields: Any) -> tuple[str, list[Answer]]:
+        """Run a job to its end; returns its state and all its events."""
+        answer = self.http.post("/v1/jobs", json={"operation": operation, **fields})
+        assert answer.status_code == 200, answer.text
+        job = answer.json()
+        with self.http.stream("GET", job["sse_url"]) as stream:
+            lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line.startswith("data: ")]
+        assert lines[-1] == "[DONE]"
+        events = [json.loads(line) for line in lines[:-1]]
+        assert {e["job_id"] for e in events} == {job["job_id"]}
+        return str(self.http.get(f"/v1/jobs/{job['job_id']}").json()["state"]), events
+
+    def job_result(self, operation: str, **fields: Any) -> Answer:
+        state, events = self.job(operation, **fields)
+        assert state == "completed", events[-3:]
+        assert any(e.get("action") == "mode" for e in events) or operation == "infer"
+        return next((e["data"] for e in events if e["type"] == "result"), {})
+
+    def job_error(self, operation: str, **fields: Any) -> Answer:
+        state, events = self.job(operation, **fields)
+        assert (state, events[-1]["type"]) == ("failed", "error"), events[-3:]
+        return events[-1]
+
+    def worker(self, worker_id: str = WORKER) -> Answer | None:
+        found = {w["id"]: w for w in self.http.get("/v1/workers").json()["workers"]}
+        return found.get(worker_id)
+
+    def pid(self, unit: str = "rbee-worker@cpu0-op") -> int:
+        return int(self.lab.ssh("lab2", f"systemctl show -p MainPID --value {unit}").stdout)
+
+    def state(self, unit: str = "rbee-worker@cpu0-op") -> str:
+        return self.lab.ssh("lab2", f"systemctl is-active {unit}", check=False).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def doors(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Doors]:
+    """The fleet with a queen that runs jobs, a third machine and one that nobody can reach; all of it taken back."""
+    found = Doors(fleet, tmp_path_factory.mktemp("operations"))
+    lab = fleet.lab
+    data = yaml.safe_load(lab.inventory.read_text())
+    hives = data["all"]["children"]["rbee_hives"]["hosts"]
+    worker = {**hives["lab2"]["rbee_workers"][0], "threads": 1}
+    hives["lab3"] = {"ansible_host": lab.address("lab3"), "rbee_install_path": "/srv/rbee", "rbee_workers": [worker]}
+    hives["gone"] = {"ansible_host": "127.0.0.1", "ansible_port": 9, "rbee_workers": []}
+    jobs = {"rbee_queen_jobs": True, "rbee_queen_jobs_ssh_key": str(lab.directory / "id")}
+    data["all"]["children"]["rbee_queen"]["hosts"]["lab1"] = jobs
+    found.inventory.write_text(yaml.safe_dump(data))
+    with found.http:
+        try:
+            lab.machines(3)
+            done = lab.playbook("site", "--limit", "all:!gone", inventory=found.inventory)
+            assert done.returncode == 0, done.stdout[-5000:]
+            until(lambda: found.worker("lab2-cpu0"), "lab2's worker is known again")
+            yield found
+        finally:
+            lab.ssh("lab2", "systemctl stop rbee-worker@cpu0-op; rm -f /etc/rbee/workers/cpu0-op.*", check=False)
+            done = lab.playbook("site", "--limit", "lab1")
+            assert done.returncode == 0, done.stdout[-5000:]
+            left = lab.ssh("lab1", "ls -d /etc/rbee/jobs /opt/rbee/runtimes/ctl /etc/rbee/credentials/jobs-ssh-key", check=False)
+            lab.run("down", "lab3")
+            assert left.stdout == ""
+
+
+def test_reading_by_both_doors(doors: Doors) -> None:
+    lab = doors.lab
+    lab.ssh("lab2", "systemd-run --quiet --unit=decoy bash -c 'exec -a llm-worker sleep 600'")
+    try:
+        pid = doors.pid("rbee-worker@cpu0")
+        for found in (
+            doors.ctl("worker", "process", "list", "--node", "lab2")["data"],
+            doors.job_result("worker_process_list", hive_id="lab2"),
+        ):
+            main = next(p for p in found["processes"] if p["role"] == "main")
+            assert (main["pid"], main["worker_id"], main["model_id"]) == (pid, "lab2-cpu0", MODEL_ID)
+            assert main["uptime_s"] > 0
+            assert not [p for p in found["processes"] if "sleep" in p["command"]]
+    finally:
+        lab.ssh("lab2", "systemctl stop decoy")
+    for found in (
+        doors.ctl("worker", "process", "get", "--node", "lab2", "--pid", str(pid))["data"],
+        doors.job_result("worker_process_get", hive_id="lab2", pid=pid),
+    ):
+        assert (found["process"]["pid"], found["process"]["unit"]) == (pid, "rbee-worker@cpu0.service")
+        assert found["process"]["rss_bytes"] > 10_000_000
+    for found in (
+        doors.ctl("worker", "binary", "list", "--node", "lab2")["data"],
+        doors.job_result("worker_binary_list", hive_id="lab2"),
+    ):
+        assert "cpu0" in next(r for r in found["hosts"]["lab2"]["runtimes"] if r["current"])["used_by"]
+    for found in (
+        doors.ctl("worker", "binary", "get", "--node", "lab2", "--type", "cpu-llm-worker")["data"],
+        doors.job_result("worker_binary_get", hive_id="lab2", worker_type="cpu-llm-worker"),
+    ):
+        assert found["hosts"]["lab2"]["runtime"]["path"].startswith("/opt/rbee/runtimes/cpu/")
+    for found in (
+        doors.ctl("model", "list", "--node", "lab2")["data"],
+        doors.job_result("model_list", hive_id="lab2"),
+    ):
+        assert MODEL_ID in [m["id"] for m in found["hosts"]["lab2"]["models"]]
+    for found in (
+        doors.ctl("model", "get", "--node", "lab2", MODEL_ID)["data"],
+        doors.job_result("model_get", hive_id="lab2", id=MODEL_ID),
+    ):
+        assert found["hosts"]["lab2"]["model"]["metadata"]["layers"] == 30
+
+
+def test_what_is_known_without_asking_machines(doors: Doors) -> None:
+    for found in (doors.ctl("status")["data"], doors.job_result("status")):
+        assert {"lab1", "lab2"} <= {h["name"] for h in found["hives"]}
+        assert {"lab1-cpu0", "lab2-cpu0"} <= {w["id"] for w in found["workers"]}
+    for found in (doors.ctl("hive", "list")["data"], doors.job_result("hive_list")):
+        assert sorted(h["name"] for h in found["hives"]) == ["gone", "lab1", "lab2", "lab3"]
+        assert next(h for h in found["hives"] if h["name"] == "lab3")["install_path"] == "/srv/rbee"
+    for found in (
+        doors.ctl("hive", "refresh", "--node", "lab2")["data"],
+        doors.job_result("hive_refresh_capabilities", alias="lab2"),
+    ):
+        assert found["hosts"]["lab2"]["devices"][0]["id"] == "cpu:0"
+    for found in (doors.ctl("hive", "get", "--node", "lab2")["data"], doors.job_result("hive_get", alias="lab2")):
+        assert found["hive"]["devices"][0]["id"] == "cpu:0"
+        assert str(doors.lab.directory) not in json.dumps(found["hive"]) or "ssh_private_key" not in json.dumps(found["hive"])
+    for found in (doors.ctl("hive", "ssh-test", "--node", "lab2")["data"], doors.job_result("ssh_test", alias="lab2")):
+        assert found["ok"] is True
+    for found in (doors.ctl("hive", "status", "--node", "lab2")["data"], doors.job_result("hive_status", alias="lab2")):
+        assert found["hosts"]["lab2"]["hive"]["target"] == "active"
+        assert found["hosts"]["lab2"]["hive"]["units"][0]["active_state"] == "active"
+    for found in (doors.ctl("worker", "list", "--node", "lab2")["data"], doors.job_result("active_worker_list", hive_id="lab2")):
+        assert [w["id"] for w in found["workers"]] == ["lab2-cpu0"]
+    for found in (doors.ctl("worker", "get", "lab2-cpu0")["data"], doors.job_result("active_worker_get", worker_id="lab2-cpu0")):
+        assert found["worker"]["pid"] == doors.pid("rbee-worker@cpu0")
+
+
+@pytest.mark.S89
+@pytest.mark.S90
+@pytest.mark.S17
+def test_a_worker_by_both_doors_from_its_start_to_its_removal(doors: Doors) -> None:
+    spawn = {"hive_id": "lab2", "model": MODEL_ID, "worker": "cpu-llm-worker", "device": 0, "name": "cpu0-op", "slots": 1}
+    made = doors.job_result("worker_spawn", **spawn)["worker"]
+    assert made["worker_id"] == WORKER
+    same = doors.ctl(
+        "worker", "start", "--node", "lab2", "--model", MODEL_ID, "--device", "0", "--name", "cpu0-op", "--slots", "1"
+    )
+    assert (same["data"]["worker"]["worker_id"], same["data"]["changed"]) == (WORKER, False)
+    until(lambda: (doors.worker() or {}).get("status") == "idle", "the worker is idle", limit_s=60)
+
+    health = doors.ctl("workers", "health", "--node", "lab2")["data"]["workers"]
+    assert {w["id"]: w["ready"] for w in health} == {"lab2-cpu0": True, WORKER: True}
+    assert doors.ctl("workers", "health", "--node", "ghost")["data"]["workers"] == []
+    told = doors.run("infer", "--worker-id", WORKER, "--prompt", "Once", "--max-tokens", "4")
+    assert (told.returncode, bool(told.stdout)) == (0, True), told.stderr
+    state, events = doors.job("infer", worker_id=WORKER, prompt="Once", max_tokens=4)
+    assert (state, [e["i"] for e in events if e["type"] == "token"]) == ("completed", [0, 1, 2, 3])
+
+    # Retired: refused without --yes where nobody can be asked, then never chosen again; twice is once.
+    assert doors.run("worker", "retire", WORKER).returncode == 2
+    assert doors.ctl("worker", "retire", WORKER, "--yes")["data"]["worker"]["status"] == "retiring"
+    assert doors.job_result("active_worker_retire", worker_id=WORKER)["worker"]["status"] == "retiring"
+    refused = doors.run("infer", "--worker-id", WORKER, "--prompt", "Once")
+    assert refused.returncode != 0, refused.stdout
+
+    # Its process, ended for good, by either door.
+    restarts = "systemctl show -p NRestarts --value rbee-worker@cpu0-op"
+    gone = doors.ctl("worker", "process", "delete", "--node", "lab2", "--pid", str(doors.pid()), "--yes")["data"]["process"]
+    assert gone["deleted"] is True
+    assert (doors.state(), doors.lab.ssh("lab2", restarts).stdout.strip()) == ("inactive", "0")
+    doors.lab.ssh("lab2", "systemctl start rbee-worker@cpu0-op")
+    assert doors.job_result("worker_process_delete", hive_id="lab2", pid=doors.pid())["process"]["deleted"] is True
+    assert doors.state() == "inactive"
+
+    # Started on the machine itself: known again, and shut down by its id; its neighbour does not notice.
+    neighbour = doors.pid("rbee-worker@cpu0")
+    doors.lab.ssh("lab2", "systemctl start rbee-worker@cpu0-op")
+    until(lambda: (doors.worker() or {}).get("status") == "idle", "the worker is idle", limit_s=60)
+    doors.ctl("workers", "shutdown", "--id", WORKER)
+    assert (doors.state(), doors.pid("rbee-worker@cpu0")) == ("inactive", neighbour)
+    assert doors.run("workers", "shutdown", "--id", "ghost-cpu0").returncode == 1
+
+    # A program that can not run: said with its journal, and how to see more.
+    folder = "/etc/systemd/system/rbee-worker@cpu0-op.service.d"
+    doors.lab.ssh(
+        "lab2", f"printf '[Service]\\nExecStart=\\nExecStart=/bin/false\\n' > {folder}/99-broken.conf; systemctl daemon-reload"
+    )
+    broken = doors.run(
+        "worker", "start", "--node", "lab2", "--model", MODEL_ID, "--device", "0", "--name", "cpu0-op", "--slots", "1"
+    )
+    assert (broken.returncode, "UNIT_START_FAILED" in broken.stderr) == (1, True), broken.stderr
+    assert "journalctl -u rbee-worker@cpu0-op" in broken.stderr
+    doors.lab.ssh("lab2", f"rm {folder}/99-broken.conf; systemctl daemon-reload; systemctl reset-failed rbee-worker@cpu0-op")
+
+    # Nobody declares it: named with --check, kept without --yes, removed with it.
+    assert "cpu0-op" in json.dumps(doors.ctl("worker", "cleanup", "--node", "lab2", "--check")["data"])
+    assert doors.run("worker", "cleanup", "--node", "lab2").returncode == 2
+    assert doors.lab.ssh("lab2", "ls /etc/rbee/workers").stdout.count("cpu0-op")
+    assert "cpu0-op" in json.dumps(doors.ctl("worker", "cleanup", "--node", "lab2", "--yes")["data"])
+    assert "cpu0-op" not in doors.lab.ssh("lab2", "ls /etc/rbee/workers").stdout
+    assert doors.pid("rbee-worker@cpu0") == neighbour
+
+
+def test_runtimes_that_nobody_uses_are_deleted_by_both_doors(doors: Doors) -> None:
+    delete: list[tuple[str, Callable[[], Answer]]] = [
+        ("vulkan", lambda: doors.job_result("worker_binary_delete", hive_id="lab2", worker_type="vulkan")),
+        ("rocm", lambda: doors.ctl("worker", "binary", "delete", "--node", "lab2", "--type", "rocm", "--yes")["data"]),
+    ]
+    for kind, act in delete:
+        home = f"/opt/rbee/runtimes/{kind}/0-spare"
+        doors.lab.ssh("lab2", f"mkdir -p {home}/bin && echo 'version: 0-spare' > {home}/metadata.yaml")
+        assert act()["hosts"]["lab2"]["runtime"]["path"] == home
+        assert doors.lab.ssh("lab2", f"ls {home}", check=False).returncode != 0
+
+
+def fingerprint(doors: Doors) -> list[str]:
+    """What must not change on the machines that nobody asked for."""
+    look = "sha256sum /etc/rbee/hive.toml /etc/rbee/workers/cpu0.toml; systemctl show -p MainPID rbee-worker@cpu0"
+    return [doors.lab.ssh(n, look).stdout for n in ("lab1", "lab2")]
+
+
+@pytest.mark.S04
+@pytest.mark.S05
+@pytest.mark.S16
+@pytest.mark.S86
+def test_a_machine_to_nothing_and_back_again(doors: Doors) -> None:
+    lab, others = doors.lab, fingerprint(doors)
+    runtime = (
+        "readlink /etc/rbee/workers/cpu0.runtime; readlink -f /proc/$(systemctl show -p MainPID --value rbee-worker@cpu0)/cwd"
+    )
+    assert lab.ssh("lab3", runtime).stdout.startswith("/srv/rbee/runtimes/cpu/")
+    assert lab.ssh("lab3", "ls /opt/rbee", check=False).returncode != 0
+
+    doors.job_result("hive_stop", alias="lab3")
+    assert doors.run("hive", "status", "--node", "lab3").returncode == 3
+    doors.job_result("hive_start", alias="lab3")
+    assert doors.ctl("hive", "stop", "--node", "lab3")["data"]["hosts"]["lab3"]["status"] == "ok"
+    assert doors.ctl("hive", "start", "--node", "lab3")["data"]["hosts"]["lab3"]["status"] == "ok"
+    assert doors.run("hive", "status", "--node", "lab3").returncode == 0
+
+    assert doors.run("hive", "uninstall", "--node", "lab3").returncode == 2
+    doors.job_result("hive_uninstall", alias="lab3")
+    left = "systemctl list-unit-files --no-legend 'rbee*'; ls -d /srv/rbee /etc/rbee; id -u rbee"
+    assert lab.ssh("lab3", left, check=False).stdout == ""
+    assert lab.ssh("lab3", "ls /var/lib/rbee/models").stdout  # models stay
+    virgin = doors.run("hive", "start", "--node", "lab3")
+    assert (virgin.returncode, "setup install --node lab3" in virgin.stderr) == (1, True), virgin.stderr
+    assert "setup install --node lab3" in doors.job_error("hive_start", alias="lab3")["hint"]
+
+    # By a job, from the queen's machine: what it installs was brought there with the queen.
+    doors.job_result("hive_install", alias="lab3")
+    token = "sha256sum /etc/rbee/credentials/fleet-token"
+    assert lab.ssh("lab3", token).stdout == lab.ssh("lab2", token).stdout
+    misspelt = doors.folder / "misspelt.yml"
+    misspelt.write_text(doors.inventory.read_text().replace("rbee_install_path", "rbee_instal_path"))
+    refused = doors.lab.ctl("--inventory", str(misspelt), "apply", "--node", "lab3")
+    assert (refused.returncode, "rbee_instal_path" in refused.stderr) == (1, True), refused.stderr
+    assert doors.ctl("apply", "--node", "lab3")["data"]["hosts"]["lab3"]["changed"] is True  # its worker
+    assert doors.ctl("apply", "--node", "lab3")["data"]["hosts"]["lab3"]["changed"] is False
+    done = doors.run("setup", "install", "--node", "lab3")
+    assert done.returncode == 0, done.stderr
+
+    doors.ctl("hive", "uninstall", "--node", "lab3", "--yes", "--purge")
+    assert lab.ssh("lab3", "ls -d /var/lib/rbee", check=False).returncode != 0
+    assert fingerprint(doors) == others
+
+
+@pytest.mark.S84
+def test_rbee_ctl_installs_itself_for_all_users_of_a_machine(doors: Doors) -> None:
+    """On lab1, which has an rbee-ctl: its queen's."""
+    lab = doors.lab
+    ctl = lab.ssh("lab1", "ls /opt/rbee/runtimes/ctl/*/bin/rbee-ctl").stdout.strip()
+    refused = lab.ssh("lab1", f"runuser -u nobody -- {ctl} install --system", check=False)
+    assert (refused.returncode, "root" in refused.stderr) == (1, True)
+    files = "/usr/local/bin/rbee-ctl /usr/local/bin/rbee-queen /etc/rbee/config.toml"
+    try:
+        assert json.loads(lab.ssh("lab1", f"{ctl} install --system --json").stdout)["data"]["changed"]
+        assert lab.ssh("lab1", "readlink /usr/local/bin/rbee-ctl").stdout.strip() == ctl
+        assert lab.ssh("lab1", "rbee-ctl version; ls -d /var/lib/rbee/models /etc/rbee/config.toml").returncode == 0
+        assert json.loads(lab.ssh("lab1", "rbee-ctl install --system --json").stdout)["data"]["changed"] == []
+    finally:
+        lab.ssh("lab1", f"rm -rf {files} /var/lib/rbee/state")
+
+
+@pytest.mark.S91
+def test_the_journal_of_a_machine_is_followed_until_ctrl_c(doors: Doors) -> None:
+    lab = doors.lab
+    command = ["rbee-ctl", "logs", "--node", "lab2", "--follow", "--lines", "1"]
+    say = "systemd-run --quiet --wait --unit=rbee-said echo {}"
+    lab.ssh("lab2", say.format("before"))  # a unit that the journal knows
+    with subprocess.Popen(
+        command, env=lab.environment | doors.env, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+    ) as logs:
+        assert logs.stdout is not None
+        assert logs.stdout.readline()
+        lab.ssh("lab2", say.format("live-line-4711"))
+        assert any("live-line-4711" in line for line in logs.stdout)
+        logs.send_signal(signal.SIGINT)
+        assert logs.wait(60) in (0, 130)
+    until(lambda: lab.ssh("lab2", "pgrep journalctl", check=False).stdout == "", "journalctl has ended on the machine")
+    assert lab.ctl("logs", "--node", "gone", env=doors.env).returncode == 4
+
+
+def test_the_queens_sandbox_and_inventory_hold_no_secret(doors: Doors) -> None:
+    lab = doors.lab
+    token = (lab.directory / "state/secrets/fleet-token").read_text().strip()
+    shown = lab.ssh(
+        "lab1", "cat /etc/rbee/jobs/*; systemctl show rbee-queen; journalctl -u rbee-queen --no-pager; ps auxe"
+    ).stdout
+    key = (lab.directory / "id").read_text().splitlines()[1]
+    for secret in (token, doors.fleet.api_key, key):
+        assert secret not in shown
+    assert lab.ssh("lab1", "runuser -u nobody -- cat /etc/rbee/jobs/inventory.yml", check=False).returncode != 0
+    assert str(lab.directory) not in lab.ssh("lab1", "cat /etc/rbee/jobs/inventory.yml").stdout
