@@ -25,7 +25,9 @@ class ErrorItem:
     @classmethod
     def of(cls, error: RbeeError, host: str | None = None) -> ErrorItem:
         """Return the item for ``error``; an error that names its host in the details keeps it."""
-        return cls(error.code, error.message, error.hint, host, dict(error.details))
+        named = error.details.get("host")
+        where = named if host is None and isinstance(named, str) else host
+        return cls(error.code, error.message, error.hint, where, dict(error.details))
 
     def as_dict(self) -> dict[str, Any]:
         """Return ``{"code", "message", "hint", "host"?, "details"}``."""

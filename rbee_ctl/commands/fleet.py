@@ -34,9 +34,13 @@ def per_host(command: str, play: PlaybookResult, view: str, *, exit_code: int | 
 
 
 def one_host(play: PlaybookResult, host: str, key: str) -> Mapping[str, Any]:
-    """Return ``rbee_result`` of a verb that runs on one host; raises that host's error, or MalformedResponse without ``key``."""
+    """Return ``rbee_result`` of a verb that runs on one host.
+
+    Raises that host's error with the host in its details, or MalformedResponse without ``key``.
+    """
     outcome = play.hosts.get(host)
     if outcome is not None and outcome.error is not None:
+        outcome.error.details["host"] = host
         raise outcome.error
     if play.error is not None:
         raise play.error

@@ -213,7 +213,7 @@ def test_a_sleeping_worker_whose_port_is_taken_is_refused_with_the_name_of_the_t
 
 @pytest.mark.S45
 def test_a_new_worker_steps_aside_from_a_port_that_another_process_has(node: Node) -> None:
-    listener = "import socket,time; s=[socket.create_server(('',p)) for p in range(8002,8012)]; time.sleep(600)"
+    listener = "import socket,time; s=[socket.create_server(('',p)) for p in range(8005,8012)]; time.sleep(600)"
     node.sh(f'systemd-run --unit=squatter -p Type=exec python3 -c "{listener}"')
     try:
         until(lambda: node.sh("ss -ltnH 'sport = :8011'"), "the ports are taken")
