@@ -371,8 +371,8 @@ def changes_of(event: TaskDone) -> list[dict[str, str]]:
     for item in changed:
         diffs = item.get("diff") or []
         diffs = [d for d in (diffs if isinstance(diffs, list) else [diffs]) if isinstance(d, dict)]
-        # The headers of a copied file's diff name its source too, so that they come second.
-        headers = [d["after_header"] for d in diffs if d.get("after_header")]
+        # Of a file that is copied in check mode the diff's headers are all there is: before, its place; after, its source.
+        headers = [d.get(key) for key in ("before_header", "after_header") for d in diffs]
         names = [item.get("dest"), item.get("path"), *headers, item.get("name"), item.get("_ansible_item_label")]
         what = next((str(n) for n in names if n), "")
         found.append({"task": task, "what": what, "diff": "".join(_diff_text(d) for d in diffs)})

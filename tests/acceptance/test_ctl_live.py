@@ -77,16 +77,32 @@ def live(fleet: Fleet) -> Iterator[Live]:
     until(lambda: live.idle("lab1-cpu0", WORKER), "both workers idle after the test", limit_s=60)
 
 
+def stream(live: Live) -> subprocess.Popen[bytes]:
+    """A command that asks lab2's worker, and no other one, for 1500 tokens."""
+    command = ["rbee-ctl", "infer", "--worker-id", WORKER, "--prompt", "Once upon a time", "-n", "1500", "--temperature", "0"]
+    return subprocess.Popen(
+        command, env=live.lab.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd=ROOT
+    )
+
+
+def judge_partial(live: Live, process: subprocess.Popen[bytes], out: str, err: str, code: str) -> None:
+    """A stream that nobody could take over: what came is on stdout and in a file, and the error says how much it was."""
+    assert process.returncode == 1, err
+    kept = re.search(r"partial text \((\d+) / 1500 tokens\) kept in (\S+)", err)
+    assert kept, err
+    assert int(kept[1]) > 0
+    text = live.lab.command(["cat", kept[2]]).stdout
+    assert out.rstrip("\n") == text.rstrip("\n")
+    assert re.search(rf"error: .*; {kept[1]} / 1500 tokens \[{code}\]", err), err
+
+
 @pytest.mark.S54
 @pytest.mark.S60
 def test_a_worker_that_dies_under_a_stream_that_nobody_can_take_over(live: Live) -> None:
     restarts, pid = int(live.show("NRestarts")), live.show("MainPID")
     # Not restarted at once: the queen would have the stream go on exactly there.
     live.settings("[Service]", "RestartSec=8")
-    command = ["rbee-ctl", "infer", "--worker-id", WORKER, "--prompt", "Once upon a time", "-n", "1500", "--temperature", "0"]
-    process = subprocess.Popen(
-        command, env=live.lab.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd=ROOT
-    )
+    process = stream(live)
     try:
         assert process.stdout is not None
         first = process.stdout.read(20)
@@ -96,18 +112,40 @@ def test_a_worker_that_dies_under_a_stream_that_nobody_can_take_over(live: Live)
         process.kill()
         process.wait()
 
-    out, err = (first + rest).decode(), said.decode()
-    assert process.returncode == 1, err
-    kept = re.search(r"partial text \((\d+) / 1500 tokens\) kept in (\S+)", err)
-    assert kept, err
-    assert int(kept[1]) > 0
-    text = live.lab.command(["cat", kept[2]]).stdout
-    assert out.rstrip("\n") == text.rstrip("\n")
-    assert re.search(r"error: .*; \d+ / 1500 tokens \[WORKER_CRASHED\]", err), err
+    judge_partial(live, process, (first + rest).decode(), said.decode(), "WORKER_CRASHED")
     until(lambda: live.workers().get(WORKER, {}).get("pid") != int(pid), "gone from the registry")
     until(lambda: live.idle(WORKER), "restarted by systemd", limit_s=60)
     assert int(live.show("NRestarts")) == restarts + 1
     assert "code=killed, status=9/KILL" in live.sh(f"journalctl -u {UNIT} -o cat --no-pager -n 60")
+
+
+@pytest.mark.S55
+def test_a_worker_that_stands_still_under_a_stream_is_left_and_its_watchdog_brings_it_back(live: Live) -> None:
+    live.settings("[Service]", "WatchdogSec=12", "TimeoutAbortSec=2")
+    live.sh(f"systemctl restart {UNIT}")
+    impatient = "/run/systemd/system/rbee-queen.service.d/90-test.conf"
+    setting = "[Service]\\nEnvironment=RBEE_STALL_TIMEOUT_S=2\\n"
+    live.lab.ssh("lab1", f"mkdir -p $(dirname {impatient}) && printf '{setting}' > {impatient} && systemctl daemon-reload")
+    try:
+        live.lab.ssh("lab1", "systemctl restart rbee-queen")
+        until(lambda: live.idle(WORKER), "known to the queen again", limit_s=60)
+        restarts, pid = int(live.show("NRestarts")), live.show("MainPID")
+        process = stream(live)
+        try:
+            assert process.stdout is not None
+            first = process.stdout.read(20)
+            live.sh(f"kill -STOP {pid}")
+            rest, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            process.wait()
+        until(lambda: int(live.show("NRestarts")) == restarts + 1, "restarted by systemd", limit_s=60)
+    finally:
+        live.lab.ssh("lab1", f"rm -r $(dirname {impatient}); systemctl daemon-reload; systemctl restart rbee-queen")
+
+    judge_partial(live, process, (first + rest).decode(), said.decode(), "CONNECTION_TIMEOUT")
+    assert "made no token for 2 s" in said.decode()
+    assert "Watchdog timeout" in live.sh(f"journalctl -u {UNIT} -o cat --no-pager -n 60")
 
 
 @pytest.mark.S90

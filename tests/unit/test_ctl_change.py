@@ -34,6 +34,12 @@ def test_of_a_loop_the_changed_items_alone_are_told() -> None:
     assert [c["what"] for c in changes_of(done(changed=True, results=items))] == ["/etc/one", "/etc/three"]
 
 
+def test_a_file_that_would_be_copied_is_named_by_its_place_and_not_by_its_source() -> None:
+    diff = {"before": "a\n", "after": "b\n", "before_header": "/etc/x", "after_header": "/checkout/x"}
+    (change,) = changes_of(done(changed=True, diff=[diff]))
+    assert change["what"] == "/etc/x"
+
+
 def test_a_diff_of_records_is_shown_as_text() -> None:
     diff = {"before": {"src": "/old"}, "after": {"src": "/new"}}
     (change,) = changes_of(done(changed=True, dest="/etc/link", diff=diff))
