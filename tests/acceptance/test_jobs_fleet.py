@@ -227,10 +227,8 @@ def test_a_worker_by_both_doors_from_its_start_to_its_removal(doors: Doors) -> N
 
     # A program that can not run: said with its journal, and how to see more.
     folder = "/etc/systemd/system/rbee-worker@cpu0-op.service.d"
-    doors.lab.ssh(
-        "lab2",
-        f"mkdir -p {folder} && printf '[Service]\\nExecStart=\\nExecStart=/bin/false\\n' > {folder}/99-broken.conf && systemctl daemon-reload",
-    )
+    program = "[Service]\\nExecStart=\\nExecStart=/bin/false\\n"
+    doors.lab.ssh("lab2", f"mkdir -p {folder} && printf '{program}' > {folder}/99-broken.conf && systemctl daemon-reload")
     broken = doors.run(
         "worker", "start", "--node", "lab2", "--model", MODEL_ID, "--device", "0", "--name", "cpu0-op", "--slots", "1"
     )
