@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests (``pytest -n 2 --dist loadgroup``): what shares a fleet or a module stays together."""
+    """Keep together what shares a fleet or a module where several processes run the tests (``pytest -n 2 --dist loadgroup``)."""
     for item in items:
         path = item.path.relative_to(HERE)
         shared = path.parts[0] == "acceptance" and path.stem not in OWN_MACHINES
