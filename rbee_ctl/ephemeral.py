@@ -1,11 +1,13 @@
-"""``infer --ephemeral``: what one command had to start is stopped when it ends, and nothing else (SPEC S-80, CAP-67)."""
+"""What ``infer`` has to start for itself: the queen (SPEC CAP-67); with ``--ephemeral`` all of it is stopped again (S-80)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import urlsplit
 
+from rbee_ctl.config import CLIENT_FILE
 from rbee_serve.contract.errors import ConnectionTimeout, RbeeError
 
 if TYPE_CHECKING:
@@ -33,16 +35,9 @@ class Ephemeral:
             raise failed
 
     def ensure_queen(self, queen: QueenClient) -> None:
-        """Start the queen unless one answers; raises what its playbook says."""
-        try:
-            queen.get("/health")
-        except ConnectionTimeout as e:
-            self._session.ui.narrate("ctl", "ephemeral", f"{e.message}; starting it")
-            play = self._session.play("queen_start")
-            if (failed := _first_error(play)) is not None:
-                raise failed from e
-            if any(outcome.changed for outcome in play.hosts.values()):
-                self._owned.append(("the queen", lambda: self._session.play("queen_stop")))
+        """Start the queen unless one answers, and own it then; raises what its playbook says."""
+        if ensure_queen(self._session, queen):
+            self._owned.append(("the queen", lambda: self._session.play("queen_stop")))
 
     def start_worker(self, node: str, request: Mapping[str, Any]) -> PlaybookResult:
         """Run ``worker_start`` on a machine and own what was not there before: the hive, the worker, its instance."""
@@ -62,6 +57,32 @@ class Ephemeral:
                 (f"worker {node}-{name}", lambda: self._session.play("worker_stop", limit=node, extra_vars=variables))
             )
         return play
+
+
+def ensure_queen(session: Session, queen: QueenClient) -> bool:
+    """Start the fleet's queen unless one answers; says whether it was started here.
+
+    Raises ConnectionTimeout where no queen answers and it is none of the inventory's, and what its playbook says.
+    """
+    try:
+        queen.get("/health")
+    except ConnectionTimeout as e:
+        if not _of_the_inventory(session):
+            raise
+        session.ui.narrate("ctl", "queen", f"{e.message}; starting it")
+        play = session.play("queen_start")
+        if (failed := _first_error(play)) is not None:
+            raise failed from e
+        return any(outcome.changed for outcome in play.hosts.values())
+    return False
+
+
+def _of_the_inventory(session: Session) -> bool:
+    """Say whether the queen that is asked is the one that the inventory's playbooks start."""
+    if session.settings.inventory.value is None or (host := session.inventory.queen) is None:
+        return False
+    deployed = session.settings.queen_url.source == str(session.settings.state_path / CLIENT_FILE)
+    return deployed or urlsplit(session.settings.queen).hostname in (host.name, host.address)
 
 
 def _up(unit: Mapping[str, Any]) -> bool:

@@ -46,7 +46,7 @@ def infer(
     verbose: Verbose = False,
 ) -> OperationResult:
     """Generate text, streamed token by token."""
-    from rbee_ctl.ephemeral import Ephemeral
+    from rbee_ctl.ephemeral import Ephemeral, ensure_queen
     from rbee_ctl.inference import Inference
     from rbee_ctl.references import check_backend, check_model
 
@@ -80,6 +80,7 @@ def infer(
         body["prompt"] = prompt
     if not ephemeral:
         with s.queen() as queen:
+            ensure_queen(s, queen)
             return Inference(s, queen, body, backend=backend).run()
     with Ephemeral(s) as owner, s.queen() as queen:
         owner.ensure_queen(queen)

@@ -205,6 +205,14 @@ def test_a_model_that_is_never_loaded_is_given_up_with_how_far_it_came(live: Liv
     assert error["hint"].startswith(f"journalctl -u {UNIT}")
 
 
+def test_a_queen_that_does_not_run_is_started_for_a_question_and_stays(live: Live) -> None:
+    assert live.lab.ctl("queen", "stop", "--no-cascade").returncode == 0
+    done = live.lab.ctl("infer", "--node", NODE, "--model", MODEL_ID, "--prompt", "Once", "-n", "8", timeout=240)
+    assert (done.returncode, bool(done.stdout.strip())) == (0, True), done.stderr
+    assert "starting it" in done.stderr
+    assert live.states() == {"active"}
+
+
 @pytest.mark.S80
 def test_an_ephemeral_answer_leaves_nothing_running_that_did_not_run_before(live: Live) -> None:
     assert live.lab.ctl("queen", "stop").returncode == 0

@@ -143,7 +143,7 @@ def test_wrong_key_says_where_the_key_comes_from(queen: QueenStandIn) -> None:
     assert "rbee-ctl config show" in err
 
 
-def test_queen_that_is_down_is_exit_4(queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queen_of_somebody_else_that_is_down_is_exit_4(queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RBEE_QUEEN_URL", "http://127.0.0.1:9")
     result, _, err = run("infer", "-p", "x")
     assert (result.exit_code, result.errors[0].code) == (4, "CONNECTION_TIMEOUT")
@@ -227,7 +227,8 @@ def test_loading_worker_is_waited_for_and_no_second_one_is_started(queen: QueenS
     seen: list[str] = []
 
     def on_get(path: str) -> None:
-        seen.append(path)
+        if path != "/health":
+            seen.append(path)
         if len(seen) == 3:
             queen.workers[0]["status"] = "idle"
 
@@ -333,13 +334,41 @@ def test_ephemeral_stops_also_when_the_answer_fails(queen: QueenStandIn, monkeyp
 
 
 @pytest.mark.S80
-def test_ephemeral_starts_a_queen_that_does_not_answer_and_stops_it(queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ephemeral_starts_a_queen_that_does_not_answer_and_stops_it(
+    queen: QueenStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plays = Plays(queen, {"target": "active", "units": []})
     monkeypatch.setattr(Session, "play", lambda s, name, **kw: plays.play(s, name, **kw))
     monkeypatch.setenv("RBEE_QUEEN_URL", "http://127.0.0.1:9")
+    with_queen(tmp_path, "127.0.0.1")
     result, _, _ = run("infer", "--node", "lab1", "--model", "m", "-p", "x", "--ephemeral")
     assert result.exit_code == 4  # the stand-in starts no queen
     assert [name for name, _ in plays.calls] == ["queen_start", "queen_stop"]
+
+
+def with_queen(folder: Path, address: str) -> None:
+    """Add the queen's group to the inventory."""
+    text = f"{INVENTORY}rbee_queen: {{hosts: {{boss: {{ansible_host: {address}}}}}}}\n"
+    (folder / "inventory.yml").write_text(text)
+
+
+def test_the_fleets_queen_is_started_when_it_does_not_run_and_stays(
+    queen: QueenStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SPEC CAP-67: a queen of the inventory is started by its playbook; one that answers, or is somebody else's, is not."""
+    plays = Plays(queen, {"target": "active", "units": []})
+    monkeypatch.setattr(Session, "play", lambda s, name, **kw: plays.play(s, name, **kw))
+    with_queen(tmp_path, "127.0.0.1")
+    queen.answers = [whole("hi")]
+    assert run("infer", "-p", "x")[0].exit_code == 0
+    assert plays.calls == []
+    monkeypatch.setenv("RBEE_QUEEN_URL", "http://127.0.0.1:9")
+    result, _, err = run("infer", "-p", "x")
+    assert (result.exit_code, [name for name, _ in plays.calls]) == (4, ["queen_start"])
+    assert "starting it" in err
+    with_queen(tmp_path, "10.77.0.11")
+    assert run("infer", "-p", "x")[0].exit_code == 4
+    assert len(plays.calls) == 1
 
 
 @pytest.mark.S81
