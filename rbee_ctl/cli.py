@@ -35,6 +35,8 @@ def root(
     inventory: Annotated[str | None, typer.Option("--inventory", "-i", metavar="FILE", help="Ansible inventory")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="no narration on stderr")] = False,
     events: Annotated[bool, typer.Option("--events", help="one JSON object a line on stdout, for programs", hidden=True)] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON envelope")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="show Ansible's own output")] = False,
     show_version: Annotated[bool, typer.Option("--version", help="show the version")] = False,
 ) -> OperationResult | None:
     """One private LLM service out of several Linux machines: Ansible in control, systemd in charge, llama.cpp underneath."""
@@ -46,6 +48,7 @@ def root(
     session: Session = ctx.obj
     session.ui.quiet = quiet
     session.ui.events = events
+    session.ui.json, session.ui.verbose = as_json, verbose
     if show_version:
         from rbee_ctl.commands import overview
 
@@ -64,8 +67,16 @@ def command_name(args: Sequence[str]) -> str:
     return " ".join(words)
 
 
+def _quiet_first(args: Sequence[str]) -> list[str]:
+    """Let --quiet stand anywhere before ``--``: it is an option of rbee-ctl itself."""
+    end = args.index("--") if "--" in args else len(args)
+    rest = [arg for arg in args[:end] if arg != "--quiet"]
+    return [*(["--quiet"] if len(rest) < end else []), *rest, *args[end:]]
+
+
 def run(args: Sequence[str], ui: Ui) -> OperationResult:
     """Run one command; every failure comes back as a result."""
+    args = _quiet_first(args)
     try:
         value = app(args=list(args), prog_name="rbee-ctl", standalone_mode=False, obj=Session(ui))
     except typer.TyperException as e:

@@ -73,7 +73,9 @@ def ensure_queen(session: Session, queen: QueenClient) -> bool:
         play = session.play("queen_start")
         if (failed := _first_error(play)) is not None:
             raise failed from e
-        return any(outcome.changed for outcome in play.hosts.values())
+        if not any(outcome.changed for outcome in play.hosts.values()):
+            raise  # it runs and does not answer: nothing that a start mends
+        return True
     return False
 
 

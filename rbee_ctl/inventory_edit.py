@@ -34,16 +34,12 @@ class _CanNotEdit(Exception):
 
 def add_host(path: Path, name: str, variables: Variables, group: str = HIVE_GROUP) -> None:
     """Add a host to ``group``; raises NodeExists, InventoryReadOnly with what to write by hand."""
-    by_hand = (
-        _yaml_entry(name, variables, group) if path.suffix in (".yml", ".yaml") or path.is_dir() else _ini(name, variables, group)
-    )
-    _rewrite(path, lambda text: added(text, name, variables, group), by_hand)
+    _rewrite(path, lambda text: added(text, name, variables, group), by_hand(path, name, variables, group))
 
 
 def update_host(path: Path, name: str, variables: Variables) -> bool:
     """Set variables of a host (None removes one); True when that changed the file. Raises NodeNotFound, InventoryReadOnly."""
-    shown = {k: v for k, v in variables.items() if v is not None}
-    return _rewrite(path, lambda text: updated(text, name, variables), _ini(name, shown, None))
+    return _rewrite(path, lambda text: updated(text, name, variables), by_hand(path, name, variables, None))
 
 
 def remove_host(path: Path, name: str) -> None:
@@ -51,9 +47,17 @@ def remove_host(path: Path, name: str) -> None:
     _rewrite(path, lambda text: removed(text, name), f"delete the entries of {name}")
 
 
-def check_editable(path: Path) -> None:
-    """Raise InventoryReadOnly unless ``path`` is a YAML file that may be written."""
-    _editable(path, "edit it by hand")
+def by_hand(path: Path, name: str, variables: Variables, group: str | None = HIVE_GROUP) -> str:
+    """Return what to write into the inventory for a host where we may not; without ``group`` its variables alone."""
+    shown = {k: v for k, v in variables.items() if v is not None}
+    if group is not None and (path.suffix in (".yml", ".yaml") or path.is_dir()):
+        return _yaml_entry(name, shown, group)
+    return _ini(name, shown, group)
+
+
+def check_editable(path: Path, lines: str) -> None:
+    """Raise InventoryReadOnly, with the ``lines`` to write by hand, unless ``path`` is a YAML file that may be written."""
+    _editable(path, lines)
 
 
 def _editable(path: Path, by_hand: str) -> Path:

@@ -238,7 +238,21 @@ def bar(text: str, *, fancy: bool = True) -> str:
 
 #: Details that the message or the lines above say already.
 _UNSHOWN = frozenset(
-    {"known", "problems", "journal", "node", "model", "backend", "url", "field", "task", "output", "path", "partial_text_file"}
+    {
+        "known",
+        "by_hand",
+        "problems",
+        "journal",
+        "node",
+        "model",
+        "backend",
+        "url",
+        "field",
+        "task",
+        "output",
+        "path",
+        "partial_text_file",
+    }
 )
 
 

@@ -212,10 +212,12 @@ def import_ssh(
 
     s = session(ctx, json=json)
     path = s.settings.inventory_path
-    inventory_edit.check_editable(path)
     known = set(s.inventory.hosts)
+    found = parser.hosts(ssh_config.expanduser())
+    lines = [inventory_edit.by_hand(path, name, variables) for name, variables in found.items() if name not in known]
+    inventory_edit.check_editable(path, "\n".join(lines))
     new, there = [], []
-    for name, variables in parser.hosts(ssh_config.expanduser()).items():
+    for name, variables in found.items():
         if name in known:
             there.append(name)
             continue

@@ -48,7 +48,8 @@ def infer(
     """Generate text, streamed token by token."""
     from rbee_ctl.ephemeral import Ephemeral, ensure_queen
     from rbee_ctl.inference import Inference
-    from rbee_ctl.references import check_backend, check_model
+    from rbee_ctl.references import check_backend
+    from rbee_serve.contract.references import check_model
 
     s = session(ctx, json=json, verbose=verbose)
     if model is not None:

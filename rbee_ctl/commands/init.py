@@ -107,9 +107,10 @@ def init(
     )
     messages = [f"{path}: {', '.join(names)}"]
     config = Path(os.environ.get("HOME") or Path.home()) / ".config/rbee/config.toml"
-    if s.settings.file is None and s.settings.inventory.value is None:
+    if s.settings.inventory.value is None and s.settings.file in (None, config.absolute()):
         config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(f'inventory = "{path}"\n', encoding="utf-8")
+        before = config.read_text(encoding="utf-8") if config.is_file() else ""
+        config.write_text(f'inventory = "{path}"\n{before}', encoding="utf-8")
         messages.append(f"{config}: names it")
     else:
         messages.append(f"to use it: export RBEE_INVENTORY={path}")
@@ -158,6 +159,7 @@ def install(
         bin_dir, config = home / ".local/bin", home / ".config/rbee/config.toml"
         data, state = home / ".local/share/rbee/models", home / ".local/state/rbee"
     done: list[str] = []
+    start: list[str] = []
     for folder, mode in ((bin_dir, 0o755), (config.parent, 0o755), (data, 0o755), (state, 0o700)):
         if not folder.is_dir():
             folder.mkdir(parents=True, mode=mode)
@@ -176,9 +178,12 @@ def install(
         done.append(f"{config}: written")
     if not system and _user_unit(home / ".config/systemd/user/rbee-queen.service", bin_dir / "rbee-queen", home):
         done.append("rbee-queen.service: a unit of this user")
+        start.append(
+            'its queen: systemctl --user enable --now rbee-queen; rbee-ctl asks it with queen_url = "http://127.0.0.1:8080"'
+        )
     s.ui.narrate("ctl", "install", f"{len(done)} changes")
     where = str(bin_dir)
-    messages = [*done]
+    messages = [*done, *start]
     if where not in os.environ.get("PATH", "").split(":"):
         messages.append(f"{where} is not on PATH: export PATH={where}:$PATH")
     messages.append("next: rbee-ctl init HOST... (your machines), or rbee-ctl serve (try it here)")
@@ -195,7 +200,7 @@ state_dir = "{state}"
 # api_key_file = "{state}/secrets/client-key"
 """
 _UNIT = """\
-# The queen on this user's account: it runs jobs with this user's inventory and SSH keys.
+# The queen on this user's account. For fleet jobs give it client_keys_file and ctl_command (docs/settings.md).
 [Unit]
 Description=rbee queen of this user
 After=network-online.target

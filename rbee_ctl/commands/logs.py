@@ -32,7 +32,10 @@ def logs(
             help="machine of the inventory; default: the only one",
         ),
     ] = None,
-    worker: Annotated[str | None, typer.Option("--worker", metavar="NAME", help="this worker alone (cpu0, or its id)")] = None,
+    worker: Annotated[
+        str | None,
+        typer.Option("--worker", metavar="NAME", autocompletion=completion.workers, help="this worker alone (cpu0, or its id)"),
+    ] = None,
     queen: Annotated[bool, typer.Option("--queen", help="the queen alone")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl+C")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="how many of the last lines first")] = 50,

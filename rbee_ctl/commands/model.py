@@ -43,8 +43,8 @@ def download(
 ) -> OperationResult:
     """Fetch a model once and bring it onto machines; where it is already it is left alone."""
     from rbee_ctl.commands.fleet import per_host
-    from rbee_ctl.references import check_model
     from rbee_serve.contract.errors import InvalidRequest
+    from rbee_serve.contract.references import check_model
 
     s = session(ctx, json=json, verbose=verbose)
     check_model(model)
@@ -98,7 +98,7 @@ def _served(s: Session, node: str | None) -> OperationResult:
 def get(ctx: typer.Context, model: _Id, node: Nodes = None, json: Json = False, verbose: Verbose = False) -> OperationResult:
     """Show one model: path, size, digest, and what its header says."""
     from rbee_ctl.commands.fleet import per_host
-    from rbee_ctl.references import check_model
+    from rbee_serve.contract.references import check_model
 
     s = session(ctx, json=json, verbose=verbose)
     check_model(model)
@@ -118,7 +118,7 @@ def delete(
 ) -> OperationResult:
     """Delete a model of one machine, its files and its entry; refused while a worker uses it."""
     from rbee_ctl.commands.fleet import per_host
-    from rbee_ctl.references import check_model
+    from rbee_serve.contract.references import check_model
 
     s = session(ctx, json=json, verbose=verbose)
     check_model(model)

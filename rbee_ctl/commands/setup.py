@@ -110,7 +110,7 @@ def remove_node(
 
     s = session(ctx, json=json, verbose=verbose)
     host = s.inventory.get(name)
-    inventory_edit.check_editable(s.settings.inventory_path)
+    inventory_edit.check_editable(s.settings.inventory_path, f"delete the entries of {name}")
     if not force and (running := _running_workers(s, name)):
         raise InvalidRequest(
             f"node {name} has active workers: {', '.join(running)}",
@@ -181,7 +181,7 @@ def _add(s: Session, command: str, name: str, variables: dict[str, Any], no_prob
     from rbee_ctl import inventory_edit
 
     path = s.settings.inventory_path
-    inventory_edit.check_editable(path)
+    inventory_edit.check_editable(path, inventory_edit.by_hand(path, name, variables))
     if name in s.inventory.hosts:
         raise NodeExists(
             f"node {name} is in {path} already",
@@ -206,7 +206,8 @@ def _update(s: Session, command: str, name: str, variables: dict[str, Any], no_p
         )
     if not variables:
         raise InvalidRequest("nothing to change", hint=f"rbee-ctl {command} --name {name} --ssh-host ADDRESS", field="name")
-    inventory_edit.check_editable(s.settings.inventory_path)
+    path = s.settings.inventory_path
+    inventory_edit.check_editable(path, inventory_edit.by_hand(path, name, variables, None))
     found: dict[str, Any] = {} if no_probe else _probe(s, name, variables)
     changed = inventory_edit.update_host(s.settings.inventory_path, name, variables)
     s.ui.narrate("ctl", "update_node", f"{name} {'is changed' if changed else 'was so already'} in {s.settings.inventory_path}")

@@ -48,8 +48,9 @@ def start(
     """Start a worker on a machine; the model is downloaded when it is not there."""
     from rbee_ctl import node_facts
     from rbee_ctl.commands.fleet import one_host
-    from rbee_ctl.references import check_backend, check_model, unknown_model
+    from rbee_ctl.references import check_backend, unknown_model
     from rbee_serve.contract.errors import ModelNotFound
+    from rbee_serve.contract.references import check_model
 
     s = session(ctx, json=json, verbose=verbose)
     check_model(model)
@@ -82,12 +83,15 @@ def start_request(
 def stop(
     ctx: typer.Context,
     workers: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="WORKER...", autocompletion=completion.workers, help="ids (lab1-cpu0), or names (cpu0) with --node"
         ),
-    ],
+    ] = None,
     node: Node = None,
+    worker_id: Annotated[
+        list[str] | None, typer.Option("--id", metavar="WORKER", autocompletion=completion.workers, help="the same as WORKER")
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
@@ -96,9 +100,12 @@ def stop(
     from rbee_serve.contract.errors import InvalidRequest
 
     s = session(ctx, json=json, verbose=verbose)
+    named = [*(workers or []), *(worker_id or [])]
+    if not named:
+        raise typer.BadParameter("which worker? rbee-ctl worker list", ctx=ctx, param_hint="WORKER")
     s.known_node(node)
     pairs = {
-        (node, worker.removeprefix(f"{node}-")) if node is not None else s.inventory.split_worker_id(worker) for worker in workers
+        (node, worker.removeprefix(f"{node}-")) if node is not None else s.inventory.split_worker_id(worker) for worker in named
     }
     if len(hosts := {host for host, _ in pairs}) > 1:
         raise InvalidRequest(

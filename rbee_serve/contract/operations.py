@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from rbee_serve.contract.api import PROMPT_MAX_CHARS, Message
 from rbee_serve.contract.errors import InvalidRequest
+from rbee_serve.contract.references import check_model
 
 Node = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$", description="a machine of the inventory")]
 #: A name that may stand in a command line: no control characters, and no leading hyphen.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$", max_length=400)]
-ModelRef = Annotated[str, Field(pattern=r"^[A-Za-z0-9][^\x00-\x1f\x7f]*$", max_length=500)]
+ModelRef = Annotated[str, Field(pattern=r"^[A-Za-z0-9][^\x00-\x1f\x7f]*$", max_length=500), AfterValidator(check_model)]
 WorkerId = Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]{1,128}$")]
 Pid = Annotated[int, Field(ge=1, le=4_194_304)]
 
@@ -79,7 +80,7 @@ class WorkerSpawn(_OnHive):
     operation: Literal["worker_spawn"]
     model: ModelRef
     worker: Word | None = None
-    device: Annotated[int, Field(ge=0, le=63)] = 0
+    device: Annotated[int, Field(ge=0, le=63)] | None = None
     name: Annotated[str, Field(pattern=r"^[a-z]+[0-9]+(-[a-z0-9]+)?$")] | None = None
     slots: Annotated[int, Field(ge=1, le=64)] | None = None
 

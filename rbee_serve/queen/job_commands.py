@@ -59,7 +59,9 @@ def arguments(operation: op.Operation) -> list[str] | None:
 
 
 def _spawn(operation: op.WorkerSpawn, node: str) -> list[str]:
-    command = ["worker", "start", node, f"--model={operation.model}", f"--device={operation.device}"]
+    command = ["worker", "start", node, f"--model={operation.model}"]
+    if operation.device is not None:
+        command.append(f"--device={operation.device}")
     if operation.worker is not None:
         command.append(f"--backend={operation.worker.partition('-')[0]}")
     if operation.name is not None:

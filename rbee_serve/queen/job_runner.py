@@ -151,17 +151,17 @@ class JobRunner:
         if wanted.hive_id is not None:
             body["node"] = wanted.hive_id
         try:
-            return await self._generate(job, body)
+            return await self._generate(job, body, tokens=wanted.stream)
         except (ModelNotFound, NoWorkerAvailable):
             if wanted.hive_id is None or wanted.model is None or wanted.worker_id is not None:
                 raise
         job.narrate("queen", "cold_start", f"no worker serves {wanted.model} on {wanted.hive_id}; starting one")
-        spawn = op.WorkerSpawn(operation="worker_spawn", hive_id=wanted.hive_id, model=wanted.model, device=wanted.device or 0)
+        spawn = op.WorkerSpawn(operation="worker_spawn", hive_id=wanted.hive_id, model=wanted.model, device=wanted.device)
         started = await self._child(job, job_commands.arguments(spawn) or [])
         worker = (started or {}).get("worker", {})
         await self._wait_routable(str(worker.get("worker_id")))
         body |= {"worker_id": worker.get("worker_id"), "model": worker.get("model_id") or wanted.model}
-        return await self._generate(job, body)
+        return await self._generate(job, body, tokens=wanted.stream)
 
     async def _wait_routable(self, worker_id: str) -> None:
         """Wait until the worker has reported itself ready; raises LoadingTimeout."""
@@ -174,14 +174,19 @@ class JobRunner:
             await asyncio.sleep(LOADING_POLL_S)
         raise LoadingTimeout(f"worker {worker_id} is not ready after {LOADING_LIMIT_S:.0f} s", hint="rbee-ctl hive status")
 
-    async def _generate(self, job: Job, body: Mapping[str, Any]) -> dict[str, Any]:
+    async def _generate(self, job: Job, body: Mapping[str, Any], *, tokens: bool) -> dict[str, Any]:
+        """Return what the stream's first and last events said, and the text; ``tokens``: each is told as it comes, too."""
         ended: dict[str, Any] = {}
+        text: list[str] = []
         async with aclosing(self._internal.stream("/v1/inference", body, state=job.caller)) as events:
             async for event in events:
-                job.publish(event)
+                if event.get("type") == "token":
+                    text.append(str(event.get("t", "")))
+                if tokens or event.get("type") != "token":
+                    job.publish(event)
                 if event.get("type") in ("started", "end"):
                     ended |= {k: v for k, v in event.items() if k != "type"}
-        return ended
+        return ended | {"text": "".join(text)}
 
 
 async def _tail(stream: asyncio.StreamReader) -> str:

@@ -232,7 +232,11 @@ def test_inference_as_a_job_streams_its_tokens(fleet: Fleet, queen: httpx.Client
     job_id = begin(queen, "infer", prompt="Once upon a time", max_tokens=8, temperature=0, worker_id=worker)
     events = [e for _, e in read(queen, job_id)]
     assert [e["i"] for e in events if e["type"] == "token"] == list(range(8))
-    assert ended(queen, job_id)["result"]["tokens_out"] == 8
+    result = ended(queen, job_id)["result"]
+    assert (result["tokens_out"], result["text"]) == (8, "".join(e["t"] for e in events if e["type"] == "token"))
+    at_once = begin(queen, "infer", prompt="Once upon a time", max_tokens=8, temperature=0, worker_id=worker, stream=False)
+    assert not [e for _, e in read(queen, at_once) if e["type"] == "token"]
+    assert ended(queen, at_once)["result"]["text"] == result["text"]
     long = begin(queen, "infer", prompt="Once upon a time", max_tokens=900, temperature=0, worker_id=worker)
     wait_until(lambda: queen.get(f"/v1/jobs/{long}").json()["events"] > 5, "tokens come")
     assert queen.delete(f"/v1/jobs/{long}").status_code == 204

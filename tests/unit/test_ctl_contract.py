@@ -128,6 +128,34 @@ def test_plain_table_is_aligned_text() -> None:
     assert table.plain() == "title\nA    LONG NAME\n1    2\n333\n"
 
 
+@pytest.mark.parametrize("args", [("--quiet", "hive", "list"), ("hive", "list", "--quiet"), ("--json", "hive", "list")])
+def test_flags_of_every_command_may_stand_before_it_and_quiet_after_it(args: tuple[str, ...]) -> None:
+    result, out, _ = run(*args)
+    assert (result.command, result.exit_code, [e.code for e in result.errors]) == ("hive list", 1, ["CONFIG_INVALID"])
+    assert bool(out) == ("--json" in args)
+
+
+def test_stopping_no_worker_by_name_is_a_mistake_and_id_is_a_name_too() -> None:
+    assert run("worker", "stop")[0].exit_code == 2
+    assert run("worker", "stop", "--id", "lab1-cpu0")[0].errors[0].code == "CONFIG_INVALID"
+
+
+def test_an_inventory_that_we_may_not_write_gets_the_lines_to_write_by_hand(tmp_path: Path) -> None:
+    (tmp_path / "hosts.ini").write_text("[rbee_hives]\none ansible_connection=local\n")
+    result, _, err = run("-i", "hosts.ini", "setup", "add-node", "--name", "ws", "--ssh-host", "192.0.2.30")
+    assert result.errors[0].code == "INVENTORY_READ_ONLY"
+    assert err.count("ws ansible_host=192.0.2.30") == 1
+    result, _, err = run("-i", "hosts.ini", "setup", "update-node", "--name", "one", "--ssh-port", "2222")
+    assert "ansible_port=2222" in err
+
+
+def test_init_after_install_is_found_without_a_word_more(tmp_path: Path) -> None:
+    assert run("install")[0].exit_code == 0
+    result, _, _ = run("init", "admin@192.0.2.10")
+    assert result.exit_code == 0
+    assert run("config", "show", "--json")[0].data["settings"]["inventory"]["value"] == str(tmp_path / "inventory.yml")
+
+
 def test_quiet_drops_narration_and_keeps_errors() -> None:
     err = io.StringIO()
     ui = Ui(io.StringIO(), err)

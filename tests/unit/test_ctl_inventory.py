@@ -11,6 +11,7 @@ import pytest
 
 from rbee_ctl import inventory, references
 from rbee_serve.contract.errors import BackendUnavailable, ConfigInvalid, InvalidBackend, InvalidModelRef, NodeNotFound
+from rbee_serve.contract.references import check_model
 
 TEXT = """
 all:
@@ -110,7 +111,7 @@ def test_broken_inventory_is_named(tmp_path: Path, text: str) -> None:
     "ref", ["hf:org/repo", "hf:org/repo:a/b.Q4_K_M.gguf", "file:///m/x.gguf", "smollm2-135m-instruct", "a/b"]
 )
 def test_model_reference_accepted(ref: str) -> None:
-    assert references.check_model(ref) == ref
+    assert check_model(ref) == ref
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,7 @@ def test_model_reference_accepted(ref: str) -> None:
 )
 def test_model_reference_refused_with_the_formats(ref: str) -> None:
     with pytest.raises(InvalidModelRef, match="hf:org/repo"):
-        references.check_model(ref)
+        check_model(ref)
 
 
 def test_backend_names() -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from rbee_ctl import cli
-from rbee_serve.contract.errors import InvalidRequest, JobNotFound, ModelNotFound, RateLimited
+from rbee_serve.contract.errors import InvalidModelRef, InvalidRequest, JobNotFound, ModelNotFound, RateLimited
 from rbee_serve.contract.operations import OPERATIONS, Operation, parse_operation
 from rbee_serve.queen import job_commands, jobs
 from rbee_serve.queen.jobs import Job, Jobs, JobState
@@ -123,6 +123,17 @@ def test_what_is_no_operation_is_refused_by_field(data: dict[str, Any], field: s
     with pytest.raises(InvalidRequest) as e:
         parse_operation(data)
     assert e.value.details["field"] == field
+
+
+def test_a_word_that_is_no_model_reference_is_refused_before_a_job_begins() -> None:
+    with pytest.raises(InvalidModelRef, match="hf:org/repo"):
+        parse_operation({"operation": "model_download", "hive_id": "a", "model": "hf:no-slash"})
+
+
+def test_a_device_that_nobody_names_is_chosen_on_the_machine() -> None:
+    spawn = {"operation": "worker_spawn", "hive_id": "a", "model": "m"}
+    assert not [a for a in job_commands.arguments(parse_operation(spawn)) or [] if a.startswith("--device")]
+    assert "--device=1" in (job_commands.arguments(parse_operation(spawn | {"device": 1})) or [])
 
 
 # --- jobs -----------------------------------------------------------------------------------------------------------
