@@ -33,7 +33,8 @@ def drift(
     s.known_node(node)
     seen = s.play("drift", limit=node, extra_vars={"rbee_drift_deep": deep})
     if any(o.status != "ok" for o in seen.hosts.values()) or seen.error is not None:
-        return _report("drift", seen, {}, "drift")
+        # The plan is of no use while a machine is away; what the others say is.
+        return _report("drift", seen, {h: {"drift": o.result.get("drift", [])} for h, o in seen.hosts.items()}, "drift")
     play = s.play("site", limit=node, check=True)
     hosts = {
         host: {"drift": seen.hosts[host].result.get("drift", []) if host in seen.hosts else [], "changes": _changes(play, host)}
@@ -76,7 +77,7 @@ def upgrade(
     """
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
-    extra = {"rbee_serial": at_once} if at_once > 1 else None
+    extra = {"rbee_serial": at_once, "rbee_max_unavailable": at_once} if at_once > 1 else None
     return _rolled(s.play("upgrade", limit=node, extra_vars=extra))
 
 

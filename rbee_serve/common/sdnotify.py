@@ -59,7 +59,7 @@ class Notifier:
         self._send("STOPPING=1", f"STATUS={_line(status)}", wait_s=_MUST_ARRIVE_S)
 
     def extend_timeout(self, seconds: float, status: str) -> None:
-        """Ask for ``seconds`` more for start-up, from now."""
+        """Ask for ``seconds`` from now for starting up or for ending."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", f"STATUS={_line(status)}")
 
     def watchdog(self) -> None:

@@ -263,7 +263,7 @@ class QueenSettings(Settings):
         60.0, description="longest time for which a stream whose client asked for it is kept without a connection"
     )
     drain_timeout_s: Seconds = Field(
-        10.0, description="how long running streams may finish after SIGTERM; TimeoutStopSec= is longer"
+        30.0, description="how long running streams may finish after SIGTERM; TimeoutStopSec= is longer"
     )
 
 

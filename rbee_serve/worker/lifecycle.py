@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 #: engine's (load_timeout_s): systemd only has to notice a front that has stopped asking.
 _EXTEND_S = 30.0
 
+#: While ending, this much more than the drain: closing the server, writing prefixes to disk.
+_END_S = 16.0
+
 
 class Lifecycle:
     """Starts the engine, watches it, ends the process when it ends. ``exit_code`` is what the process returns."""
@@ -66,11 +69,13 @@ class Lifecycle:
         worker = self._worker
         if worker.dormant:
             return
+        # The last status of a failed unit says why.
+        status = f"draining {len(worker.active)} request(s)" if self.exit_code == ExitCode.OK else self._reason
+        self._notifier.stopping(status)
+        # The unit's own limit is for one that hangs.
+        self._notifier.extend_timeout(worker.settings.drain_timeout_s + _END_S, status)
         if self.exit_code == ExitCode.OK:
-            self._notifier.stopping(f"draining {len(worker.active)} request(s)")
             logger.info("draining", extra={"requests": len(worker.active)})
-        else:
-            self._notifier.stopping(self._reason)  # the last status of a failed unit says why
         await worker.drain(worker.settings.drain_timeout_s)
 
     def idle_exit_due(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from machines import Fleet
+from machines import Done, Fleet
 from waiting import until
 
 from rbee_ctl.demo_model import MODEL_ID
@@ -38,13 +38,16 @@ class Declared:
 
     def apply(self, more: dict[str, list[dict[str, Any]]], *, prune: bool = False) -> dict[str, int]:
         """Make the workers what is declared: those of ``site.yml`` and ``more``; returns what changed on each machine."""
+        done = self.run(more, prune=prune)
+        assert done.returncode == 0, done.stdout[-4000:]
+        return {host: int(changed) for host, changed in RECAP.findall(done.stdout)}
+
+    def run(self, more: dict[str, list[dict[str, Any]]], *, prune: bool = False) -> Done:
         data = yaml.safe_load(self.lab.inventory.read_text())
         for node, host in data["all"]["children"]["rbee_hives"]["hosts"].items():
             host["rbee_workers"] += more.get(node, [])
         self.inventory.write_text(yaml.safe_dump(data))
-        done = self.lab.playbook("workers", *(["-e", "rbee_worker_prune=true"] if prune else []), inventory=self.inventory)
-        assert done.returncode == 0, done.stdout[-4000:]
-        return {host: int(changed) for host, changed in RECAP.findall(done.stdout)}
+        return self.lab.playbook("workers", *(["-e", "rbee_worker_prune=true"] if prune else []), inventory=self.inventory)
 
     def show(self, node: str, unit: str, *keys: str) -> dict[str, str]:
         shown = self.lab.ssh(node, f"systemctl show {unit} -p {','.join(keys)}").stdout
@@ -139,6 +142,15 @@ def test_workers_become_what_the_inventory_says_and_nothing_else_is_touched(decl
     assert declared.state("lab2", "cpu0-n")[1:] == ("active", "True")
     assert declared.state("lab2", "cpu0-q") == ("inactive", "inactive", "True")  # made, for the next start of the hive
     assert declared.apply(present) == {"lab1": 0, "lab2": 0}
+
+    # Limits that it can not live with: the ones before come back, and the worker with them.
+    cramped = {**changed, "memory_max": "30M"}
+    refused = declared.run({**present, "lab1": [cramped]})
+    assert refused.returncode == 2, refused.stdout[-4000:]
+    assert declared.show("lab1", "rbee-worker@cpu0-b.service", "ActiveState", "MemoryMax") == {
+        "ActiveState": "active",
+        "MemoryMax": "infinity",
+    }
 
     declared.apply({}, prune=True)
     assert declared.traces("lab2", "cpu0-n") == declared.traces("lab1", "cpu0-b") == ""

@@ -69,6 +69,8 @@ rbee_result:
 """
 
 OWN_DROP_IN = "50-rbee.conf"
+#: The other drop-ins that the roles write.
+OWN_OF_UNIT = {"rbee-queen.service": ("jobs.conf", "tls.conf")}
 #: Where an administrator's drop-ins are.
 UNIT_PLACES = ("/etc/systemd/system", "/run/systemd/system")
 
@@ -97,7 +99,7 @@ def unit_files(props, shipped):
     # Also those on disk that systemd has not read yet: they take effect at the next reload, whoever asks for it.
     unread = [str(p) for place in UNIT_PLACES for name in {unit, template} for p in Path(place, name + ".d").glob("*.conf")]
     for drop_in in sorted({*props.get("DropInPaths", "").split(), *unread}):
-        if Path(drop_in).name != OWN_DROP_IN and "/rbee" in drop_in:
+        if Path(drop_in).name not in (OWN_DROP_IN, *OWN_OF_UNIT.get(unit, ())) and "/rbee" in drop_in:
             yield entry("drop-in", unit, "none but rbee's own", drop_in, f"systemctl cat {unit}")
     if props.get("NeedDaemonReload") == "yes":
         yield entry("not reloaded", unit, "systemd has read its files", "they have changed since", "systemctl daemon-reload")
@@ -173,6 +175,8 @@ def workers(params):
         elif state == "stopped" and (running(props) or asleep):
             yield entry("worker", name, "stopped", props["ActiveState"], "ansible-playbook site.yml")
         yield from unit_files(props, params["units"])
+        if held := sockets.get(socket_unit(name)):
+            yield from unit_files(held, params["units"])
         if name in there:
             yield from versions(name, props, *runtime_link(params, name))
 

@@ -56,6 +56,11 @@ rbee_result:
 
 UNIT_DIR = Path("/etc/systemd/system")
 STATE = Path("/var/lib/rbee")
+ETC = Path("/etc/rbee")
+#: The fleet as a unit of its controller. Where that is this machine it stays: stopping it would stop every machine.
+FLEET = "rbee-fleet.service"
+#: What an operator has here beside it (docs/operations.md, rbee-ctl install --system): settings, and secrets of the fleet.
+OPERATORS = (ETC / "fleet.env", ETC / "config.toml", STATE / "state")
 
 
 def is_there(path):
@@ -71,19 +76,30 @@ def leftovers(params):
     """Return every path of rbee's on this machine that is to go, outermost first."""
     models_dir, keep = Path(params["models_dir"]), not params["purge"] and models_left(Path(params["models_dir"]))
     units = [*UNIT_DIR.glob("rbee*"), *UNIT_DIR.glob("*.wants/rbee*"), *Path("/run/systemd/system").glob("rbee*")]
-    places = [*sorted(units), Path("/etc/rbee"), Path(params["install_path"])]
+    home = Path(params["install_path"])
+    # A folder that others have things in too, be it /opt itself: ours in it are the runtimes.
+    ours = home / "runtimes" if home.is_dir() and any(p.name != "runtimes" for p in home.iterdir()) else home
+    places = [*sorted(u for u in units if u.name.partition(".d")[0] != FLEET), ETC, ours]
     places += [*sorted(Path("/run").glob("rbee*")), Path("/etc/tmpfiles.d/rbee.conf"), Path("/etc/ansible/facts.d/rbee.fact")]
     # What systemd made for the units: caches (of accounts that exist only while a worker runs) and the queen's state.
     places += [p for folder in ("/var/cache", "/var/cache/private", "/var/lib/private") for p in Path(folder).glob("rbee*")]
     places += sorted(STATE.parent.glob("rbee-*"))
     if not keep:
         places += [models_dir, STATE]
-    elif STATE in models_dir.parents:
-        places += [p for p in sorted(STATE.glob("*")) if p != models_dir and p not in models_dir.parents]
     else:
         places.append(STATE)
-    found = [p for p in places if is_there(p) and p.name != "rbee-lock.json"]
+    kept = [*([models_dir] if keep else []), *filter(is_there, OPERATORS)]
+    found = [p for place in places if is_there(place) and place.name != "rbee-lock.json" for p in without(place, kept)]
     return [p for p in found if not any(other in p.parents for other in found)]
+
+
+def without(place, kept):
+    """Return ``place``, or what is in it where something in it is kept."""
+    if place in kept:
+        return []
+    if not any(place in k.parents for k in kept):
+        return [place]
+    return [p for child in sorted(place.iterdir()) for p in without(child, kept)]
 
 
 def user():
@@ -96,7 +112,7 @@ def user():
 
 def remove(params, check):
     """Return (result, changed)."""
-    units = {u: p for u, p in show("rbee*").items() if p.get("LoadState") != "not-found"}
+    units = {u: p for u, p in show("rbee*").items() if p.get("LoadState") != "not-found" and u != FLEET}
     alive = [u for u, p in units.items() if running(p) and not u.endswith(".slice")]
     gone, owner, models = leftovers(params), user(), Path(params["models_dir"])
     kept = str(models) if models_left(models) and not params["purge"] else None
@@ -121,7 +137,9 @@ def remove(params, check):
     run("systemctl", "reset-failed", "rbee*")
     if foreign:  # the user's number may be somebody else's one day
         run("chown", "-R", "0:0", str(models), check=True)
-        run("chown", "0:0", str(models.parent), check=True)
+        for parent in models.parents:
+            if parent == STATE or STATE in parent.parents:
+                run("chown", "0:0", str(parent), check=True)
     if owner:
         code, _, said = run("userdel", "rbee")
         if code not in (0, 6):

@@ -69,6 +69,10 @@ options:
     description: Its drop-ins have changed just now.
     type: bool
     default: false
+  drop_ins_before:
+    description: What C(rbee_worker_unit) found in their place, put back when the instance does not come up with them.
+    type: dict
+    default: {}
   disrupt:
     description: >-
       Without it, an instance that would have to be restarted is left untouched and C(deferred) is true, so that the caller can do
@@ -199,6 +203,17 @@ class Instance:
         link.replace(self.link)
 
 
+def put_back(drop_ins):
+    """Give the unit the drop-ins that it had: {path: text, or None where there was none}."""
+    for name, text in drop_ins.items():
+        if text is None:
+            Path(name).unlink(missing_ok=True)
+        else:
+            Path(name).write_text(text, encoding="utf-8")
+    if drop_ins:
+        run("systemctl", "daemon-reload", check=True)
+
+
 @contextlib.contextmanager
 def candidate(settings):
     """Yield the path of a file with these settings that root and rbee can read, and nobody else."""
@@ -327,6 +342,7 @@ def present(params, check_mode):
     except (NodeError, OSError):
         if restart and all(old):
             there.write(*old)
+            put_back(params["drop_ins_before"])
             with contextlib.suppress(NodeError):  # the first failure is the one to tell
                 there.start(limit)
         raise
@@ -365,6 +381,7 @@ def main():
             "runtime": {"type": "path"},
             "apply": {"type": "bool", "default": True},
             "files_changed": {"type": "bool", "default": False},
+            "drop_ins_before": {"type": "dict", "default": {}},
             "disrupt": {"type": "bool", "default": True},
             "timeout_s": {"type": "float", "default": 330.0},
             "rejoin_s": {"type": "float", "default": 30.0},

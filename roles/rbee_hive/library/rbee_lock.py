@@ -14,7 +14,7 @@ description:
   - Held by one run of ansible-playbook while it changes the node. Another run is refused with C(NODE_LOCKED), which says who,
     from where and since when. Modules that change a node refuse as well while another run holds it.
   - The lock of a run that died does not stay - a run from the same controller sees that the process is gone and takes it over;
-    any other one can after 15 minutes without a sign of life. It is in /run, so a reboot forgets it.
+    any other one can after an hour without a sign of life. It is in /run, so a reboot forgets it.
   - What the dead run left working on the node is killed then; it is known by the variable C(RBEE_RUN) in its environment, which
     the plays set to C(id).
   - Check mode neither takes nor minds it. Never C(changed) - the lock is no part of a machine's state.

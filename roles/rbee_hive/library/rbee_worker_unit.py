@@ -56,6 +56,10 @@ files_changed:
   description: Whether a drop-in was written or removed; a running worker then still runs by the old one.
   returned: success
   type: bool
+before:
+  description: Of each drop-in that was changed its path, and its text before; null where there was none.
+  returned: success
+  type: dict
 """
 
 HEADER = "# Managed by Ansible (role rbee_worker).\n"
@@ -125,7 +129,8 @@ def apply(params, check):
         {"before_header": str(p), "after_header": str(p), "before": old or "", "after": new or ""}
         for p, (old, new) in stale.items()
     ]
-    return {"changed": bool(stale or todo), "files_changed": bool(stale), "diff": diff}
+    before = {str(path): old for path, (old, _) in stale.items()}
+    return {"changed": bool(stale or todo), "files_changed": bool(stale), "before": before, "diff": diff}
 
 
 def main():

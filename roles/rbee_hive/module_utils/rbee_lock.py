@@ -18,7 +18,7 @@ from ansible.module_utils.rbee_node import NodeError
 
 PATH = "/run/rbee-lock.json"
 #: Longest time that a live run may spend between two of its tasks on a node, seconds.
-LEASE_S = 900.0
+LEASE_S = 3600.0
 
 #: Variable that tells in the environment of a run's modules, and of what they start, which run that is.
 MARK = "RBEE_RUN"
