@@ -14,7 +14,7 @@ demo: setup ## deploy two real machines on this one and stream tokens from them 
 	@scripts/demo.sh
 
 test: setup ## all tests: unit, real processes with the real model, booted lab machines
-	pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 test-unit: setup ## unit and contract tests alone: seconds
 	pytest tests/unit tests/contract

@@ -81,7 +81,7 @@ def run(args: Sequence[str], ui: Ui) -> OperationResult:
         value = app(args=list(args), prog_name="rbee-ctl", standalone_mode=False, obj=Session(ui))
     except typer.TyperException as e:
         ui.json = "--json" in args  # parsing ended before the command could say so
-        ui.events = args[:1] == ["--events"]
+        ui.events = "--events" in args[:2]
         return _usage_error(args, e)
     except RbeeError as e:
         return failure(command_name(args), e)

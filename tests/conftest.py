@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
 
 HERE = Path(__file__).resolve().parent
 #: Modules of tests/acceptance with machines of their own; the others share one deployed fleet.
@@ -26,13 +30,18 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("markers", f"{letter}{number:02d}: {what} {number} of the specification")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares a fleet or a module where several processes run the tests (``pytest -n 2 --dist loadgroup``)."""
-    for item in items:
-        path = item.path.relative_to(HERE)
-        shared = path.parts[0] == "acceptance" and path.stem not in OWN_MACHINES
-        item.add_marker(pytest.mark.xdist_group("fleet" if shared else path.stem))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Keep together what shares a fleet or a module where several processes run the tests (``pytest -n 2 --dist loadscope``)."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.partition("::")[0])
+            shared = path.parts[1] == "acceptance" and path.stem not in OWN_MACHINES
+            return "fleet" if shared else path.stem
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

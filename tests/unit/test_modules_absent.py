@@ -28,7 +28,9 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def found(root: Path, install_path: str = "opt/rbee", *, models: str = "var/lib/rbee/models", purge: bool = False) -> set[str]:
     params = {"models_dir": str(root / models), "install_path": str(root / install_path), "purge": purge}
-    return {str(p.relative_to(root)) for p in absent.leftovers(params) if root in p.parents}
+    listed = absent.leftovers(params)
+    assert len(listed) == len(set(listed))
+    return {str(p.relative_to(root)) for p in listed if root in p.parents}
 
 
 def test_everything_goes_but_models_and_the_unit_of_the_fleet(root: Path) -> None:

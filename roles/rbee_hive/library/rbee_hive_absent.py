@@ -89,7 +89,8 @@ def leftovers(params):
     else:
         places.append(STATE)
     kept = [*([models_dir] if keep else []), *filter(is_there, OPERATORS)]
-    found = [p for place in places if is_there(place) and place.name != "rbee-lock.json" for p in without(place, kept)]
+    places = [p for p in places if is_there(p) and p.name != "rbee-lock.json"]
+    found = list(dict.fromkeys(p for place in places for p in without(place, kept)))
     return [p for p in found if not any(other in p.parents for other in found)]
 
 

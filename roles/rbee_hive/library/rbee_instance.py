@@ -209,6 +209,7 @@ def put_back(drop_ins):
         if text is None:
             Path(name).unlink(missing_ok=True)
         else:
+            Path(name).parent.mkdir(mode=0o755, exist_ok=True)
             Path(name).write_text(text, encoding="utf-8")
     if drop_ins:
         run("systemctl", "daemon-reload", check=True)
@@ -342,7 +343,8 @@ def present(params, check_mode):
     except (NodeError, OSError) as e:
         if restart and all(old):
             there.write(*old)
-            put_back(params["drop_ins_before"])
+            with contextlib.suppress(NodeError, OSError):
+                put_back(params["drop_ins_before"])
             with contextlib.suppress(NodeError):  # the first failure is the one to tell
                 there.start(limit)
             if getattr(e, "code", None) == "SELF_TEST_FAILED":
@@ -357,7 +359,7 @@ def take_back(there, params):
         other = Instance(toml.stem, params["etc_dir"])
         if other.name == there.name or other.runtime != params["runtime"]:
             continue
-        with contextlib.suppress(NodeError):  # the self test is the failure to tell; status shows a worker that is down
+        with contextlib.suppress(NodeError, OSError):  # the self test is the failure to tell; status shows a worker that is down
             validate(other.name, other.settings, there.runtime, params["etc_dir"])
             alive = running(other.props) or other.listening
             if alive:
@@ -365,6 +367,7 @@ def take_back(there, params):
             other.write(other.settings, there.runtime)
             if alive:
                 other.start(params["timeout_s"])
+                rejoin(tomllib.loads(other.settings), params["etc_dir"], params["rejoin_s"])
 
 
 def absent(params, check_mode):
