@@ -7,6 +7,8 @@ import contextlib
 import json
 import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -238,6 +240,22 @@ def start(run: Run) -> None:
     run.results.add(Row("start/135M", "135M Q4_0, 4 slots: exec to first token at the client", "s", values, 0.5))
 
 
+def woken(run: Run) -> None:
+    """135 M and 1.1 B: exec of a worker to the first token, against loading the model and evaluating the prompt alone."""
+    for name, model in (("135M", models.q4_0(run.cache)), ("1.1B", models.random_1b(run.cache))):
+        ours, bare = [], []
+        for n in range(run.rounds + 1):
+            prompt = run.prompts.text(PROMPT)
+            command = [sys.executable, "-m", "bench.bare", str(model), str(run.threads), prompt]
+            alone = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            took = _started(run, model, prompt, None)[0]
+            if n:  # the first round warms the page cache
+                ours.append(took)
+                bare.append(alone)
+        what = f"{name} Q4_0, woken with a 64-token prompt: exec to first token, against model load and prompt alone"
+        run.results.add(Row(f"woken/{name}", what, "s", ours, 1.3, False, bare, "llama-cpp-python, imported"))
+
+
 def wake(run: Run) -> None:
     """135 M and 1.1 B: start to first token of a known 1,000-token prompt, prefix restored from disk against not."""
     length = 200 if run.quick else 1000
@@ -296,6 +314,7 @@ CASES = {
     "python": python_share,
     "memory": memory,
     "start": start,
+    "woken": woken,
     "wake": wake,
     "throughput-1b": throughput_1b,
 }
