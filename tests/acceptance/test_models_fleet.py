@@ -59,8 +59,10 @@ def two_gpus(fleet: Fleet, tmp_path: Path) -> Iterator[str]:
     fleet.lab.ssh(
         "lab2", f"printf '#!/bin/sh\\ncat <<X\\n{rows}X\\n' > {SHIM}; chmod 755 {SHIM}; ln -sfn cpu /opt/rbee/runtimes/cuda"
     )
+    asked(fleet.lab, "hive", "refresh", "--node", "lab2")  # an earlier look has seen no GPU
     yield "lab2"
     fleet.lab.ssh("lab2", f"rm -f {SHIM} /opt/rbee/runtimes/cuda")
+    asked(fleet.lab, "hive", "refresh", "--node", "lab2")
 
 
 @pytest.mark.S37
