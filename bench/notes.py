@@ -19,8 +19,9 @@ NOTES: dict[str, str] = {
     "throughput-1b/p99-8": _BURST
     + " With this model a prompt of 64 tokens alone takes longer than the gap of 0.25 s, so a step came "
     "after every one.",
-    "throughput/ttft-16": "With eight times as many prompts as cores the time goes into evaluating them, with the same kernels "
-    "in both servers; bursts are read through first, and what is saved beyond that would be fewer evaluated tokens.",
+    "throughput/ttft-16": "Prompts are read one after the other, and each stream begins when its own is read; llama-server's "
+    "begin when all are. So half of the streams have begun after half of the time: with the same kernels 0.5 x is what order "
+    "alone can give, and less would need fewer evaluated tokens.",
     "binding/ttft-8": _BURST + " One of the two rounds took twice as long as the other.",
     "shared/warm": _BURST + " Besides, to stay exact with an f16 cache the last 64 tokens of each prompt are evaluated again, "
     'of which 24 are new; with kv_type = "q8_0" it would be the 24.',
@@ -31,4 +32,12 @@ NOTES: dict[str, str] = {
     "interpreters that import numpy, llama.cpp's bindings and starlette on two cores, and the self test. Not profiled further.",
     "wake/135M": _START + " Besides, 64 tokens are evaluated again to stay exact, and without the prefix it is 2 s more only.",
     "wake/1.1B": _START,
+    "woken/135M": "llama.cpp loads the model and makes its context in 0.35 s here; the rest is an interpreter with numpy and the "
+    "bindings (0.2 s), the front beside it on the same two cores, and the test's own poll.",
+    "woken/1.1B": "0.6 s as with the small model, and llama.cpp's load is slower while the front imports beside it: 0.9 s alone.",
+    "fleet-one/stop": "ansible-playbook itself takes over a second to begin here; of ours are two tasks (the check of the "
+    "arguments, the stop).",
+    "fleet-one/start": "As for stop; the preflight, the instance's files and what follows the loading come on top.",
+    "fleet-twenty/time": "All twenty machines are containers on the same two cores as Ansible: their Python, not the order of "
+    "the work, is what takes the time.",
 }
