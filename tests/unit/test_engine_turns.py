@@ -136,7 +136,7 @@ def test_turns_a_burst_without_end_does_not_hold_up_for_ever(clock: Clock) -> No
     engine.submit(asked("stays", 64, 0))
     for n in range(200):
         engine.submit(asked(f"r{n}", 64, 1 + n % 7, answer=1))
-    run(engine, 120)
+    run(engine, 180)
     assert ("tokens", 1) in model.calls
 
 
