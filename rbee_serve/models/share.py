@@ -96,6 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
         pass
 
+    def end_headers(self) -> None:
+        """Say that the connection ends with the answer, or a client would ask once more over it."""
+        self.send_header("Connection", "close")
+        super().end_headers()
+
     def do_GET(self) -> None:
         self.close_connection = True
         given = self.headers.get("Authorization", "").encode("utf-8", "replace")
