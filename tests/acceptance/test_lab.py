@@ -36,7 +36,8 @@ def traces(lab: Lab) -> dict[str, list[str]]:
             continue
     folders = ("/run/netns", "/sys/class/net", "/run/systemd/nspawn/propagate", "/run/systemd/nspawn/unix-export", "/run")
     listings = [f"{folder}/{p.name}" for folder in folders for p in Path(folder).glob("*")]
-    cgroups = [str(p) for p in Path("/sys/fs/cgroup").rglob("rbee-lab-*")]
+    # Not rglob: it fails where a folder vanishes, and those of other labs do.
+    cgroups = [f"{where}/{d}" for where, below, _ in os.walk("/sys/fs/cgroup") for d in below if d.startswith("rbee-lab-")]
     show = {
         name: subprocess.run(["ip", "-4", name], capture_output=True, text=True, check=True).stdout for name in ("route", "rule")
     }
