@@ -10,6 +10,7 @@ import time
 
 from llama_cpp import Llama
 
+from bench.servers import CONTEXT_TOKENS
 from rbee_serve.worker.engine import libs
 from rbee_serve.worker.engine.llama import bindings
 
@@ -19,7 +20,7 @@ def main() -> None:
     model, threads, prompt = sys.argv[1:]
     libs.load_cpu_variant(bindings())
     began = time.monotonic()
-    llama = Llama(model, n_ctx=4 * 2048, n_threads=int(threads), n_threads_batch=int(threads), verbose=False)
+    llama = Llama(model, n_ctx=4 * CONTEXT_TOKENS, n_threads=int(threads), n_threads_batch=int(threads), verbose=False)
     llama.eval(llama.tokenize(prompt.encode()))
     llama.sample(temp=0.0)
     print(time.monotonic() - began)

@@ -11,7 +11,6 @@ import pytest
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
-HERE = Path(__file__).resolve().parent
 #: Modules of tests/acceptance with machines of their own; the others share one deployed fleet.
 OWN_MACHINES = {"test_bundle", "test_faults", "test_lab"}
 MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -77,17 +77,25 @@ def live(fleet: Fleet) -> Iterator[Live]:
     until(lambda: live.idle("lab1-cpu0", WORKER), "both workers idle after the test", limit_s=60)
 
 
-def stream(live: Live) -> subprocess.Popen[bytes]:
-    """A command that asks lab2's worker, and no other one, for 1500 tokens."""
+def broken_stream(live: Live, deed: str) -> tuple[int, str, str]:
+    """Ask lab2's worker, and no other one, for 1500 tokens and do the deed there in the middle; returns exit code and outputs."""
     command = ["rbee-ctl", "infer", "--worker-id", WORKER, "--prompt", "Once upon a time", "-n", "1500", "--temperature", "0"]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, env=live.lab.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0, cwd=ROOT
     )
+    try:
+        assert process.stdout is not None
+        first = process.stdout.read(20)
+        live.sh(deed)
+        rest, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+        process.wait()
+    return process.returncode, (first + rest).decode(), said.decode()
 
 
-def judge_partial(live: Live, process: subprocess.Popen[bytes], out: str, err: str, code: str) -> None:
+def judge_partial(live: Live, out: str, err: str, code: str) -> None:
     """A stream that nobody could take over: what came is on stdout and in a file, and the error says how much it was."""
-    assert process.returncode == (4 if code == "CONNECTION_TIMEOUT" else 1), err
     kept = re.search(r"partial text \((\d+) / 1500 tokens\) kept in (\S+)", err)
     assert kept, err
     assert int(kept[1]) > 0
@@ -102,17 +110,10 @@ def test_a_worker_that_dies_under_a_stream_that_nobody_can_take_over(live: Live)
     restarts, pid = int(live.show("NRestarts")), live.show("MainPID")
     # Not restarted at once: the queen would have the stream go on exactly there.
     live.settings("[Service]", "RestartSec=8")
-    process = stream(live)
-    try:
-        assert process.stdout is not None
-        first = process.stdout.read(20)
-        live.sh(f"kill -9 {pid}")
-        rest, said = process.communicate(timeout=60)
-    finally:
-        process.kill()
-        process.wait()
+    code, out, err = broken_stream(live, f"kill -9 {pid}")
 
-    judge_partial(live, process, (first + rest).decode(), said.decode(), "WORKER_CRASHED")
+    assert code == 1, err
+    judge_partial(live, out, err, "WORKER_CRASHED")
     until(lambda: live.workers().get(WORKER, {}).get("pid") != int(pid), "gone from the registry")
     until(lambda: live.idle(WORKER), "restarted by systemd", limit_s=60)
     assert int(live.show("NRestarts")) == restarts + 1
@@ -130,21 +131,14 @@ def test_a_worker_that_stands_still_under_a_stream_is_left_and_its_watchdog_brin
         live.lab.ssh("lab1", "systemctl restart rbee-queen")
         until(lambda: live.idle(WORKER), "known to the queen again", limit_s=60)
         restarts, pid = int(live.show("NRestarts")), live.show("MainPID")
-        process = stream(live)
-        try:
-            assert process.stdout is not None
-            first = process.stdout.read(20)
-            live.sh(f"kill -STOP {pid}")
-            rest, said = process.communicate(timeout=60)
-        finally:
-            process.kill()
-            process.wait()
+        code, out, err = broken_stream(live, f"kill -STOP {pid}")
         until(lambda: int(live.show("NRestarts")) == restarts + 1, "restarted by systemd", limit_s=60)
     finally:
         live.lab.ssh("lab1", f"rm -r $(dirname {impatient}); systemctl daemon-reload; systemctl restart rbee-queen")
 
-    judge_partial(live, process, (first + rest).decode(), said.decode(), "CONNECTION_TIMEOUT")
-    assert "made no token for 5 s" in said.decode()
+    assert code == 4, err
+    judge_partial(live, out, err, "CONNECTION_TIMEOUT")
+    assert "made no token for 5 s" in err
     assert "Watchdog timeout" in live.sh(f"journalctl -u {UNIT} -o cat --no-pager -n 60")
 
 

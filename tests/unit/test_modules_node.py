@@ -193,15 +193,15 @@ def test_drop_ins_are_written_once_and_taken_away_with_their_folder(tmp_path: Pa
     service, socket = unit.drop_ins(params).items()
     assert service[0] == tmp_path / "rbee-worker@cpu0.service.d/50-rbee.conf"
     assert (socket[0].parent.name, socket[1]) == ("rbee-worker@cpu0.socket.d", None)
-    unit.write(*service)
-    unit.write(*socket)
+    rbee_node.write_drop_in(*service)
+    rbee_node.write_drop_in(*socket)
     assert unit.current(service[0]) == f"{unit.HEADER}[Service]\nMemoryMax=1G\n"
     assert service[0].stat().st_mode & 0o777 == 0o644
     (service[0].parent / "90-admin.conf").write_text("[Service]\nNice=5\n")
-    unit.write(service[0], None)
+    rbee_node.write_drop_in(service[0], None)
     assert [p.name for p in tmp_path.rglob("*.conf")] == ["90-admin.conf"]
     (service[0].parent / "90-admin.conf").unlink()
-    unit.write(service[0], None)
+    rbee_node.write_drop_in(service[0], None)
     assert list(tmp_path.iterdir()) == []
 
 

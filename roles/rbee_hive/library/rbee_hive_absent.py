@@ -84,10 +84,7 @@ def leftovers(params):
     # What systemd made for the units: caches (of accounts that exist only while a worker runs) and the queen's state.
     places += [p for folder in ("/var/cache", "/var/cache/private", "/var/lib/private") for p in Path(folder).glob("rbee*")]
     places += sorted(STATE.parent.glob("rbee-*"))
-    if not keep:
-        places += [models_dir, STATE]
-    else:
-        places.append(STATE)
+    places += [models_dir, STATE]
     kept = [*([models_dir] if keep else []), *filter(is_there, OPERATORS)]
     places = [p for p in places if is_there(p) and p.name != "rbee-lock.json"]
     found = list(dict.fromkeys(p for place in places for p in without(place, kept)))

@@ -32,6 +32,7 @@ from ansible.module_utils.rbee_node import (
     start_failure,
     wait_until,
     worker_unit,
+    write_drop_in,
 )
 
 DOCUMENTATION = r"""
@@ -206,11 +207,7 @@ class Instance:
 def put_back(drop_ins):
     """Give the unit the drop-ins that it had: {path: text, or None where there was none}."""
     for name, text in drop_ins.items():
-        if text is None:
-            Path(name).unlink(missing_ok=True)
-        else:
-            Path(name).parent.mkdir(mode=0o755, exist_ok=True)
-            Path(name).write_text(text, encoding="utf-8")
+        write_drop_in(Path(name), text)
     if drop_ins:
         run("systemctl", "daemon-reload", check=True)
 

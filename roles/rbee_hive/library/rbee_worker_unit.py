@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rbee_node import NodeError, fail, refuse_masked, run, show, socket_unit, worker_unit
+from ansible.module_utils.rbee_node import NodeError, fail, refuse_masked, run, show, socket_unit, worker_unit, write_drop_in
 
 DOCUMENTATION = r"""
 module: rbee_worker_unit
@@ -82,20 +82,6 @@ def current(path):
         return None
 
 
-def write(path, text):
-    """Make the file have ``text``; None takes it away, and its folder when nothing else is in it."""
-    if text is None:
-        path.unlink(missing_ok=True)
-        if path.parent.is_dir() and not any(path.parent.iterdir()):
-            path.parent.rmdir()
-        return
-    path.parent.mkdir(mode=0o755, exist_ok=True)
-    new = path.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    new.chmod(0o644)
-    new.replace(path)
-
-
 def enablement(params):
     """Return [(verb, unit)] that are left to do; what systemd does not know yet counts as disabled."""
     service, socket = worker_unit(params["name"]), socket_unit(params["name"])
@@ -116,7 +102,7 @@ def apply(params, check):
     todo = enablement(params)
     if not check:
         for path in stale:
-            write(path, files[path])
+            write_drop_in(path, files[path])
         if stale:
             run("systemctl", "daemon-reload", check=True)
         for verb, unit in todo:

@@ -109,6 +109,20 @@ def show(*units):
     return {p["Id"]: p for p in parse_show(out) if p.get("Id")}
 
 
+def write_drop_in(path, text):
+    """Make a unit's drop-in have ``text``; None takes it away, and its folder when nothing else is in it."""
+    if text is None:
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+        return
+    path.parent.mkdir(mode=0o755, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    new.chmod(0o644)
+    new.replace(path)
+
+
 def worker_unit(name):
     """Return the service of an instance."""
     return f"rbee-worker@{name}.service"
