@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from rbee_ctl import completion
 from rbee_ctl.command_table import Root
 from rbee_ctl.render import Ui
 from rbee_ctl.result import ErrorItem, OperationResult, failure
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+completion.use_own_scripts()
 
 
 @app.callback(invoke_without_command=True)

@@ -2,6 +2,10 @@
 
 Machines come from the inventory, models and workers from there and from the queen, which gets a third of a second to answer.
 Whatever goes wrong completes nothing: a person who presses Tab wants no error.
+
+The scripts for bash and zsh are our own: typer's for bash knows nothing of readline, which takes a reference such as
+``hf:org/name`` for three words, and typer's for zsh does nothing at the first Tab of a shell. Both ask as fish does: a value a
+line, its explanation behind a tab.
 """
 
 from __future__ import annotations
@@ -13,6 +17,50 @@ if TYPE_CHECKING:
 
 #: Seconds that the queen gets.
 QUEEN_LIMIT_S = 0.3
+
+_BASH = r"""
+%(complete_func)s() {
+    local IFS=$'\n' line=${COMP_LINE:0:COMP_POINT}
+    COMPREPLY=( $( env _TYPER_COMPLETE_ARGS="$line" _TYPER_COMPLETE_FISH_ACTION=get-args \
+                   %(autocomplete_var)s=complete_fish "$1" 2>/dev/null ) )
+    COMPREPLY=( "${COMPREPLY[@]%%%%$'\t'*}" )
+    # Readline puts an answer behind the last : or = of the word, so the answer begins there too.
+    local word=${line##*[[:space:]]}
+    if [[ $word == *:* && $COMP_WORDBREAKS == *:* ]]; then
+        COMPREPLY=( "${COMPREPLY[@]#"${word%%"${word##*:}"}"}" )
+    fi
+}
+
+complete -o default -F %(complete_func)s %(prog_name)s
+"""
+
+_ZSH = r"""
+#compdef %(prog_name)s
+
+%(complete_func)s() {
+  local -a lines values shown
+  local line
+  lines=("${(@f)$(env _TYPER_COMPLETE_ARGS="${words[1,$CURRENT]}" _TYPER_COMPLETE_FISH_ACTION=get-args \
+    %(autocomplete_var)s=complete_fish %(prog_name)s 2>/dev/null)}")
+  for line in $lines; do
+    values+=("${line%%%%$'\t'*}")
+    shown+=("${line/$'\t'/  -- }")
+  done
+  (( $#values )) || { _files; return }
+  compset -P '--*='
+  [[ "$lines" == *$'\t'* ]] && compadd -l -d shown -a values || compadd -d shown -a values
+}
+
+# As a file of fpath this is the function's first call itself; read by a person's zshrc it only says who completes.
+if [[ $funcstack[1] == _%(prog_name)s ]]; then %(complete_func)s "$@"; else compdef %(complete_func)s %(prog_name)s; fi
+"""
+
+
+def use_own_scripts() -> None:
+    """Let ``--install-completion`` and ``--show-completion`` give the scripts above."""
+    from typer import _completion_shared
+
+    _completion_shared._completion_scripts.update(bash=_BASH, zsh=_ZSH)
 
 
 def nodes(incomplete: str) -> list[str]:

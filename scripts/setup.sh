@@ -21,6 +21,8 @@ iproute2|ip|network of the lab machines
 systemd-container|systemd-nspawn|boots the lab machines
 mmdebstrap|mmdebstrap|makes the lab's root file system
 libgomp1|@libgomp|threads of llama.cpp
+zsh|zsh|completion is tried in it
+fish|fish|completion is tried in it
 LIST
 }
 

@@ -155,12 +155,39 @@ def fake_wheel(path: Path, *libraries: str) -> Path:
 @pytest.mark.parametrize(("kind", "tool"), [("cuda", "nvcc"), ("rocm", "hipcc"), ("vulkan", "glslc")])
 def test_a_missing_toolkit_is_named_before_anything_is_done(tmp_path: Path, wheels: Path, kind: str, tool: str) -> None:
     """SPEC EH-020a: looked for in an empty folder, so that it holds on machines that have them."""
-    made = make(tmp_path, wheels, type=kind, build=True, tool_path=str(tmp_path))
+    made = make(tmp_path, wheels, type=kind, build=True, tool_path=str(tmp_path), include_path=str(tmp_path))
+    headers = ["Vulkan headers >= 1.3.272"] if kind == "vulkan" else []
     assert (made.code, made.last["stage"], made.last["code"]) == (1, "failed", "MISSING_DEPENDENCY")
     assert tool in made.last["message"]
-    assert made.last["details"]["missing"] == sorted(["gcc", "g++", "make", tool])
+    assert made.last["details"]["missing"] == sorted(["gcc", "g++", "make", tool, *headers])
     assert "runtime download" in made.last["hint"]
     assert len(made.lines) == 1
+
+
+def test_vulkan_headers_that_are_too_old_are_said_before_ten_minutes_of_compiling(tmp_path: Path, wheels: Path) -> None:
+    """Debian 12's: everything compiles but the last file."""
+    for tool in ("gcc", "g++", "make", "glslc"):
+        (tmp_path / tool).write_text("#!/bin/sh\n")
+        (tmp_path / tool).chmod(0o755)
+    header = tmp_path / "vulkan/vulkan_core.h"
+    header.parent.mkdir()
+    header.write_text("// Version of this file\n#define VK_HEADER_VERSION 239\n")
+    made = make(tmp_path, wheels, type="vulkan", build=True, tool_path=str(tmp_path), include_path=str(tmp_path))
+    assert (made.last["code"], made.last["details"]["missing"]) == (
+        "MISSING_DEPENDENCY",
+        ["Vulkan headers >= 1.3.272 (here 1.3.239)"],
+    )
+    assert "Debian 13" in made.last["hint"]
+
+
+def test_a_compiler_s_line_is_short_for_people_and_whole_in_the_journal(tmp_path: Path, wheels: Path) -> None:
+    line = "[23/650] /usr/bin/g++ -DA -I/x/include -O3 -o CMakeFiles/a.o -c /work/llama.cpp/ggml-cpu/unary-ops.cpp"
+    backend = GOOD_BACKEND.replace("{go!r}", repr(str(tmp_path))).replace("{{", "{").replace("}}", "}")
+    source_package(wheels, backend.replace("def build_wheel", f"print({line!r}, flush=True)\ndef build_wheel"))
+    done = subprocess.run(command_of(tmp_path, wheels, build=True), capture_output=True, text=True, timeout=120, check=False)
+    said = [json.loads(text)["human"] for text in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    assert "[23/650] g++ ggml-cpu/unary-ops.cpp" in said
+    assert line in done.stderr
 
 
 def test_a_compiler_that_fails_is_heard_while_it_works_and_its_last_lines_are_kept(tmp_path: Path, wheels: Path) -> None:

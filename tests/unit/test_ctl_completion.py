@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -71,30 +70,3 @@ def test_a_queen_that_does_not_answer_costs_a_moment_and_nothing_else(environ: d
         assert complete("bash", "rbee-ctl worker get lab", environ).split() == ["lab1-cpu0", "lab1-cuda1-b"]
     environ["RBEE_INVENTORY"] = "/nonexistent"
     assert complete("bash", "rbee-ctl worker get lab", environ).strip() == ""
-
-
-#: Shell -> what a person's shell does with the script that `--show-completion` prints.
-SCRIPTS = {
-    "bash": 'eval "$(cat script)"; COMP_WORDS=(rbee-ctl hive get --node l); COMP_CWORD=4; _rbee_ctl_completion rbee-ctl; '
-    'printf "%s\\n" "${COMPREPLY[@]}"',
-    "fish": 'source script; complete -C "rbee-ctl hive get --node l"',
-}
-
-
-@pytest.mark.parametrize("shell", [s for s in SCRIPTS if shutil.which(s)])
-def test_the_script_works_in_the_shell_itself(environ: dict[str, str], tmp_path: Path, shell: str) -> None:
-    script = subprocess.run(
-        [CTL], capture_output=True, text=True, env=environ | {"_RBEE_CTL_COMPLETE": f"source_{shell}"}, check=True, timeout=60
-    )
-    (tmp_path / "script").write_text(script.stdout)
-    path = f"{Path(CTL).parent}:{environ['PATH']}"
-    done = subprocess.run(
-        [shell, "-c", SCRIPTS[shell]],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=environ | {"PATH": path},
-        check=False,
-        timeout=60,
-    )
-    assert {"lab1", "lab2"} <= {line.split("\t")[0] for line in done.stdout.splitlines()}, done.stdout + done.stderr

@@ -31,10 +31,18 @@ TYPES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "vulkan": (("-DGGML_VULKAN=ON",), {"glslc": "the Vulkan SDK (Debian: glslc libvulkan-dev)"}),
 }
 COMPILERS = {"gcc": "gcc", "g++": "g++", "make": "make"}
+#: The machine's own certificates (Debian, Fedora): an index inside an organisation is signed by its own authority, and pip
+#: by itself knows the public ones alone.
+CERTIFICATES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt")
 TOOL_PATHS = "/usr/local/cuda/bin:/opt/rocm/bin:/usr/local/bin:/usr/bin:/bin"
 #: Library that a wheel of the type must hold beside libllama.so; one that only seemed to be built is refused.
 LIBRARIES = {"cuda": "libggml-cuda", "rocm": "libggml-hip", "vulkan": "libggml-vulkan"}
 TAIL_LINES = 25
+#: ninja's count, the compiler, and the source file with its folder.
+COMPILER_LINE = re.compile(r"\s*(\[\d+/\d+\]) (?:\S*/)?(\S+) .* -c (?:\S*/)?([^/\s]+/[^/\s]+)$")
+#: Where headers are looked for, and the first Vulkan headers with all that llama.cpp uses (VK_EXT_layer_settings).
+INCLUDE_PATHS = "/usr/include:/usr/local/include"
+VULKAN_HEADERS = 272
 #: Loads llama.cpp from the environment, without the packages around it.
 LOADS = (
     "import ctypes, importlib.util as i\n"
@@ -60,10 +68,16 @@ class Progress:
         self._file = path.open("w", encoding="utf-8", buffering=1)
 
     def line(self, stage: str, human: str, **figures: object) -> None:
-        """Write one line."""
-        record = {"stage": stage, **figures, "human": human, "at": round(time.time(), 3)}
+        """Write one line; of a compiler's, people get which file and the journal gets all of it."""
+        record = {"stage": stage, **figures, "human": brief(human), "at": round(time.time(), 3)}
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         print(human, file=sys.stderr, flush=True)
+
+
+def brief(line: str) -> str:
+    """Return ``[23/650] g++ ggml-cpu/unary-ops.cpp`` for a compiler's command line, other lines as they are."""
+    found = COMPILER_LINE.match(line)
+    return "{} {} {}".format(*found.groups()) if found else line
 
 
 def sha256(path: Path) -> str:
@@ -76,8 +90,10 @@ def sha256(path: Path) -> str:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Return the environment of every program that is run here: nobody's own pip settings, English output."""
+    """Return the environment of every program run here: nobody's own pip settings, the machine's certificates, English."""
     quiet = {"PIP_CONFIG_FILE": "/dev/null", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1"}
+    if bundle := next((path for path in CERTIFICATES if Path(path).is_file()), None):
+        quiet["PIP_CERT"] = bundle
     return {"PATH": TOOL_PATHS, "HOME": "/nonexistent", "LC_ALL": "C.UTF-8", **quiet, **more}
 
 
@@ -102,15 +118,28 @@ def run(command: list[str], progress: Progress, stage: str, *, user: str | None 
         return process.wait(), tail
 
 
-def missing(kind: str, path: str) -> dict[str, str]:
-    """Return the tools that a build of this type lacks here, with what has them."""
+def missing(kind: str, path: str, include_path: str) -> dict[str, str]:
+    """Return what a build of this type lacks here, with what has it: tools, and headers that are too old."""
     needed = {**COMPILERS, **TYPES[kind][1]}
-    return {tool: package for tool, package in needed.items() if not shutil.which(tool, path=path)}
+    lacking = {tool: package for tool, package in needed.items() if not shutil.which(tool, path=path)}
+    if kind == "vulkan" and (found := vulkan_headers(include_path)) < VULKAN_HEADERS:
+        what = f"Vulkan headers >= 1.3.{VULKAN_HEADERS}{f' (here 1.3.{found})' if found else ''}"
+        lacking[what] = "libvulkan-dev of Debian 13 or newer, or the Vulkan SDK"
+    return lacking
+
+
+def vulkan_headers(include_path: str) -> int:
+    """Return the third part of the headers' version, which counts on through 1.3 and 1.4; 0 where there are none."""
+    for folder in include_path.split(":"):
+        header = Path(folder, "vulkan/vulkan_core.h")
+        if header.is_file() and (found := re.search(r"^#define VK_HEADER_VERSION (\d+)", header.read_text(), re.MULTILINE)):
+            return int(found[1])
+    return 0
 
 
 def build(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
     """Compile the wheel as an unprivileged user and return its path."""
-    if lacking := missing(options.type, options.tool_path):
+    if lacking := missing(options.type, options.tool_path, options.include_path):
         verb = "is" if len(lacking) == 1 else "are"
         raise FailError(
             "MISSING_DEPENDENCY",
@@ -306,6 +335,7 @@ def main() -> int:
     parser.add_argument("--user", default="rbee", help="who compiles")
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--tool-path", default=TOOL_PATHS, help="where compilers are looked for")
+    parser.add_argument("--include-path", default=INCLUDE_PATHS, help="where headers are looked for")
     for name in ("--cmake-args", "--cmake-hook", "--sdist", "--wheel", "--index", "--sha256"):
         parser.add_argument(name, default="")
     options = parser.parse_args()
