@@ -7,13 +7,13 @@ import sys
 import time
 import traceback
 
-from bench import ctl_cases, engine_cases, fleet_cases, queen_cases
+from bench import build_cases, ctl_cases, engine_cases, fleet_cases, queen_cases
 from bench.engine_cases import Run
 from bench.results import Results
 from rbee_ctl import demo_model
 from rbee_serve.worker.engine.libs import cpu_limit
 
-CASES = engine_cases.CASES | queen_cases.CASES | ctl_cases.CASES | fleet_cases.CASES
+CASES = engine_cases.CASES | queen_cases.CASES | ctl_cases.CASES | fleet_cases.CASES | build_cases.CASES
 
 
 def main() -> int:

@@ -65,7 +65,7 @@ def misfit(contents: Contents, here: dict[str, Any]) -> str | None:
     for what in ("rbee_version", "python", "machine", "build"):
         if wheels[what] != here[what]:
             return f"its {what} is {wheels[what]}, here it is {here[what]}"
-    if not set(wheels["sources"]) & set(here["sources"]):
+    if wheels["sources"] != here["sources"]:
         return f"it was made by another rbee {here['rbee_version']}: the sources differ"
     return None
 

@@ -2,8 +2,8 @@
 """Build the Ansible collection ``rbee.rbee`` from this tree; prints the path of the tarball: ``collection.py [OUTPUT_DIR]``.
 
 Roles, playbooks and modules are the same files. A collection wants modules, their common code and action plugins in
-``plugins/`` instead of in the roles, and their common code imported under its own name: that is all that differs. The
-packages travel along, because the role rbee_wheels makes the nodes' wheels from them.
+``plugins/`` instead of in the roles, and their common code imported under its own name: that is all that differs. The wheel
+of this tree travels along, because the role rbee_wheels makes the nodes' archive from it.
 """
 
 from __future__ import annotations
@@ -24,11 +24,8 @@ PLUGINS = {"library": "modules", "module_utils": "module_utils", "action_plugins
 #: What is taken as it is.
 TAKEN = (
     "systemd",
-    "rbee_serve",
-    "rbee_ctl",
     "requirements",
     "playbooks",
-    "pyproject.toml",
     "README.md",
     "LICENSE",
     "CHANGELOG.md",
@@ -78,6 +75,8 @@ def build(output: Path) -> Path:
         staged = Path(folder, NAME)
         staged.mkdir()
         stage(staged)
+        wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(staged / "wheel"), str(ROOT)]
+        subprocess.run(wheel, check=True)
         command = ["ansible-galaxy", "collection", "build", "--force", "--output-path", str(output), str(staged)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

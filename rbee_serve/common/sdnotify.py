@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 
 #: What is said once must arrive; what is repeated (progress, watchdog) may be dropped.
 _MUST_ARRIVE_S = 5.0
+#: Name of the sockets in the manager's store.
+KEPT = "listen"
 
 
 class Notifier:
@@ -33,14 +35,22 @@ class Notifier:
         """Whether a service manager listens."""
         return bool(self._address)
 
-    def _send(self, *lines: str, wait_s: float = 0.0) -> None:
-        """Send one datagram; ``wait_s``: how long to wait for room in the manager's queue (10 datagrams on many kernels)."""
+    def _send(self, *lines: str, wait_s: float = 0.0, hand: socket.socket | None = None) -> None:
+        """Send one datagram; ``wait_s``: how long to wait for room in the manager's queue (10 datagrams on many kernels).
+
+        ``hand``: a socket that goes along.
+        """
         if not self._address:
             return
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
             s.settimeout(wait_s)
             try:
-                s.sendto("\n".join(lines).encode(), self._address)
+                s.connect(self._address)
+                message = "\n".join(lines).encode()
+                if hand is None:
+                    s.send(message)
+                else:
+                    socket.send_fds(s, [message], [hand.fileno()])
             except OSError as e:
                 if wait_s:
                     logger.warning("the service manager did not take a message", extra={"notice": lines[0], "reason": str(e)})
@@ -61,6 +71,17 @@ class Notifier:
     def extend_timeout(self, seconds: float, status: str) -> None:
         """Ask for ``seconds`` from now for starting up or for ending."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", f"STATUS={_line(status)}")
+
+    def keep(self, listener: socket.socket) -> None:
+        """Let the manager hold a socket while the service restarts: it hands it to the next process, nobody is refused meanwhile.
+
+        The unit must say ``FileDescriptorStoreMax=``; a stop closes the socket.
+        """
+        self._send("FDSTORE=1", f"FDNAME={KEPT}", wait_s=_MUST_ARRIVE_S, hand=listener)
+
+    def forget(self) -> None:
+        """Take back what ``keep`` gave away, in this process or the one before."""
+        self._send("FDSTOREREMOVE=1", f"FDNAME={KEPT}", wait_s=_MUST_ARRIVE_S)
 
     def watchdog(self) -> None:
         """Still alive."""

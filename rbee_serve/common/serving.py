@@ -9,12 +9,15 @@ Divergences from plain uvicorn, each with its reason:
 4. The watchdog is fed from the event loop, and only while ``alive()`` says that the work behind it moves.
 5. Connections are accepted here (acceptor.py). A service with nothing to do can leave its socket to systemd, and nobody who
    connects meanwhile is refused or cut off: it stops accepting first, looks once more, goes on if anybody is there.
-6. A request's head may neither grow nor take its time without end: plain uvicorn would collect it for ever (protocol.py).
+6. Under ``keep_socket`` the service manager holds the socket while the service restarts: who comes during the drain waits for
+   the next process instead of being turned away.
+7. A request's head may neither grow nor take its time without end: plain uvicorn would collect it for ever (protocol.py).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -67,9 +70,10 @@ class Server(uvicorn.Server):
         on_started: Callable[[], Awaitable[None]] | None = None,
         on_shutdown: Callable[[], Awaitable[None]] | None = None,
         leave: Leave | None = None,
+        kept: bool = False,
     ) -> None:
         super().__init__(config)
-        self._notifier, self._alive, self._leave = notifier, alive, leave
+        self._notifier, self._alive, self._leave, self._kept = notifier, alive, leave, kept
         self._on_started, self._on_shutdown = on_started, on_shutdown
         self._fed = 0.0
         self._arrived: WeakKeyDictionary[Any, float] = WeakKeyDictionary()
@@ -131,6 +135,11 @@ class Server(uvicorn.Server):
         """Drain, then close."""
         feeding = asyncio.create_task(self._keep_feeding())
         try:
+            if self._kept:
+                self._acceptor.pause()
+                await self._acceptor.settled()
+                for connection in [c for c in self.server_state.connections if not self._occupied(c)]:
+                    connection.transport.close()  # its next request comes by a new connection, which waits
             if self._on_shutdown is not None:
                 await self._run_hook(self._on_shutdown)
             self._acceptor.pause()
@@ -179,6 +188,31 @@ def bind(host: str, port: int) -> socket.socket:
     return s
 
 
+def _is_at(listener: socket.socket, host: str, port: int) -> bool:
+    """Whether a socket from before the settings were changed still is where they say."""
+    with contextlib.suppress(OSError):
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        return listener.getsockname()[:2] in [address[:2] for *_, address in found]
+    return False
+
+
+def _listeners(host: str, port: int, notifier: Notifier, *, keep: bool) -> tuple[list[socket.socket], bool]:
+    """Return the sockets to serve on, and whether they came from the service manager; raises ConfigInvalid."""
+    handed_over = listen_sockets()
+    if not keep:
+        return handed_over or [bind(host, port)], bool(handed_over)
+    usable = [s for s in handed_over if _is_at(s, host, port)]
+    if usable and len(handed_over) == 1:
+        return usable, True
+    for s in handed_over:
+        s.close()
+    if handed_over:
+        notifier.forget()
+    listener = bind(host, port)
+    notifier.keep(listener)
+    return [listener], False
+
+
 def run(
     app: ASGIApp,
     *,
@@ -192,6 +226,7 @@ def run(
     on_server: Callable[[Server], None] | None = None,
     leave: Leave | None = None,
     leave_unwatched: bool = False,
+    keep_socket: bool = False,
     limits: RequestLimits,
     tls: tuple[Path, Path] | None = None,
 ) -> None:
@@ -201,11 +236,10 @@ def run(
     accepted; then running responses have ``graceful_timeout_s``.
     ``on_server`` gets the server before it starts, so that the application can end it.
     ``leave``: end when there is nothing to do, provided that systemd holds the socket and starts the service again, or
-    ``leave_unwatched``. ``tls``: certificate chain and key (PEM). Raises ConfigInvalid for an address or a certificate that
-    can not be used.
+    ``leave_unwatched``. ``keep_socket``: systemd holds the socket while the service restarts. ``tls``: certificate chain and
+    key (PEM). Raises ConfigInvalid for an address or a certificate that can not be used.
     """
-    handed_over = listen_sockets()
-    sockets = handed_over or [bind(host, port)]
+    sockets, handed_over = _listeners(host, port, notifier, keep=keep_socket)
     if not handed_over and not leave_unwatched:
         leave = None
     config = uvicorn.Config(
@@ -227,7 +261,15 @@ def run(
         raise ConfigInvalid(
             f"cannot use the TLS certificate {tls and tls[0]}: {e}", hint="a PEM chain and its key: tls_cert_file, tls_key_file"
         ) from e
-    server = Server(config, notifier=notifier, alive=alive, on_started=on_started, on_shutdown=on_shutdown, leave=leave)
+    server = Server(
+        config,
+        notifier=notifier,
+        alive=alive,
+        on_started=on_started,
+        on_shutdown=on_shutdown,
+        leave=leave,
+        kept=keep_socket and notifier.available,
+    )
     if on_server is not None:
         on_server(server)
     # uvicorn raises the signal again when it is done, so that a plain program ends by it; a drained service ends with 0.

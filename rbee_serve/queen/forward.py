@@ -25,7 +25,7 @@ from rbee_serve.contract.errors import (
     WorkerLoading,
 )
 from rbee_serve.queen.http_client import BrokenError, Client, WokenError
-from rbee_serve.queen.placement import Wanted, serves, why_nobody, worth_waiting_for
+from rbee_serve.queen.placement import Wanted, awaited, serves, why_nobody, worth_waiting_for
 from rbee_serve.queen.registry import Worker
 from rbee_serve.queen.state import Queen, caller
 from rbee_serve.queen.upstream import error_of
@@ -33,6 +33,8 @@ from rbee_serve.queen.upstream import error_of
 logger = logging.getLogger(__name__)
 
 _turn = itertools.count()
+#: How often a request looks whether the worker has reported that it waits for, seconds.
+_LOOK_S = 0.2
 
 
 async def ask(queen: Queen, http: Request, model: str, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], Worker]:
@@ -64,7 +66,7 @@ async def _ask_any(queen: Queen, model: str, path: str, body: bytes) -> tuple[di
     while True:
         worker = _next(queen, model, tried)
         if worker is None:
-            if await _woken(queen, model, tried):
+            if await _woken(queen, model, tried, until):
                 continue
             raise failure or why_nobody(registry, Wanted(model=model), relay.clock(), tried)
         tried.add(worker)
@@ -97,16 +99,18 @@ def _next(queen: Queen, model: str, tried: set[Worker]) -> Worker | None:
     return equals[next(_turn) % len(equals)]
 
 
-async def _woken(queen: Queen, model: str, tried: set[Worker]) -> bool:
-    """Wait for a worker that loads, or that can be woken; say whether one came up."""
-    relay = queen.relay
-    hope = worth_waiting_for(queen.registry, Wanted(model=model), relay.clock(), tried)
+async def _woken(queen: Queen, model: str, tried: set[Worker], until: float) -> bool:
+    """Wait for a worker that loads, that can be woken, or that has yet to report to a new queen; say whether one came up."""
+    relay, wanted, loop = queen.relay, Wanted(model=model), asyncio.get_running_loop()
+    while not (hope := worth_waiting_for(queen.registry, wanted, relay.clock(), tried)):
+        if not awaited(queen.registry, wanted, relay.clock()) or loop.time() >= until:
+            return False
+        await asyncio.sleep(_LOOK_S)
     waking = relay.waker.follow(hope)
-    if waking is None or waking.task is None:
-        return False
-    await asyncio.wait((waking.task,))
-    if waking.error is not None:
-        raise waking.error
+    if waking is not None and waking.task is not None:
+        await asyncio.wait((waking.task,))
+        if waking.error is not None:
+            raise waking.error
     return _next(queen, model, tried) is not None
 
 

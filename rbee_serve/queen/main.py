@@ -143,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             on_shutdown=drain,
             graceful_timeout_s=_CLOSE_S,
             on_server=served,
+            keep_socket=True,
             limits=RequestLimits.of(settings),
             tls=tls_files(settings),
         )

@@ -97,47 +97,57 @@ def known_models(workers: Iterable[Worker]) -> list[str]:
     return sorted({w.record.model_id for w in workers})
 
 
-def _candidates(registry: Registry, wanted: Wanted) -> list[Worker]:
-    workers = list(registry)
-    known = sorted({*known_models(workers), *(model_id for model_id, _ in registry.expected())})
-    if not workers:
+def _candidates(registry: Registry, wanted: Wanted, now: float) -> list[Worker]:
+    workers, expected = list(registry), registry.expected(now)
+    known = sorted({*known_models(workers), *(model_id for model_id, _ in expected)})
+    if not workers and not expected:
         raise NoWorkerAvailable(
             "no worker has reported to the queen",
             hint="rbee-ctl status; rbee-ctl worker start --node NODE --model MODEL",
             retry_after_s=RETRY_AFTER_S,
         )
-    if wanted.model is not None:
-        found = [w for w in workers if serves(w, wanted.model)]
-        if not found and any(means(wanted.model, *names) for names in registry.expected()):
-            raise NoWorkerAvailable(
-                f"the queen has just been restarted: no worker for model {wanted.model!r} has reported yet",
-                hint="try again in some seconds; rbee-ctl worker list",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        if not found:
-            raise ModelNotFound(
-                f"model {wanted.model!r} is not served; known: {', '.join(known)}",
-                hint=f"rbee-ctl worker start --node NODE --model {wanted.model}",
-                model=wanted.model,
-                known=known,
-            )
-        return found
-    if wanted.worker_id is None and len(known) > 1:
+    if wanted.model is None and wanted.worker_id is None and len(known) > 1:
         raise InvalidRequest(f"model: required, since several are served: {', '.join(known)}", field="model", known=known)
-    return workers
+    found = [w for w in workers if wanted.model is None or serves(w, wanted.model)]
+    if not found and any(wanted.model is None or means(wanted.model, *names) for names in expected):
+        raise NoWorkerAvailable(
+            f"the queen has just been restarted: no worker for model {wanted.model or known[0]!r} has reported yet",
+            hint="try again in some seconds; rbee-ctl worker list",
+            retry_after_s=RETRY_AFTER_S,
+        )
+    if not found:
+        raise ModelNotFound(
+            f"model {wanted.model!r} is not served; known: {', '.join(known)}",
+            hint=f"rbee-ctl worker start --node NODE --model {wanted.model}",
+            model=wanted.model,
+            known=known,
+        )
+    return found
 
 
-def resolve(registry: Registry, model: str | None, worker_id: str | None = None) -> str:
+def resolve(registry: Registry, model: str | None, now: float, worker_id: str | None = None) -> str:
     """Return the id of the model that a request means, by whatever name it has there.
 
-    Raises ModelNotFound (nobody serves it; names the known ones), InvalidRequest (no model named and several served) and
+    Right after a restart of the queen that may be a model whose workers have yet to report (``awaited``). Raises
+    ModelNotFound (nobody serves it; names the known ones), InvalidRequest (no model named and several served) and
     NoWorkerAvailable (no worker at all).
     """
     if model is not None and any(w.model_id == model for w in registry):
         return model
-    candidates = _candidates(registry, Wanted(model=model, worker_id=worker_id))
+    try:
+        candidates = _candidates(registry, Wanted(model=model, worker_id=worker_id), now)
+    except NoWorkerAvailable:
+        coming = (model_id for model_id, ref in registry.expected(now) if model is None or means(model, model_id, ref))
+        if (found := next(coming, None)) is None:
+            raise
+        return found
     pinned = [w for w in candidates if w.id == worker_id]
     return (pinned or candidates)[0].model_id
+
+
+def awaited(registry: Registry, wanted: Wanted, now: float) -> bool:
+    """Say whether a worker for the request is likely to report soon: it was up when the queen went down for a restart."""
+    return any(wanted.model is None or means(wanted.model, *names) for names in registry.expected(now))
 
 
 def pick(
@@ -244,7 +254,7 @@ def choose(
     NoWorkerAvailable (served, but nobody that fits is up) and AllSlotsBusy (with totals).
     """
     if wanted.model is None and wanted.worker_id is None:
-        _candidates(registry, wanted)  # several models served: which one is the client's to say
+        _candidates(registry, wanted, now)  # several models served: which one is the client's to say
     choice = pick(registry, wanted, now, exclude=exclude, affinity=affinity)
     if choice is None:
         raise why_nobody(registry, wanted, now, exclude)
@@ -267,7 +277,7 @@ def worth_waiting_for(registry: Registry, wanted: Wanted, now: float, exclude: C
 
 def why_nobody(registry: Registry, wanted: Wanted, now: float, exclude: Collection[Worker]) -> RbeeError:
     """Return the error for a request that nobody can take; raises ModelNotFound and its like for one nobody ever could."""
-    candidates = _candidates(registry, wanted)
+    candidates = _candidates(registry, wanted, now)
     up = [w for w in candidates if wanted.admits(w) and registry.routable(w, now) and w not in exclude]
     if not up:
         return _nobody(registry, candidates, wanted, now, exclude)

@@ -48,7 +48,7 @@ class Relay(Parts):
         it can only shorten it. ``key``: whose request it is, for fairness in the queue. Raises what ``placement.choose``
         raises, the worker's own 4xx, RequestTimeout, or the last worker's failure.
         """
-        model = resolve(self.registry, request.model, request.worker_id)
+        model = resolve(self.registry, request.model, self.clock(), request.worker_id)
         stream = Stream(self, request, model, correlation_id, deadline, key)
         self._opened(stream, api)
         try:

@@ -12,7 +12,7 @@ from rbee_serve.contract.errors import AllSlotsBusy, LoadingTimeout, RbeeError, 
 from rbee_serve.contract.events import Event, queued
 from rbee_serve.queen.hold import Hold
 from rbee_serve.queen.parts import Parts
-from rbee_serve.queen.placement import Choice, Wanted, pick, why_nobody, worth_waiting_for
+from rbee_serve.queen.placement import Choice, Wanted, awaited, pick, why_nobody, worth_waiting_for
 from rbee_serve.queen.prefix import Expectation
 from rbee_serve.queen.queue import Ticket
 from rbee_serve.queen.registry import Worker
@@ -94,8 +94,10 @@ class Search:
 
     def _line_up(self, wanted: Wanted, before: Ticket | None, failure: RbeeError | None, *, moving: bool) -> Ticket:
         parts = self._parts
-        if not (hope := worth_waiting_for(parts.registry, wanted, parts.clock(), self.tried)):
-            raise failure or why_nobody(parts.registry, wanted, parts.clock(), self.tried)
+        now = parts.clock()
+        hope = worth_waiting_for(parts.registry, wanted, now, self.tried)
+        if not hope and (self._patience_s == 0 or not awaited(parts.registry, wanted, now)):
+            raise failure or why_nobody(parts.registry, wanted, now, self.tried)
         capacity = any(w.takes for w in hope)
         if self._patience_s == 0 and not moving:
             asleep = [w for w in hope if w.record.status is WorkerState.DORMANT]
@@ -129,7 +131,7 @@ class Search:
             if not waits.done():
                 waits.set_result(None)
             waited = now - ticket.since
-            if not hope:
+            if not hope and not awaited(parts.registry, ticket.wanted, now):
                 hopeless_since = now if hopeless_since is None else hopeless_since
                 if now - hopeless_since >= _HOPELESS_S or (self._waking is not None and self._waking.error):
                     raise (self._waking and self._waking.error) or why_nobody(parts.registry, ticket.wanted, now, ticket.exclude)
@@ -138,7 +140,7 @@ class Search:
             cold = self._waking is not None and not any(w.takes for w in hope)
             limit = parts.load_timeout_s if cold else self._patience_s
             if waited >= limit:
-                raise self._in_vain(waited, cold=cold)
+                raise self._in_vain(waited, cold=cold) if hope else why_nobody(parts.registry, ticket.wanted, now, ticket.exclude)
             left = min(LOOK_S, limit - waited, self._deadline - loop.time())
             await asyncio.wait((ticket.granted,), timeout=max(left, 0.001))
             if ticket.granted.done():

@@ -74,7 +74,7 @@ class Queen:
         opening: asyncio.Future[Stream] | None = None
         try:
             if key is not None and request.model is None:
-                self.limits.check_model(key, resolve(self.registry, None, request.worker_id))
+                self.limits.check_model(key, resolve(self.registry, None, self.clock(), request.worker_id))
             opening = asyncio.ensure_future(
                 self.relay.open(
                     request,

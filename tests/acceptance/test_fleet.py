@@ -21,6 +21,7 @@ from machines import ROOT, Fleet, Lab
 from waiting import until
 
 from rbee_ctl.demo_model import MODEL_ID
+from tests.repeated_calls import Caller
 
 RECAP = re.compile(r"^(\w+)\s+: ok=(\d+)\s+changed=(\d+)\s+unreachable=(\d+)\s+failed=(\d+)", re.MULTILINE)
 MAIN_PID = "systemctl show -p MainPID --value rbee-worker@cpu0"
@@ -341,10 +342,26 @@ def test_a_client_key_comes_and_goes_without_costing_a_stream(fleet: Fleet, quee
     assert fleet.lab.ssh("lab1", pid).stdout == before, "the queen was not restarted"
 
 
-def test_a_restarted_queen_costs_no_worker(fleet: Fleet, queen: httpx.Client) -> None:
+def test_a_restarted_queen_costs_no_worker_no_stream_and_refuses_nobody(fleet: Fleet, queen: httpx.Client) -> None:
     before = main_pids(fleet.lab)
+    body = {"model": MODEL_ID, "prompt": "Once", "max_tokens": 150, "ignore_eos": True}
+    with Caller(f"{fleet.queen_url}/health") as caller, queen.stream("POST", "/v1/inference", json=body) as stream:
+        lines = stream.iter_lines()
+        assert any('"type":"token"' in line for line in lines)
+        fleet.lab.ssh("lab1", "systemctl --no-block restart rbee-queen")
+        state = "systemctl show -p ActiveState --value rbee-queen"
+        until(lambda: "deactivating" in fleet.lab.ssh("lab1", state).stdout, "the queen waits for the stream")
+        # By a connection of its own, which waits for the next queen.
+        short = {"model": MODEL_ID, "prompt": "x", "max_tokens": 1, "stream": False}
+        asked = httpx.post(f"{fleet.queen_url}/v1/inference", json=short, headers=fleet.headers, timeout=60, trust_env=False)
+        assert asked.status_code == 200, asked.text
+        assert any('"tokens_out":150' in line for line in lines), "the stream that ran meanwhile is whole"
+    assert (caller.failed, set(caller.answers)) == ([], {200})
 
-    fleet.lab.ssh("lab1", "systemctl restart rbee-queen")
+    fleet.lab.ssh("lab1", "systemctl stop rbee-queen")
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{fleet.queen_url}/health", timeout=30, trust_env=False)
+    fleet.lab.ssh("lab1", "systemctl start rbee-queen")
 
     # One heartbeat interval of 10 s, jittered by a tenth, and the time to beat.
     until(lambda: {"lab1-cpu0", "lab2-cpu0"} <= idle(queen), "registry full again", limit_s=13)

@@ -356,3 +356,53 @@ def test_the_queens_sandbox_and_inventory_hold_no_secret(doors: Doors) -> None:
         assert secret not in shown
     assert lab.ssh("lab1", "runuser -u nobody -- cat /etc/rbee/jobs/inventory.yml", check=False).returncode != 0
     assert str(lab.directory) not in lab.ssh("lab1", "cat /etc/rbee/jobs/inventory.yml").stdout
+
+
+#: rbee-fleet.service on the queen's machine, which has Ansible and a key; the inventory names one that outlives the queen's unit.
+AS_CONTROLLER = r"""
+set -e
+home=$(echo /opt/rbee/runtimes/ctl/*/lib/python3*/site-packages/rbee_ctl/content)
+cp "$home/systemd/rbee-fleet.service" /etc/systemd/system/
+sed 's|/run/credentials/rbee-queen.service|/etc/rbee/credentials|' /etc/rbee/jobs/inventory.yml > /root/fleet.yml
+printf 'RBEE_HOME=%s\nRBEE_INVENTORY=/root/fleet.yml\nPATH=%s:/usr/bin:/bin\n' \
+  "$home" "$(echo /opt/rbee/runtimes/ctl/*/bin)" > /etc/rbee/fleet.env
+systemctl daemon-reload
+"""
+
+
+@pytest.mark.N01
+def test_the_fleet_is_a_unit_of_its_controller_also_while_a_machine_is_away(doors: Doors) -> None:
+    """The inventory has ``gone``, which nobody can reach."""
+    lab = doors.lab
+    units = {"lab1": "rbee-queen rbee-hive.target rbee-worker@cpu0", "lab2": "rbee-hive.target rbee-worker@cpu0"}
+
+    def states() -> set[str]:
+        return {
+            state
+            for node, names in units.items()
+            for state in lab.ssh(node, f"systemctl is-active {names}", check=False).stdout.split()
+        }
+
+    def fleet_unit() -> str:
+        return lab.ssh("lab1", "systemctl is-active rbee-fleet", check=False).stdout.strip()
+
+    lab.ssh("lab1", AS_CONTROLLER)
+    try:
+        lab.ssh("lab1", "systemctl start rbee-fleet", timeout=300)
+        assert (fleet_unit(), states()) == ("active", {"active"})
+
+        lab.ssh("lab1", "systemctl stop rbee-fleet", timeout=300)
+        assert states() == {"inactive"}
+        assert fleet_unit() == "failed", "one machine was not told"
+        assert "gone" in lab.ssh("lab1", "journalctl -u rbee-fleet --no-pager -o cat | grep -i unreachable").stdout
+
+        lab.ssh(
+            "lab1", "echo '- nonsense: [' > /root/broken.yml && sed -i 's|/root/fleet.yml|/root/broken.yml|' /etc/rbee/fleet.env"
+        )
+        assert lab.ssh("lab1", "systemctl start rbee-fleet", check=False, timeout=300).returncode != 0
+        assert (fleet_unit(), states()) == ("failed", {"inactive"})
+    finally:
+        lab.ssh("lab1", "rm -f /etc/systemd/system/rbee-fleet.service /etc/rbee/fleet.env /root/*.yml; systemctl daemon-reload")
+        done = lab.playbook("start")
+        assert done.returncode == 0, done.stdout[-3000:]
+    until(lambda: doors.worker("lab2-cpu0"), "the fleet is back")

@@ -131,9 +131,10 @@ class Fleet:
         }
         self._secret("client-keys", json.dumps(keys))
         self._secret("fleet-token", self.token + "\n")
-        self.queen = self._service(
-            "queen", {"client_keys_file": str(self.directory / "client-keys")} | self.queen_settings, "rbee_serve.queen.main"
-        )
+        state = self.directory / "queen-state"
+        state.mkdir(exist_ok=True)
+        settings = {"client_keys_file": str(self.directory / "client-keys"), "state_dir": str(state)}
+        self.queen = self._service("queen", settings | self.queen_settings, "rbee_serve.queen.main")
 
     def add_worker(self, hive: str, **settings: Any) -> str:
         """Start one more worker; returns its id."""

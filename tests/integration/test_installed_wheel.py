@@ -146,6 +146,9 @@ def test_the_wheelhouse_is_named_and_the_wheel_packed_again_without_a_checkout(i
         installed.run(python, str(script), f"--source={source}", f"--cache={installed.folder}/cache", "--plan").stdout
     )
     assert plan["rbee_version"] == __version__
+    here = [sys.executable, str(ROOT / "roles/rbee_wheels/files/build_wheelhouse.py"), "--plan"]
+    checkout = json.loads(subprocess.run(here, capture_output=True, text=True, check=True).stdout)
+    assert plan["version"] == checkout["version"], "the same rbee is the same runtime on the nodes"
     code = (
         f"import sys; sys.path.insert(0, {str(script.parent)!r}); import build_wheelhouse as b; from pathlib import Path\n"
         f"print(b.repack(b.installed(Path({str(source)!r})), Path('again')))"

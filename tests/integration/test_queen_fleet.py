@@ -320,6 +320,40 @@ def test_restarted_queen_knows_all_workers_within_a_heartbeat_and_touches_none(f
 
 
 @pytest.mark.E09
+@pytest.mark.parametrize(
+    ("path", "body", "code"),
+    [
+        ("/v1/inference", GREEDY | {"model": MODEL, "stream": False, "max_tokens": 2}, 200),
+        ("/v1/inference", {"prompt": "x", "max_tokens": 1, "stream": False}, 200),
+        ("/v1/embeddings", {"model": MODEL, "input": "x"}, 200),
+        ("/v1/inference", {"prompt": "x", "model": "unknown", "stream": False}, 404),
+    ],
+)
+def test_a_queen_that_has_just_been_restarted_waits_for_the_workers_it_had(
+    fleet: Fleet, client: httpx.Client, path: str, body: dict[str, Any], code: int
+) -> None:
+    """Until their first heartbeat; nobody has to try again. The workers stand still until the request is there."""
+    fleet.wait_ready()
+    assert fleet.queen.stop() == 0
+    for worker in fleet.workers.values():
+        worker.pause()
+    try:
+        fleet.start_queen()
+        assert fleet.records() == {}
+        with ThreadPoolExecutor() as pool:
+            asking = pool.submit(client.post, path, json=body)
+            if code != 200:
+                assert asking.result().status_code == code
+            wait_until(lambda: asking.running() or asking.done(), "the request is on its way")
+            for worker in fleet.workers.values():  # its next heartbeat is up to 2 s away
+                worker.go_on()
+    finally:
+        for worker in fleet.workers.values():
+            worker.go_on()
+    assert asking.result().status_code == code, asking.result().text
+
+
+@pytest.mark.E09
 def test_stopped_queen_lets_a_running_stream_end(fleet: Fleet, client: httpx.Client) -> None:
     with client.stream("POST", "/v1/inference", json=GREEDY) as response:
         events = events_of(response)

@@ -14,7 +14,7 @@ from test_queen_registry import beat
 from rbee_serve.contract.api import WorkerState
 from rbee_serve.contract.errors import InvalidRequest, ModelNotFound, NoWorkerAvailable
 from rbee_serve.queen.memory import FILE_NAME, Memory
-from rbee_serve.queen.placement import Wanted, choose, worth_waiting_for
+from rbee_serve.queen.placement import Wanted, awaited, choose, resolve, worth_waiting_for
 from rbee_serve.queen.registry import Registry
 
 
@@ -63,6 +63,10 @@ def test_a_model_whose_worker_has_yet_to_beat_after_a_restart_is_a_matter_of_tim
         with pytest.raises(NoWorkerAvailable, match="restarted") as e:
             choose(registry, Wanted(model=name), 1001.0)
         assert e.value.details["retry_after_s"] == 1
+        assert awaited(registry, Wanted(model=name), 1001.0)
+    assert [resolve(registry, name, 1001.0) for name in ("a", "b", "smollm2")] == ["a", "b", "smollm2"]
+    assert resolve(registry, "hf:org/smollm2", 1001.0) in ("b", "smollm2")
+    assert not awaited(registry, Wanted(model="c"), 1001.0)
     with pytest.raises(ModelNotFound, match="known: a, b, smollm2"):
         choose(registry, Wanted(model="c"), 1001.0)
     with pytest.raises(InvalidRequest, match="several"):
@@ -73,6 +77,17 @@ def test_a_model_whose_worker_has_yet_to_beat_after_a_restart_is_a_matter_of_tim
     registry.beat(beat("lab1-cpu0", model_id="a", model_ref=None, seq=1), 1031.0)  # the third has had its time
     with pytest.raises(ModelNotFound, match=r"known: a, b$"):
         choose(registry, Wanted(model="smollm2"), 1031.0)
+
+
+def test_the_only_model_of_a_restarted_queen_is_meant_by_who_names_none_until_its_time_is_over(tmp_path: Path) -> None:
+    kept(tmp_path, beat("lab1-cpu0"), beat("lab2-cpu0"))
+    registry = restarted(tmp_path)
+
+    assert resolve(registry, None, 1001.0) == "smollm2"
+    with pytest.raises(NoWorkerAvailable, match="restarted"):
+        choose(registry, Wanted(), 1001.0)
+    with pytest.raises(NoWorkerAvailable, match="no worker has reported"):
+        resolve(registry, None, 1031.0)
 
 
 def test_worker_that_woke_up_is_struck_off(tmp_path: Path) -> None:

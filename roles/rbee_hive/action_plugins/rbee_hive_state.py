@@ -54,7 +54,8 @@ class ActionModule(ActionBase):
         super().run(tmp, task_vars)
         args = dict(self._task.args)
         stops = args.get("state") == "stopped" and args.get("wait", True) and not self._task.check_mode
-        guard = action_loader.get("rbee_guarded", class_only=True)
+        # In the Ansible collection it is known under the collection's name alone.
+        guard = action_loader.get("rbee_guarded", class_only=True, collection_list=self._task.collections)
         result = guard.guarded(self, {**args, "wait": False} if stops else args, task_vars)
         stopping = result.get("rbee_result", {}).pop("stopping", {}) if stops else {}
         if result.get("failed") or not stopping:

@@ -6,10 +6,10 @@
     build_wheelhouse.py --controller D  the same, with the wheels of rbee-ctl in folder D, for a bundle
     build_wheelhouse.py --ctl           the same with the archive that rbee-ctl needs, "ctl_archive"
 
-The archive holds the wheel of this checkout (or of the installation that this file is part of), the llama-cpp-python wheel,
-all they need in the exact versions of requirements/constraints.txt, and requirements-{queen,worker}.txt. Its version,
-``<rbee version>-<8 hex digits>``, follows from the inputs (source files, constraints, Python, llama wheel), so that it is
-known before anything is built and the same inputs always mean the same runtime. Standard library only.
+The archive holds the wheel of this checkout (or of the installation or the Ansible collection that this file is part of), the
+llama-cpp-python wheel, all they need in the exact versions of requirements/constraints.txt, and requirements-{queen,worker}.txt.
+Its version, ``<rbee version>-<8 hex digits>``, follows from the inputs (rbee's files, constraints, Python, llama wheel), so that
+it is known before anything is built and the same inputs always mean the same runtime. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import tomllib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import build_llama_wheel as llama
 
-SOURCES = ("rbee_serve", "rbee_ctl")
-FILES = ("pyproject.toml", "README.md", "LICENSE", "requirements/constraints.txt")
 RUNTIMES = ("queen", "worker")
 #: What no node needs has an archive of its own: rbee-ctl with Ansible, for a queen that runs jobs.
 CTL_RUNTIMES = ("ctl",)
@@ -44,13 +44,18 @@ KEEP = 8
 
 
 def installed(source: Path) -> metadata.Distribution | None:
-    """Return rbee as installed for this interpreter when ``source`` is no checkout but the data inside that installation."""
-    if (source / "pyproject.toml").is_file():
+    """Return rbee as installed for this interpreter when ``source`` is the data inside that installation."""
+    if (source / "pyproject.toml").is_file() or shipped(source):
         return None
     try:
         return metadata.distribution("rbee")
     except metadata.PackageNotFoundError:
         raise SystemExit(f"{source} is no checkout of rbee, and {sys.executable} has no rbee installed") from None
+
+
+def shipped(source: Path) -> Path | None:
+    """Return the wheel that lies in ``source`` when that is the Ansible collection."""
+    return next(source.glob("wheel/rbee-*.whl"), None)
 
 
 def installed_files(rbee: metadata.Distribution) -> list[metadata.PackagePath]:
@@ -60,51 +65,63 @@ def installed_files(rbee: metadata.Distribution) -> list[metadata.PackagePath]:
     return sorted(found)
 
 
-def source_files(source: Path) -> list[tuple[str, Path]]:
-    """Return all files that decide what rbee's own wheel is, and their names."""
-    if (rbee := installed(source)) is not None:
-        return [(str(f), Path(str(f.locate()))) for f in installed_files(rbee)]
-    paths = [source / f for f in FILES]
-    for package in SOURCES:
-        paths += sorted(p for p in (source / package).rglob("*") if p.is_file() and "__pycache__" not in p.parts)
-    return [(str(p.relative_to(source)), p) for p in paths]
+def checkout_files(source: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files of the wheel that this checkout makes, under the names that they have there (pyproject.toml says which)."""
+    project = tomllib.loads((source / "pyproject.toml").read_text(encoding="utf-8"))
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    for origin, name in [*((p, p) for p in wheel["packages"]), *wheel["force-include"].items()]:
+        top = source / origin
+        for path in [top] if top.is_file() else sorted(top.rglob("*")):
+            within = path.relative_to(top).parts
+            if path.is_file() and not any(part == "__pycache__" or part.startswith(".") for part in within):
+                yield "/".join((name, *within)), path
 
 
-def input_key(source: Path) -> str:
-    """Digest of everything that decides what the wheels are."""
-    digest = hashlib.sha256(f"{sys.version_info[:2]} {llama.cache_key()}".encode())
-    for name, path in source_files(source):
-        digest.update(f"\n{name}\n".encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def files(source: Path) -> dict[str, bytes]:
+    """Return what rbee's own wheel holds but for its metadata: the same for a checkout, its wheel, and what is made of that."""
+    if (wheel := shipped(source)) is not None:
+        found = wheel_files(wheel)
+    elif (rbee := installed(source)) is not None:
+        found = {str(f): Path(str(f.locate())).read_bytes() for f in installed_files(rbee)}
+    else:
+        found = {name: path.read_bytes() for name, path in checkout_files(source)}
+    return {name: data for name, data in found.items() if ".dist-info/" not in name}
 
 
-def sources_key(files: Iterable[tuple[str, bytes]]) -> str:
-    """Digest of rbee's sources alone: equal on machines that differ in everything else."""
+def wheel_files(wheel: Path) -> dict[str, bytes]:
+    """Return a wheel's files."""
+    with zipfile.ZipFile(wheel) as archive:
+        return {n: archive.read(n) for n in archive.namelist() if not n.endswith("/")}
+
+
+def sources_key(source: Path) -> str:
+    """Digest of rbee alone: equal on machines that differ in everything else. Its version is a file of it, its needs are too."""
     digest = hashlib.sha256()
-    for name, data in files:
+    for name, data in sorted(files(source).items()):
         digest.update(f"\n{name}\n{len(data)}\n".encode())
         digest.update(data)
     return digest.hexdigest()
 
 
-def wheel_key(wheel: Path) -> str:
-    """Return the ``sources_key`` of an rbee that is installed from this wheel."""
-    with zipfile.ZipFile(wheel) as archive:
-        names = sorted(PurePosixPath(n) for n in archive.namelist() if not n.endswith(("/", ".dist-info/RECORD")))
-        return sources_key((str(name), archive.read(str(name))) for name in names)
+def input_key(sources: str) -> str:
+    """Digest of everything that decides what the wheels are."""
+    return hashlib.sha256(f"{sys.version_info[:2]} {llama.cache_key()} {sources}".encode()).hexdigest()
 
 
-def controller_wheels(source: Path, archive: Path, python: str, folder: Path) -> str:
-    """Put the wheels of rbee-ctl and all that it needs into ``folder``; returns the ``wheel_key`` of rbee's own."""
+def constraints(source: Path) -> Path:
+    """Return the exact versions of everything."""
+    return source / "requirements/constraints.txt"
+
+
+def controller_wheels(source: Path, archive: Path, python: str, folder: Path) -> None:
+    """Put the wheels of rbee-ctl and all that it needs into ``folder``."""
     with tempfile.TemporaryDirectory(prefix=".wheelhouse-", dir=archive.parent) as scratch:
         with tarfile.open(archive) as tar:
             own = next(m for m in tar.getmembers() if m.name.startswith("rbee-"))
             tar.extract(own, scratch, filter="data")
         rbee = Path(scratch, own.name)
-        limits = ("--constraint", str(source / "requirements/constraints.txt"))
+        limits = ("--constraint", str(constraints(source)))
         pip(python, "download", "--quiet", "--only-binary", ":all:", *limits, "--dest", str(folder), f"{rbee}[ctl]")
-        return wheel_key(rbee)
 
 
 def repack(rbee: metadata.Distribution, folder: Path) -> Path:
@@ -124,7 +141,9 @@ def repack(rbee: metadata.Distribution, folder: Path) -> Path:
 
 
 def rbee_version(source: Path) -> str:
-    """Return the version in pyproject.toml, or of the installation."""
+    """Return the version in pyproject.toml, or of the wheel or installation."""
+    if (wheel := shipped(source)) is not None:
+        return wheel.name.split("-")[1]
     if (rbee := installed(source)) is not None:
         return rbee.version
     match = re.search(r'^version = "([^"]+)"', (source / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
@@ -163,7 +182,10 @@ def build(source: Path, cache: Path, archive: Path, python: str, runtimes: tuple
     with tempfile.TemporaryDirectory(prefix=".wheelhouse-", dir=archive.parent) as scratch:
         built, wheels = Path(scratch, "built"), Path(scratch, "wheels")
         wheels.mkdir()
-        if (distribution := installed(source)) is not None:
+        if (ready := shipped(source)) is not None:
+            built.mkdir()
+            rbee = Path(shutil.copy(ready, built))
+        elif (distribution := installed(source)) is not None:
             rbee = repack(distribution, built)
         else:
             pip(python, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(built), str(source))
@@ -171,7 +193,7 @@ def build(source: Path, cache: Path, archive: Path, python: str, runtimes: tuple
         for runtime in runtimes:
             resolved = Path(scratch, runtime)
             links = ("--find-links", str(built), "--find-links", str(llama_wheel.parent), "--find-links", str(wheels))
-            limits = ("--constraint", str(source / "requirements/constraints.txt"))
+            limits = ("--constraint", str(constraints(source)))
             # The platform's own wheels: the nodes are of the same kind (the role checks it), and nothing is compiled there.
             ready_made = ("--only-binary", ":all:", *links, *limits)
             pip(python, "download", "--quiet", *ready_made, "--dest", str(resolved), f"{rbee}[{runtime}]")
@@ -210,7 +232,8 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true", help="build and write nothing")
     parser.add_argument("--controller", type=Path, metavar="DIR", help="put the wheels of rbee-ctl into this folder too")
     options = parser.parse_args()
-    key = input_key(options.source)
+    sources = sources_key(options.source)
+    key = input_key(sources)
     cache = options.cache.expanduser()
     main_archive, ctl_archive = (cache / "wheelhouses" / f"{key[:16]}{suffix}.tar" for suffix in ("", "-ctl"))
     archive, runtimes = (ctl_archive, CTL_RUNTIMES) if options.ctl else (main_archive, RUNTIMES)
@@ -221,9 +244,8 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not archive.is_file():
                 build(options.source, cache, archive, options.python, runtimes)
-    sources = [sources_key((name, path.read_bytes()) for name, path in source_files(options.source))]
     if options.controller:
-        sources.append(controller_wheels(options.source, archive, options.python, options.controller))
+        controller_wheels(options.source, archive, options.python, options.controller)
     result = {
         "version": f"{rbee_version(options.source)}-{key[:8]}",
         "rbee_version": rbee_version(options.source),
