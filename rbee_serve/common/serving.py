@@ -138,8 +138,6 @@ class Server(uvicorn.Server):
             if self._kept:
                 self._acceptor.pause()
                 await self._acceptor.settled()
-                for connection in [c for c in self.server_state.connections if not self._occupied(c)]:
-                    connection.transport.close()  # its next request comes by a new connection, which waits
             if self._on_shutdown is not None:
                 await self._run_hook(self._on_shutdown)
             self._acceptor.pause()
@@ -166,6 +164,9 @@ class Server(uvicorn.Server):
     async def _keep_feeding(self) -> None:
         while True:
             self._feed()
+            if self._kept:  # the next request of who has nothing running comes by a new connection, which waits
+                for connection in [c for c in self.server_state.connections if not self._occupied(c)]:
+                    connection.transport.close()
             await asyncio.sleep(0.1)
 
 

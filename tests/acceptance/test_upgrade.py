@@ -1,8 +1,7 @@
 """A fleet changes its version while clients stream: nothing lost; a version that can not serve stops at the first machine.
 
-Clients ask without pause. A request that is refused before it began (503 with Retry-After, nobody listens while the queen is
-restarted) is asked again, as every OpenAI client does by itself. A stream that has begun is never asked for again: it must end
-whole, with the very tokens that the old version gave.
+Clients ask without pause and never ask again: no request may be refused, also while the queen itself is restarted, and every
+stream must end whole, with the very tokens that the old version gave.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Client:
             trust_env=False,
         )
         self.reference: list[int] = whole.json()["token_ids"]
-        self.answers = self.moved = self.refused = 0
+        self.answers = self.moved = 0
         self.faults: list[str] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run)
@@ -65,14 +64,8 @@ class Client:
         while not self._stop.is_set() and not self.faults:
             try:
                 self._ask()
-            except httpx.ConnectError:
-                self._later(0.2)
             except httpx.HTTPError as e:
                 self.faults.append(f"{type(e).__name__}: {e}")
-
-    def _later(self, pause_s: float) -> None:
-        self.refused += 1
-        self._stop.wait(pause_s)
 
     def _ask(self) -> None:
         lines: list[str] = []
@@ -80,9 +73,6 @@ class Client:
             httpx.Client(base_url=self.fleet.queen_url, headers=self.fleet.headers, timeout=120, trust_env=False) as http,
             http.stream("POST", "/v1/inference", json=self.body) as stream,
         ):
-            if stream.status_code == 503:
-                self._later(min(1.0, float(stream.headers["retry-after"])))
-                return
             if stream.status_code != 200:
                 self.faults.append(f"{stream.status_code}: {stream.read().decode()}")
                 return

@@ -189,3 +189,14 @@ def wait_for_command(child: subprocess.Popen[str], command: str) -> list[process
                 continue
         time.sleep(0.05)
     pytest.fail(f"{json.dumps(command)} was never started")
+
+
+def test_an_inventory_that_can_not_be_read_fails_also_without_rbee_ctl(tmp_path: Path) -> None:
+    """Ansible by itself warns, finds no machines and reports success."""
+    broken = tmp_path / "inventory.yml"
+    broken.write_text("rbee_hives: [\n")
+    for playbook in ("site.yml", "playbooks/stop.yml"):
+        command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", str(broken), playbook]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], timeout=120)
+        assert done.returncode != 0
+        assert str(broken) in done.stderr
