@@ -28,7 +28,8 @@ _HOOK = "set(LLAMA_BUILD_COMMON OFF)\n"
 def native(cache: Path) -> Path:
     """Return a folder for PYTHONPATH with llama-cpp-python built for this machine; compiles for some minutes once."""
     version = importlib.metadata.version("llama-cpp-python")
-    key = hashlib.sha256("\n".join((version, _HOOK, *_FLAGS, Path("/proc/cpuinfo").read_text().partition("\n\n")[0])).encode())
+    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("model name", "flags"))][:2]
+    key = hashlib.sha256("\n".join((version, _HOOK, *_FLAGS, *cpu)).encode())
     target = cache / "bench" / f"native-{key.hexdigest()[:16]}"
     if target.is_dir():
         return target
@@ -43,7 +44,10 @@ def native(cache: Path) -> Path:
         wheel = next(Path(folder).glob("llama_cpp_python-*.whl"))
         put = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", f"{folder}/installed", str(wheel)]
         subprocess.run(put, check=True)
-        shutil.copytree(f"{folder}/installed", target)
+        part = target.with_suffix(".part")
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.copytree(f"{folder}/installed", part)
+        part.rename(target)
     return target
 
 

@@ -25,7 +25,7 @@ _BASH = r"""
                    %(autocomplete_var)s=complete_fish "$1" 2>/dev/null ) )
     COMPREPLY=( "${COMPREPLY[@]%%%%$'\t'*}" )
     # Readline puts an answer behind the last : or = of the word, so the answer begins there too.
-    local word=${line##*[[:space:]]}
+    local word=${line##*[[:space:]=]}
     if [[ $word == *:* && $COMP_WORDBREAKS == *:* ]]; then
         COMPREPLY=( "${COMPREPLY[@]#"${word%%"${word##*:}"}"}" )
     fi

@@ -207,6 +207,7 @@ After=network-online.target
 
 [Service]
 Type=notify
+FileDescriptorStoreMax=1
 ExecStart={program} --config {home}/.config/rbee/queen.toml
 Restart=on-failure
 RestartPreventExitStatus=78

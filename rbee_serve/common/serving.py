@@ -3,7 +3,7 @@
 Divergences from plain uvicorn, each with its reason:
 
 1. READY=1 is the application's to send: a worker listens long before its model is loaded.
-2. At SIGTERM a hook runs first, while connections are still accepted: the application says that it drains.
+2. At SIGTERM a hook runs first, while connections are still accepted (but see 6): the application says that it drains.
 3. The listening socket is closed before connections are, and connections whose request has not arrived yet get a
    moment to send it: plain uvicorn closes them and the client gets an empty reply (measured: 8 of 60).
 4. The watchdog is fed from the event loop, and only while ``alive()`` says that the work behind it moves.
@@ -138,18 +138,23 @@ class Server(uvicorn.Server):
             if self._kept:
                 self._acceptor.pause()
                 await self._acceptor.settled()
+                await self._arrive()
             if self._on_shutdown is not None:
                 await self._run_hook(self._on_shutdown)
             self._acceptor.pause()
             await self._acceptor.settled()
             self._acceptor.close()
-            end = time.monotonic() + SETTLE_S
-            # Polled: uvicorn tells nobody when a request arrives.
-            while time.monotonic() < end and any(getattr(c, "cycle", None) is None for c in self.server_state.connections):  # noqa: ASYNC110
-                await asyncio.sleep(0.02)
+            await self._arrive()
             await super().shutdown(sockets)
         finally:
             feeding.cancel()
+
+    async def _arrive(self) -> None:
+        """Give connections that were accepted a moment to send their request."""
+        end = time.monotonic() + SETTLE_S
+        # Polled: uvicorn tells nobody when a request arrives.
+        while time.monotonic() < end and any(getattr(c, "cycle", None) is None for c in self.server_state.connections):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
 
     async def _run_hook(self, hook: Callable[[], Awaitable[None]]) -> None:
         """Run the hook to its end; a second Ctrl+C (uvicorn's force_exit) does not wait for it."""
@@ -161,12 +166,20 @@ class Server(uvicorn.Server):
         elif (error := task.exception()) is not None:
             logger.error("the drain failed; closing connections", exc_info=error)
 
+    def _send_away(self) -> None:
+        """Let no connection bring a further request to this process: by a new connection it comes to the next one."""
+        connections: list[Any] = list(self.server_state.connections)
+        for connection in connections:
+            if not self._occupied(connection):
+                connection.transport.close()
+            elif connection.cycle is not None and not getattr(connection, "pipeline", ()):
+                connection.cycle.keep_alive = False
+
     async def _keep_feeding(self) -> None:
         while True:
             self._feed()
-            if self._kept:  # the next request of who has nothing running comes by a new connection, which waits
-                for connection in [c for c in self.server_state.connections if not self._occupied(c)]:
-                    connection.transport.close()
+            if self._kept:
+                self._send_away()
             await asyncio.sleep(0.1)
 
 
@@ -206,6 +219,8 @@ def _listeners(host: str, port: int, notifier: Notifier, *, keep: bool) -> tuple
     if usable and len(handed_over) == 1:
         return usable, True
     for s in handed_over:
+        with contextlib.suppress(OSError):
+            s.shutdown(socket.SHUT_RDWR)  # the manager's copy listens no longer either: the port may be the same
         s.close()
     if handed_over:
         notifier.forget()
@@ -234,7 +249,7 @@ def run(
     """Serve until SIGTERM or SIGINT (or ``server.should_exit``); returns when everything is closed.
 
     ``on_started`` runs when connections are accepted. At the end ``on_shutdown`` runs first, with connections still
-    accepted; then running responses have ``graceful_timeout_s``.
+    accepted unless ``keep_socket``; then running responses have ``graceful_timeout_s``.
     ``on_server`` gets the server before it starts, so that the application can end it.
     ``leave``: end when there is nothing to do, provided that systemd holds the socket and starts the service again, or
     ``leave_unwatched``. ``keep_socket``: systemd holds the socket while the service restarts. ``tls``: certificate chain and

@@ -8,7 +8,7 @@ when nobody else has room.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,7 +99,7 @@ def known_models(workers: Iterable[Worker]) -> list[str]:
 
 def _candidates(registry: Registry, wanted: Wanted, now: float) -> list[Worker]:
     workers, expected = list(registry), registry.expected(now)
-    known = sorted({*known_models(workers), *(model_id for model_id, _ in expected)})
+    known = sorted({*known_models(workers), *(model_id for model_id, _ in expected.values())})
     if not workers and not expected:
         raise NoWorkerAvailable(
             "no worker has reported to the queen",
@@ -109,7 +109,7 @@ def _candidates(registry: Registry, wanted: Wanted, now: float) -> list[Worker]:
     if wanted.model is None and wanted.worker_id is None and len(known) > 1:
         raise InvalidRequest(f"model: required, since several are served: {', '.join(known)}", field="model", known=known)
     found = [w for w in workers if wanted.model is None or serves(w, wanted.model)]
-    if not found and any(wanted.model is None or means(wanted.model, *names) for names in expected):
+    if not found and awaited(registry, wanted, now):
         raise NoWorkerAvailable(
             f"the queen has just been restarted: no worker for model {wanted.model or known[0]!r} has reported yet",
             hint="try again in some seconds; rbee-ctl worker list",
@@ -134,20 +134,29 @@ def resolve(registry: Registry, model: str | None, now: float, worker_id: str | 
     """
     if model is not None and any(w.model_id == model for w in registry):
         return model
+    if worker_id is not None and registry.known(worker_id) is None:
+        for found in _awaited(registry, model, worker_id, now):
+            return found
     try:
         candidates = _candidates(registry, Wanted(model=model, worker_id=worker_id), now)
     except NoWorkerAvailable:
-        coming = (model_id for model_id, ref in registry.expected(now) if model is None or means(model, model_id, ref))
-        if (found := next(coming, None)) is None:
+        coming = next(_awaited(registry, model, worker_id, now), None)
+        if coming is None:
             raise
-        return found
+        return coming
     pinned = [w for w in candidates if w.id == worker_id]
     return (pinned or candidates)[0].model_id
 
 
 def awaited(registry: Registry, wanted: Wanted, now: float) -> bool:
     """Say whether a worker for the request is likely to report soon: it was up when the queen went down for a restart."""
-    return any(wanted.model is None or means(wanted.model, *names) for names in registry.expected(now))
+    return any(True for _ in _awaited(registry, wanted.model, wanted.worker_id, now))
+
+
+def _awaited(registry: Registry, model: str | None, worker_id: str | None, now: float) -> Iterator[str]:
+    for name, (model_id, ref) in registry.expected(now).items():
+        if worker_id in (None, name) and (model is None or means(model, model_id, ref)):
+            yield model_id
 
 
 def pick(

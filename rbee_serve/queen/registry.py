@@ -301,9 +301,9 @@ class Registry:
         self._expected = {str(i): (str(model), ref) for i, (model, ref) in up.items() if i not in self._workers}
         self._expected_until = now + self.stale_after_s
 
-    def expected(self, now: float) -> list[tuple[str, str | None]]:
-        """Return model id and reference of workers that were up before the queen was restarted and may yet beat in time."""
-        return list(self._expected.values()) if self._expected_until is not None and now <= self._expected_until else []
+    def expected(self, now: float) -> dict[str, tuple[str, str | None]]:
+        """Return the workers that were up before the queen was restarted and may yet beat: id -> (model id, reference)."""
+        return self._expected if self._expected_until is not None and now <= self._expected_until else {}
 
     def mark_full(self, worker: Worker, now: float) -> None:
         """Note that the worker has just refused a request as busy, which is still counted; its next beat corrects it."""

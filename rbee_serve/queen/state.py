@@ -126,6 +126,8 @@ class Queen:
     async def drain(self) -> None:
         """Take nothing new, let running streams end within ``drain_timeout_s`` and tell the rest why they end (SPEC E-09)."""
         self.draining = True
+        # While the socket is the next queen's, heartbeats are too.
+        self.registry.stale_after_s += self.settings.drain_timeout_s
         with contextlib.suppress(TimeoutError):
             if self.relay.streams:
                 await asyncio.wait_for(self.relay.quiet.wait(), self.settings.drain_timeout_s)

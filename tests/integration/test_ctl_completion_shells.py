@@ -26,6 +26,9 @@ def home(tmp_path: Path) -> Iterator[Path]:
     """A person's home with an inventory, and a queen that hears of a worker nobody declared."""
     workers = "[{backend: cpu, model: 'hf:org/name:Q4_0'}, {backend: cuda, device: 1}]"
     (tmp_path / "inventory.yml").write_text(f"rbee_hives:\n  hosts: {{lab1: {{rbee_workers: {workers}}}, lab2: }}\n")
+    (tmp_path / ".zshrc").touch()  # without one zsh asks a new user questions
+    # Without them fish begins to read all manuals of the machine, in a process that outlives it.
+    (tmp_path / ".local/share/fish/generated_completions").mkdir(parents=True)
     with QueenStandIn().running() as queen:
         queen.workers = [worker("lab2-cpu7", model_id="served")]
         (tmp_path / "queen").write_text(queen.url)
@@ -78,3 +81,5 @@ def test_a_shell_completes_names_once_it_is_installed(home: Path, shell: str) ->
     typed("infer --model h", "hf:org/name:Q4_0 ")
     typed("infer --model hf:o", "rg/name:Q4_0 ")  # a word that readline takes for two
     typed("infer --model ser", "ved ")
+    if shell != "fish":
+        typed("infer --model=hf:o", "=hf:org/name:Q4_0 ")

@@ -345,6 +345,7 @@ def test_a_queen_that_has_just_been_restarted_waits_for_the_workers_it_had(
             if code != 200:
                 assert asking.result().status_code == code
             wait_until(lambda: asking.running() or asking.done(), "the request is on its way")
+            fleet.records()  # so is what was sent before
             for worker in fleet.workers.values():  # its next heartbeat is up to 2 s away
                 worker.go_on()
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -23,11 +24,21 @@ pytestmark = pytest.mark.integration
 AS_SYSTEMD = 'if [ -n "$KEPT" ]; then exec 3<&"$KEPT" {KEPT}<&-; export LISTEN_PID=$$ LISTEN_FDS=1; fi; exec "$@"'
 
 
+TOKEN = "t" * 40 + "\n"
+#: Without any a queen listens on loopback alone.
+KEYS = json.dumps(
+    {
+        "version": 1,
+        "keys": [{"id": "k1", "name": "test", "admin": True, "sha256": "0" * 64, "created_at": "2026-01-01T00:00:00Z"}],
+    }
+)
+
+
 class Manager:
     """What systemd does for a unit with ``Type=notify`` and ``FileDescriptorStoreMax=1``."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+        self.folder, self.host, self.port = folder, "127.0.0.1", free_port()
         self.inbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.inbox.bind(str(folder / "notify"))
         self.inbox.settimeout(30)
@@ -37,13 +48,25 @@ class Manager:
 
     def start(self) -> None:
         """Start the queen; returns when it is ready."""
-        (self.folder / "queen.toml").write_text(f'host = "127.0.0.1"\nport = {self.port}\n')
+        settings = {
+            "host": self.host,
+            "client_keys_file": self.secret("keys", KEYS),
+            "fleet_token_file": self.secret("token", TOKEN),
+        }
+        lines = [f"port = {self.port}", *(f'{key} = "{value}"' for key, value in settings.items())]
+        (self.folder / "queen.toml").write_text("\n".join(lines) + "\n")
         queen = [sys.executable, "-m", "rbee_serve.queen.main", "--config", str(self.folder / "queen.toml")]
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("LISTEN_", "RBEE_"))}
         environ = inherited | {"NOTIFY_SOCKET": str(self.folder / "notify"), "KEPT": str(self.kept or "")}
         fds = (self.kept,) if self.kept is not None else ()
         self.process = subprocess.Popen(["bash", "-c", AS_SYSTEMD, "bash", *queen], env=environ, pass_fds=fds)
         self.until("READY=1")
+
+    def secret(self, name: str, text: str) -> str:
+        path = self.folder / name
+        path.touch(mode=0o600)
+        path.write_text(text)
+        return str(path)
 
     def until(self, word: str) -> None:
         """Take messages until one says so, and do what they ask for."""
@@ -115,3 +138,15 @@ def test_a_socket_of_older_settings_is_given_back_and_the_new_address_is_used(ma
     assert [m for m in manager.said if m.startswith("FDSTORE")] == ["FDSTORE=1", "FDSTOREREMOVE=1", "FDSTORE=1"]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", before), timeout=5)
+
+
+def test_a_new_address_on_the_same_port_is_free_at_once(manager: Manager) -> None:
+    manager.start()
+    manager.host = "localhost"  # where it is already
+    assert manager.end(signal.SIGTERM) == 0
+    manager.start()
+    manager.host = "0.0.0.0"  # noqa: S104 -- with keys
+    assert manager.end(signal.SIGTERM) == 0
+    manager.start()
+    assert httpx.get(f"http://127.0.0.1:{manager.port}/health", timeout=30, trust_env=False).status_code == 200
+    assert [m for m in manager.said if m.startswith("FDSTORE")] == ["FDSTORE=1", "FDSTOREREMOVE=1", "FDSTORE=1"]

@@ -67,6 +67,9 @@ def test_a_model_whose_worker_has_yet_to_beat_after_a_restart_is_a_matter_of_tim
     assert [resolve(registry, name, 1001.0) for name in ("a", "b", "smollm2")] == ["a", "b", "smollm2"]
     assert resolve(registry, "hf:org/smollm2", 1001.0) in ("b", "smollm2")
     assert not awaited(registry, Wanted(model="c"), 1001.0)
+    assert resolve(registry, None, 1001.0, "lab2-cpu0") == "b", "the one that is meant, not the first"
+    assert awaited(registry, Wanted(worker_id="lab2-cpu0"), 1001.0)
+    assert not awaited(registry, Wanted(model="b", worker_id="lab9-cpu0"), 1001.0)
     with pytest.raises(ModelNotFound, match="known: a, b, smollm2"):
         choose(registry, Wanted(model="c"), 1001.0)
     with pytest.raises(InvalidRequest, match="several"):

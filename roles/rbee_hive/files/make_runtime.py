@@ -41,7 +41,7 @@ TAIL_LINES = 25
 #: ninja's count, the compiler, and the source file with its folder.
 COMPILER_LINE = re.compile(r"\s*(\[\d+/\d+\]) (?:\S*/)?(\S+) .* -c (?:\S*/)?([^/\s]+/[^/\s]+)$")
 #: Where headers are looked for, and the first Vulkan headers with all that llama.cpp uses (VK_EXT_layer_settings).
-INCLUDE_PATHS = "/usr/include:/usr/local/include"
+INCLUDE_PATHS = "/usr/local/include:/usr/include"
 VULKAN_HEADERS = 272
 #: Loads llama.cpp from the environment, without the packages around it.
 LOADS = (

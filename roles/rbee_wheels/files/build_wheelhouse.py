@@ -55,7 +55,7 @@ def installed(source: Path) -> metadata.Distribution | None:
 
 def shipped(source: Path) -> Path | None:
     """Return the wheel that lies in ``source`` when that is the Ansible collection."""
-    return next(source.glob("wheel/rbee-*.whl"), None)
+    return None if (source / "pyproject.toml").is_file() else next(source.glob("wheel/rbee-*.whl"), None)
 
 
 def installed_files(rbee: metadata.Distribution) -> list[metadata.PackagePath]:
