@@ -46,9 +46,9 @@ class Ephemeral:
             raise failed
         hive = before.hosts[node].result.get("hive", {})
         units = {u.get("name"): u for u in hive.get("units", [])}
-        play = self._session.play("worker_start", limit=node, extra_vars={"rbee_worker_request": dict(request)})
-        if hive.get("target") == "inactive":  # also when the worker then failed: the hive was started for it
+        if hive.get("target") == "inactive":  # also when the worker then fails, or somebody presses Ctrl+C meanwhile
             self._owned.append((f"the hive of {node}", lambda: self._session.play("hive_stop", limit=node)))
+        play = self._session.play("worker_start", limit=node, extra_vars={"rbee_worker_request": dict(request)})
         name = play.hosts[node].result.get("worker", {}).get("name") if node in play.hosts else None
         unit = units.get(name)
         if name is not None and (unit is None or not _up(unit)):

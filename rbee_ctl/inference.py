@@ -146,7 +146,7 @@ class Inference:
         from rbee_ctl.commands.worker import start_request
 
         host = self._session.inventory.get(node)
-        backend, device = host.backend(self._backend), self._body.get("device", 0)
+        backend, device = host.backend(self._backend), self._body.get("device")
         node_facts.check_device(self._session.settings.state_path, node, backend, device)
         request = start_request(model, backend, device)
         if self._ephemeral is not None:

@@ -25,6 +25,15 @@ _Vars = dict[str, Any]
 _SECRET = re.compile(r"(?i)pass|secret|token|_key$|credential")
 
 
+def _without_secrets(value: Any) -> Any:
+    """Return a variable without what is nested in it and may be a secret."""
+    if isinstance(value, dict):
+        return {str(k): _without_secrets(v) for k, v in value.items() if v is not None and not _SECRET.search(str(k))}
+    if isinstance(value, list):
+        return [_without_secrets(v) for v in value]
+    return value
+
+
 @dataclass(frozen=True)
 class Host:
     """One machine. ``workers`` are the declared ones, as written in ``rbee_workers``."""
@@ -47,7 +56,7 @@ class Host:
 
     def shown(self) -> dict[str, Any]:
         """Return the variables without anything that may be a secret: by its name, or because a vault holds it."""
-        return {k: v for k, v in self.variables.items() if v is not None and not _SECRET.search(k)}
+        return {str(k): _without_secrets(v) for k, v in self.variables.items() if v is not None and not _SECRET.search(str(k))}
 
     @property
     def started(self) -> set[str]:

@@ -75,6 +75,8 @@ def _editable(path: Path, by_hand: str) -> Path:
         raise _read_only(path, "a program (dynamic inventory)", by_hand)
     if not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
         raise _read_only(path, "not writable for this user", by_hand)
+    if path.exists() and not path.stat().st_mode & 0o222:  # root may write it, and its owner has said that nobody shall
+        raise _read_only(path, "it is marked read-only", by_hand)
     return path
 
 

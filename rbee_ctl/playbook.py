@@ -47,6 +47,8 @@ Status = Literal["success", "partial", "failed", "unreachable", "canceled"]
 _PASSED = ("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "SSH_AUTH_SOCK")
 _PASSED_SECRET = ("HF_TOKEN",)
 _PASSED_HUB = ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+#: Where the passwords of the user's vaults come from.
+_PASSED_VAULT = ("ANSIBLE_VAULT_PASSWORD_FILE", "ANSIBLE_VAULT_IDENTITY_LIST", "ANSIBLE_VAULT_IDENTITY")
 #: What ansible-runner itself adds and needs. ANSIBLE_HOST_KEY_CHECKING is not among them: it would switch checking off.
 _RUNNERS_OWN = (
     "ANSIBLE_CALLBACK_PLUGINS",
@@ -114,7 +116,9 @@ class PlaybookResult:
 def environment(environ: Mapping[str, str] | None = None, state_dir: Path | None = None) -> dict[str, str]:
     """Return the environment for Ansible's programs: named variables and RBEE_*, with our own ``bin`` first on PATH."""
     environ = os.environ if environ is None else environ
-    passed = {k: environ[k] for k in (*_PASSED, *_PASSED_SECRET, *_PASSED_HUB) if k in environ}
+    passed = {k: environ[k] for k in (*_PASSED, *_PASSED_SECRET, *_PASSED_HUB, *_PASSED_VAULT) if k in environ}
+    if file := passed.get("ANSIBLE_VAULT_PASSWORD_FILE"):  # Ansible runs in another folder
+        passed["ANSIBLE_VAULT_PASSWORD_FILE"] = str(Path(file).expanduser().absolute())
     passed |= {k: v for k, v in environ.items() if k.startswith("RBEE_")}
     bin_dir = str(Path(sys.executable).parent)
     passed["PATH"] = f"{bin_dir}:{environ.get('PATH') or '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'}"

@@ -126,15 +126,14 @@ class Ui:
             if isinstance(event, events.Output):
                 if self.verbose:
                     self.note(event.text)
+            elif isinstance(event, events.StillRunning):
+                self.progress(actor, action, f"{event.task.rpartition(' : ')[2]}: {event.seconds:.0f} s")
             elif self.verbose:
                 return
             elif isinstance(event, events.TaskStarted):
                 waiting[:] = [event.task.rpartition(" : ")[2]]  # without the role's name
                 if self._tty_err:
                     self.progress(actor, action, waiting[0])
-            elif isinstance(event, events.StillRunning):
-                if self._tty_err or self.events:
-                    self.progress(actor, action, f"{event.task.rpartition(' : ')[2]}: {event.seconds:.0f} s")
             elif isinstance(event, events.Progress):
                 self._say(waiting, actor, action)
                 self.progress(actor, action, event.text)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from rbee_ctl.playbook import PlaybookResult
     from rbee_ctl.queen_client import QueenClient
 
+#: Playbooks whose hosts are names alone: that they "answer" says nothing about machines.
+_CONTACT_NOBODY = ("declaration",)
+
 
 class Session:
     """One invocation of rbee-ctl. Nothing is read before it is asked for."""
@@ -143,6 +146,8 @@ class Session:
         if not check:
             outcome_of = {host: outcome.status for host, outcome in result.hosts.items()}
             audit.record(self.settings.state_path, "playbook.end", playbook=name, status=result.status, hosts=outcome_of)
+        if name in _CONTACT_NOBODY:
+            return result
         for host, outcome in result.hosts.items():
             gone = outcome.error.message if outcome.status == "unreachable" and outcome.error is not None else None
             node_facts.contact(self.settings.state_path, host, gone)

@@ -200,16 +200,18 @@ def hive_status(data: Data) -> View:
     rows: list[tuple[Any, ...]] = []
     for host, outcome in data["hosts"].items():
         if outcome["status"] != "ok":
-            rows.append((host, outcome["status"], None, None, None, None, None))
+            rows.append((host, outcome["status"], None, None, None, None, None, None))
             continue
         hive = outcome.get("hive", {})
-        rows.append((host, hive.get("target"), hive.get("version"), "rbee-hive.target", hive.get("target"), None, None))
+        rows.append((host, hive.get("target"), hive.get("version"), "rbee-hive.target", hive.get("target"), None, None, None))
         for unit in [*hive.get("units", []), *([hive["queen"]] if hive.get("queen") else [])]:
             state = f"{unit.get('active_state')} ({unit.get('sub_state')})"
             if unit.get("active_state") == "inactive" and unit.get("socket") == "active":
                 state = "dormant (socket listens)"
-            rows.append((host, None, None, unit.get("unit"), state, unit.get("n_restarts"), unit.get("status_text")))
-    yield _table(("node", "hive", "version", "unit", "state", "restarts", "status"), rows)
+            age = unit.get("heartbeat_age_s")
+            beat = None if age is None else f"{age:.0f} s ago"
+            rows.append((host, None, None, unit.get("unit"), state, unit.get("n_restarts"), beat, unit.get("status_text")))
+    yield _table(("node", "hive", "version", "unit", "state", "restarts", "heartbeat", "status"), rows)
     for host, outcome in data["hosts"].items():
         hive = outcome.get("hive", {})
         yield from _journals(host, [*hive.get("units", []), *([hive["queen"]] if hive.get("queen") else [])])

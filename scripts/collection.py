@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = NAME = "rbee"
 #: Folder of a role -> folder of a collection's plugins.
-PLUGINS = {"library": "modules", "module_utils": "module_utils", "action_plugins": "action"}
+PLUGINS = {"library": "modules", "module_utils": "module_utils", "action_plugins": "action", "callback_plugins": "callback"}
 #: What is taken as it is.
 TAKEN = (
     "systemd",

@@ -58,9 +58,28 @@ def status(ctx: typer.Context, node: Nodes = None, json: Json = False, verbose: 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
     play = s.play("status", limit=node)
+    beats = _heartbeats(s)
+    for host, outcome in play.hosts.items():
+        for unit in outcome.result.get("hive", {}).get("units", []):
+            unit["heartbeat_age_s"] = beats.get(f"{host}-{unit.get('name')}")
     stopped = any(o.result.get("hive", {}).get("target", "active") != "active" for o in play.hosts.values() if o.status == "ok")
     code = play.exit_code if play.exit_code != ExitCode.OK or not stopped else ExitCode.PARTIAL
     return per_host("hive status", play, "hive_status", exit_code=code)
+
+
+def _heartbeats(s: Session) -> dict[str, float]:
+    """Return the seconds since each worker's last heartbeat; nothing where the queen does not answer at once."""
+    from rbee_ctl.queen_client import QueenClient, Timeouts
+    from rbee_serve.contract.errors import RbeeError
+
+    if s.settings.queen_url.value is None:
+        return {}
+    hurry = Timeouts(connect_s=1.0, total_s=1.0, retry_pauses_s=())
+    try:
+        with QueenClient(s.settings.queen, s.settings.api_key(), hurry, ca_file=s.settings.queen_ca_file.value) as queen:
+            return {str(w["id"]): float(w["last_heartbeat_age_s"]) for w in queen.workers() if "last_heartbeat_age_s" in w}
+    except (RbeeError, OSError):
+        return {}
 
 
 @app.command("list")

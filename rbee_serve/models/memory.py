@@ -35,8 +35,8 @@ Facts = dict[str, Any]
 def need(facts: Facts, settings: Facts, *, on_device: bool = False) -> dict[str, int] | None:
     """Return ``{"weights", "kv", "compute", "process", "total"}`` in bytes; None where the header does not tell enough.
 
-    ``facts`` is a catalog entry's ``metadata``; ``settings`` may have ``slots``, ``context_tokens``, ``kv_type`` and
-    ``prompt_block_tokens``. ``on_device``: what lies on an accelerator that has all layers.
+    ``facts`` is a catalog entry's ``metadata``; ``settings`` may have ``slots``, ``context_tokens``, ``kv_type``,
+    ``deterministic`` and ``prompt_block_tokens``. ``on_device``: what lies on an accelerator that has all layers.
     """
     figures = facts.get("memory") or {}
     layers, embedding, weights = (
@@ -52,6 +52,8 @@ def need(facts: Facts, settings: Facts, *, on_device: bool = False) -> dict[str,
     key = figures.get("key_length") or per_head
     value = figures.get("value_length") or per_head
     chosen = {**DEFAULTS, **{k: v for k, v in settings.items() if v is not None and k in DEFAULTS}}
+    if settings.get("deterministic"):
+        chosen["kv_type"] = "q8_0"  # what the worker takes then, whatever its settings say
     context = min(chosen["context_tokens"], facts.get("context_trained") or chosen["context_tokens"])
     context = -(-context // _CONTEXT_STEP) * _CONTEXT_STEP
     kv = int(sum(kv_heads_of) * (key + value) * KV_BYTES[chosen["kv_type"]] * context * chosen["slots"])

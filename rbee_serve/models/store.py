@@ -319,7 +319,11 @@ def delete(models_dir: str | os.PathLike[str], entry: Entry) -> tuple[int, list[
                 freed += stat.st_size if stat.st_nlink == 1 else 0
     for metadata in sorted(base.glob(f"*/*/{METADATA}")):
         home = metadata.parent
-        if remove(str(entry["id"]), home):
+        try:
+            gone = remove(str(entry["id"]), home)
+        except _NotReadableHereError:
+            continue  # somebody else's YAML: ours are JSON, and the entry came from one that could be read
+        if gone:
             _prune(home, base)
     return freed, left
 

@@ -27,6 +27,7 @@ from rbee_serve.contract.errors import (
     LoadingTimeout,
     MissingDependency,
     ModelNotFound,
+    NodeLocked,
     NoWorkerAvailable,
     PlaybookFailed,
     WorkerNotFound,
@@ -150,14 +151,23 @@ class JobRunner:
         body = wanted.model_dump(exclude={"operation", "hive_id", "stream"}, exclude_none=True) | {"stream": True}
         if wanted.hive_id is not None:
             body["node"] = wanted.hive_id
-        try:
-            return await self._generate(job, body, tokens=wanted.stream)
-        except (ModelNotFound, NoWorkerAvailable):
-            if wanted.hive_id is None or wanted.model is None or wanted.worker_id is not None:
-                raise
-        job.narrate("queen", "cold_start", f"no worker serves {wanted.model} on {wanted.hive_id}; starting one")
-        spawn = op.WorkerSpawn(operation="worker_spawn", hive_id=wanted.hive_id, model=wanted.model, device=wanted.device)
-        started = await self._child(job, job_commands.arguments(spawn) or [])
+        limit = time.monotonic() + LOADING_LIMIT_S
+        while True:
+            try:
+                return await self._generate(job, body, tokens=wanted.stream)
+            except (ModelNotFound, NoWorkerAvailable):
+                if wanted.hive_id is None or wanted.model is None or wanted.worker_id is not None:
+                    raise
+            job.narrate("queen", "cold_start", f"no worker serves {wanted.model} on {wanted.hive_id}; starting one")
+            spawn = op.WorkerSpawn(operation="worker_spawn", hive_id=wanted.hive_id, model=wanted.model, device=wanted.device)
+            try:
+                started = await self._child(job, job_commands.arguments(spawn) or [])
+                break
+            except NodeLocked as e:  # by another job that starts the same worker, most likely
+                if time.monotonic() > limit:
+                    raise
+                job.narrate("queen", "cold_start", f"{e.message}; looking again")
+                await asyncio.sleep(LOADING_POLL_S)
         worker = (started or {}).get("worker", {})
         await self._wait_routable(str(worker.get("worker_id")))
         body |= {"worker_id": worker.get("worker_id"), "model": worker.get("model_id") or wanted.model}

@@ -169,6 +169,8 @@ def test_what_is_known_without_asking_machines(doors: Doors) -> None:
     assert str(doors.lab.directory) not in json.dumps(found), "the queen's own inventory has no path of the controller"
     for found in (doors.ctl("hive", "ssh-test", "--node", "lab2")["data"], doors.job_result("ssh_test", alias="lab2")):
         assert found["ok"] is True
+    units = doors.ctl("hive", "status", "--node", "lab2")["data"]["hosts"]["lab2"]["hive"]["units"]
+    assert all(0 <= u["heartbeat_age_s"] < 60 for u in units), units
     for found in (doors.ctl("hive", "status", "--node", "lab2")["data"], doors.job_result("hive_status", alias="lab2")):
         assert found["hosts"]["lab2"]["hive"]["target"] == "active"
         assert found["hosts"]["lab2"]["hive"]["units"][0]["active_state"] == "active"

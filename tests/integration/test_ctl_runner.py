@@ -200,3 +200,40 @@ def test_an_inventory_that_can_not_be_read_fails_also_without_rbee_ctl(tmp_path:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2], timeout=120)
         assert done.returncode != 0
         assert str(broken) in done.stderr
+
+
+@pytest.mark.parametrize(("callback", "told"), [("default", True), ("minimal", False)])
+def test_ansible_playbook_by_itself_says_which_task_still_runs(tmp_path: Path, callback: str, told: bool) -> None:
+    """SPEC N-05 without rbee-ctl; whoever has Ansible write for programs gets nothing between."""
+    play = tmp_path / "long.yml"
+    play.write_text(
+        "- hosts: localhost\n  connection: local\n  gather_facts: false\n  tasks:\n"
+        "    - name: Quick\n      ansible.builtin.command: 'true'\n"
+        "    - name: Long | Take a while\n      ansible.builtin.command: sleep 2.7\n"
+    )
+    environ = {"ANSIBLE_CONFIG": str(Path(__file__).parents[2] / "ansible.cfg"), "ANSIBLE_STDOUT_CALLBACK": callback}
+    command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "localhost,", str(play)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environ, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("rbee: Long | Take a while: ")]
+    assert (len(lines) >= 2) is told, done.stdout
+
+
+def test_the_password_of_a_vault_is_the_users_own(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable of the inventory that is encrypted, as for ansible-playbook; its password's file may be named from here."""
+    (project / "pw").write_text("open sesame\n")
+    (project / "pw").chmod(0o600)
+    vault = [str(Path(sys.executable).parent / "ansible-vault"), "encrypt_string", "--vault-password-file", str(project / "pw")]
+    given = subprocess.run([*vault, SECRET, "--name", "given"], capture_output=True, text=True, check=True, timeout=60).stdout
+    inventory = project / "vaulted.yml"
+    head, tail = "all:\n  vars:\n", "".join(f"    {line}\n" for line in given.splitlines())
+    local = f"    ansible_connection: local\n    ansible_python_interpreter: {sys.executable}\n    wrong: false\n"
+    inventory.write_text(f"{head}{local}{tail}  hosts:\n    good:\n")
+
+    closed = run_playbook("verb", inventory=inventory, state_dir=project)
+    assert closed.exit_code != 0
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("ANSIBLE_VAULT_PASSWORD_FILE", "pw")
+    opened = run_playbook("verb", inventory=inventory, state_dir=project)
+    assert opened.exit_code == 0
+    assert opened.hosts["good"].result["given"] == SECRET

@@ -100,3 +100,10 @@ def test_heads_may_differ_by_layer() -> None:
     one = memory.need({"layers": 2, "memory": figures}, {"slots": 1, "context_tokens": 256})
     assert one is not None
     assert one["kv"] == (2 + 1) * (16 + 16) * 2 * 256
+
+
+def test_a_deterministic_worker_has_the_cache_that_it_takes(model_path: Path) -> None:
+    facts = gguf.facts(model_path)
+    asked = memory.need(facts, {"deterministic": True, "kv_type": "f16"})
+    assert asked == memory.need(facts, {"kv_type": "q8_0"})
+    assert asked != memory.need(facts, {})

@@ -54,6 +54,14 @@ def test_static_file_is_read_without_ansible(path: Path, monkeypatch: pytest.Mon
     assert found.get("lab-2-big").backends == ("cpu", "cuda")
 
 
+def test_nothing_that_may_be_a_secret_is_shown_however_deep_it_lies(path: Path) -> None:
+    secrets = "{user: u, db_password: hidden-1, list: [{api_token: hidden-2, port: 1}]}"
+    path.write_text(path.read_text().replace("lab2:", f"lab2: {{app: {secrets}, become_pass: hidden-3}}"))
+    shown = inventory.load(path).get("lab2").shown()
+    assert shown["app"] == {"user": "u", "list": [{"port": 1}]}
+    assert "hidden" not in json.dumps(shown)
+
+
 def test_static_reading_agrees_with_ansible(path: Path) -> None:
     text = path.read_text().replace("!vault |", "|")  # ansible-inventory would ask for the vault's password
     path.write_text(text)

@@ -291,6 +291,7 @@ def test_kill_while_writing_leaves_the_old_or_the_new_file(path: Path) -> None:
         ("fleet.py", "#!/usr/bin/python3\n", 0o755, "dynamic", "ws ansible_host=192.0.2.30"),
         ("broken.yml", "all: [\n", 0o644, "not valid YAML", "rbee_hives:\n  hosts:\n    ws:\n      ansible_host: 192.0.2.30"),
         ("list.yml", "- a\n", 0o644, "groups are expected", "ws:"),
+        ("kept.yml", "rbee_hives:\n  hosts:\n", 0o444, "read-only|not writable", "ws:"),
         ("alias.yml", "a: &a {x: {y: 1}}\nrbee_hives:\n  hosts: *a\n", 0o644, "alias", "ws:"),
     ],
 )

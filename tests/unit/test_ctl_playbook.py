@@ -187,6 +187,8 @@ def test_environment_passes_named_variables_only() -> None:
     )
     assert not found.keys() & {"AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "ANSIBLE_HOST_KEY_CHECKING"}
     assert found["PATH"] == f"{Path(sys.executable).parent}:/p"
+    vault = environment({"ANSIBLE_VAULT_PASSWORD_FILE": "pw", "ANSIBLE_VAULT_IDENTITY_LIST": "a@b"})
+    assert (vault["ANSIBLE_VAULT_PASSWORD_FILE"], vault["ANSIBLE_VAULT_IDENTITY_LIST"]) == (str(Path.cwd() / "pw"), "a@b")
 
 
 def test_descendants_are_found_also_in_sessions_of_their_own() -> None:

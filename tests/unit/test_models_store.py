@@ -169,6 +169,18 @@ def test_delete_leaves_a_file_that_lies_elsewhere_and_other_models_alone(tmp_pat
     assert elsewhere.exists()
 
 
+def test_a_damaged_neighbour_is_no_obstacle_on_a_machine_without_pyyaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(tmp_path, tmp_path / "org" / "repo", entry(tmp_path))
+    for damage in ("a: [", "id: by-hand\n"):
+        (tmp_path / "A" / damage[:1]).mkdir(parents=True)
+        (tmp_path / "A" / damage[:1] / store.METADATA).write_text(damage)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    (one,) = store.read(tmp_path)[0]
+    assert store.delete(tmp_path, one)[1] == []
+    assert store.read(tmp_path)[0] == []
+    assert len([*tmp_path.glob(f"A/*/{store.METADATA}")]) == 2, "what cannot be read here is left to its owner"
+
+
 @pytest.mark.parametrize(
     "text",
     [
