@@ -22,6 +22,7 @@ systemd-container|systemd-nspawn|boots the lab machines
 mmdebstrap|mmdebstrap|makes the lab's root file system
 libgomp1|@libgomp|threads of llama.cpp
 zsh|zsh|completion is tried in it
+strace|strace|shows which programs rbee-ctl starts
 fish|fish|completion is tried in it
 LIST
 }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import orjson
 
+from rbee_serve.contract.api import REQUEST_ID_HEADER
 from rbee_serve.contract.errors import BY_CODE, ConnectionTimeout, MalformedResponse, RbeeError, RequestTimeout, WorkerCrashed
 from rbee_serve.contract.events import Event
 from rbee_serve.queen.http_client import Answer, BrokenError, Client, WokenError
@@ -105,10 +106,13 @@ class Attempt:
                 raise self._out_of_time(until, "did not answer", self._limits.first_byte_s) from e
             except BrokenError as e:
                 # A kept connection that the worker had just closed looks the same as a worker that died: ask once more
-                # on a fresh one. Nothing was delivered yet, so nothing can be delivered twice.
+                # on a fresh one. Nothing was delivered yet, so nothing can be delivered twice. By another name: a worker that
+                # was cut off has the request still, until it sees that nobody listens.
                 if fresh or not e.stale:
                     raise self._broken("did not answer", e) from e
                 self.close()
+                if REQUEST_ID_HEADER in headers:
+                    headers = headers | {REQUEST_ID_HEADER: f"{headers[REQUEST_ID_HEADER]}-again"}
         raise AssertionError("unreachable")
 
     async def _read_first(self, answer: Answer) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -220,3 +221,42 @@ def test_an_ephemeral_answer_leaves_nothing_running_that_did_not_run_before(live
     assert stopped == [f"worker {WORKER}", f"the hive of {NODE}", "the queen"]
     assert live.states() == {"inactive"}
     assert live.sh("systemctl is-enabled rbee-worker@cpu0.service") == "enabled", "declared before, declared after"
+
+
+#: Programs that reach a machine, or change it.
+REACHES = {"ssh", "scp", "sftp", "systemctl", "journalctl", "sudo", "machinectl"}
+_EXEC = re.compile(r'^\d+<(?P<by>[^>]*)> execve\("[^"]*?(?P<program>[^"/]+)", .* = 0$', re.MULTILINE)
+
+
+@pytest.mark.P06
+@pytest.mark.parametrize(
+    ("commands", "itself"),
+    [
+        (
+            (
+                ("status",),
+                ("hive", "status"),
+                ("hive", "refresh", "--node", NODE),
+                ("worker", "stop", WORKER),
+                ("worker", "start", "--node", NODE, "--model", MODEL_ID),
+                ("infer", "--model", MODEL_ID, "--prompt", "x", "--max-tokens", "2"),
+            ),
+            set(),
+        ),
+        ((("logs", "--node", NODE, "-n", "1"),), {"ssh"}),
+    ],
+)
+def test_strace_sees_no_program_that_reaches_a_machine_but_ansibles(
+    live: Live, tmp_path: Path, commands: tuple[tuple[str, ...], ...], itself: set[str]
+) -> None:
+    for command in commands:
+        trace = tmp_path / "trace"
+        strace = ["strace", "-f", "-qq", "-Y", "-e", "trace=execve", "-e", "signal=none", "-o", str(trace)]
+        done = live.lab.command([*strace, "rbee-ctl", *command])
+        assert done.returncode == 0, f"{command}: {done.stderr}"
+        seen = [(m["by"], m["program"]) for m in _EXEC.finditer(trace.read_text())]
+        assert seen, "strace saw nothing"
+        by_us = {program for by, program in seen if program in REACHES and not by.startswith("ansible")}
+        assert by_us == itself, f"{command}: {seen}"
+        if command[0] not in ("status", "infer", "logs"):
+            assert {"ansible-playbook", "ssh"} <= {program for _, program in seen}

@@ -304,6 +304,8 @@ def test_kept_connection_that_was_just_closed_is_tried_again_on_a_fresh_one() ->
     assert text_of(bench.run()) == "".join(TEXT)
     assert bench.workers == ["lab0-cpu0", "lab0-cpu0"]
     assert bench.failed() == []
+    first, second = (headers["x-request-id"] for _, _, headers in bench.asked)
+    assert second == f"{first}-again", "a worker that was cut off may have the first one still"
 
 
 @pytest.mark.X14
