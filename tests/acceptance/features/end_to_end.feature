@@ -9,12 +9,12 @@ Feature: From one command to a story
     And standard output is the story and nothing else
     And a playbook ran
     And standard error tells of these steps in order:
-      | no worker serves |
-      | downloading      |
-      | RAM              |
-      | layers           |
-      | is idle          |
-      | done             |
+      | no worker serves   |
+      | downloading        |
+      | RAM                |
+      | layers or slots of |
+      | is idle            |
+      | done               |
     And the hub has sent the whole file once
     And the download was reported at least twice before it was complete
     And the story has at most 20 tokens
