@@ -6,6 +6,7 @@ Ansible's could leave with a lock.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -44,6 +45,8 @@ class CallbackModule(CallbackBase):
 
     def v2_playbook_on_start(self, playbook):
         """Begin."""
+        # A run that is broken off has no statistics, and a signal to an interpreter that is going ends it as killed.
+        atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, self._tick)
         signal.setitimer(signal.ITIMER_REAL, _SECOND, _SECOND)
 
