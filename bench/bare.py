@@ -12,7 +12,7 @@ from llama_cpp import Llama
 
 from bench.servers import CONTEXT_TOKENS
 from rbee_serve.worker.engine import libs
-from rbee_serve.worker.engine.llama import bindings
+from rbee_serve.worker.engine.weights import bindings
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench import llama_server, models, peers, servers
 from bench.client import Stream, at_once, stream
@@ -278,32 +280,42 @@ def _started(run: Run, model: Path, prompt: str, store: str | None) -> tuple[flo
     """Start a worker, ask at once, end it; return seconds from exec to the first token, and cached tokens."""
     settings: dict[str, object] = {"prefix_store_dir": store} if store else {}
     with servers.rbee_worker(model, 4, run.threads, wait=False, backend=run.backend, **settings) as server:
-        while True:
-            answer = _first_token(server, prompt)
-            if answer is not None:
-                return answer[0] - server.began, answer[1]
-            time.sleep(0.005)
+        first, cached = _first_token(server, prompt)
+        return first - server.began, cached
 
 
-def _first_token(server: Server, prompt: str) -> tuple[float, int] | None:
-    """Return when the first token came and how much was cached; None while the worker does not answer or loads."""
-    headers = {"Authorization": f"Bearer {server.token}", "Content-Type": "application/json"}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{server.port}/v1/inference", json.dumps(server.body(prompt, 4)).encode(), headers
-    )
+def _first_token(server: Server, prompt: str) -> tuple[float, int]:
+    """Wake a worker as the queen does: follow its loading, then ask. Return when the first token came and what was cached."""
+    end = time.monotonic() + 120
+    while True:  # cheaply: what the client takes of the cores the worker lacks
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("127.0.0.1", server.port)):
+            break
+        if time.monotonic() > end:
+            raise RuntimeError("the worker does not listen")
+        time.sleep(0.005)
+    stages = [event["stage"] for event in _events(server, "/v1/loading/progress", None)]
+    if stages[-1:] != ["ready"]:
+        raise RuntimeError(f"the worker did not become ready: {stages[-1:]}")
     first, cached = 0.0, 0
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            for line in answer:
-                if line.startswith(b"data: {"):
-                    event = json.loads(line[6:])
-                    if event["type"] == "started":
-                        cached = event.get("cached_tokens", 0)
-                    elif event["type"] == "token" and not first:
-                        first = time.monotonic()
-    except OSError:
-        return None
-    return (first, cached) if first else None
+    for event in _events(server, "/v1/inference", server.body(prompt, 4)):
+        if event["type"] == "started":
+            cached = event.get("cached_tokens", 0)
+        elif event["type"] == "token" and not first:
+            first = time.monotonic()
+    if not first:
+        raise RuntimeError("the worker gave no token")
+    return first, cached
+
+
+def _events(server: Server, path: str, body: dict[str, object] | None) -> Iterator[dict[str, Any]]:
+    """Yield the events of an answer as they come."""
+    headers = {"Authorization": f"Bearer {server.token}", "Content-Type": "application/json"}
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", data, headers)
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        for line in answer:
+            if line.startswith(b"data: {"):
+                yield json.loads(line[6:])
 
 
 CASES = {

@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from pathlib import Path
 
@@ -66,8 +65,7 @@ def build(cache: Path, variant: str, backend: str = "cpu") -> Path:
     with tempfile.TemporaryDirectory(prefix="rbee-llama-server-") as folder:
         get = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "llama-cpp-python"]
         subprocess.run([*get, "-d", folder, f"llama-cpp-python=={version}"], check=True)
-        with tarfile.open(next(Path(folder).glob("*.tar.gz"))) as archive:
-            archive.extractall(folder, filter="data")
+        subprocess.run(["tar", "-xzf", str(next(Path(folder).glob("*.tar.gz"))), "-C", folder], check=True)
         source = next(Path(folder).glob("llama_cpp_python-*/vendor/llama.cpp"))
         subprocess.run([cmake, "-S", str(source), "-B", f"{folder}/build", *wanted], check=True, stdout=subprocess.DEVNULL)
         # Without a number --parallel means no limit at all: dozens of compilers at once.

@@ -14,17 +14,20 @@ NOTES: dict[str, str] = {
     "python/8": "By the clock, of the whole loop. Worked out from its parts, not profiled: what Python computes for eight "
     "streams (argmax 5 us a token, the rest less) is well under 1 % of a step of 40 ms, so most of it should be the loop's "
     "thread waiting for a core: two compute threads, the front and the client share two.",
-    "start/135M": "The engine process begins ahead of the worker's own imports (0.98 s before that); what remains is two "
-    "interpreters that import numpy, llama.cpp's bindings and starlette on two cores, and the self test. Not profiled further.",
-    "wake/135M": "Most of it is the start (see woken); 64 tokens are evaluated again to stay exact, and without the prefix it is "
+    "start/135M": "Profiled, ms from exec on cores that others shared: 75 until the engine's interpreter runs, 85 its imports "
+    "and the bindings, 20-80 looking for room and kernels while numpy is imported and the settings are read beside it, 180 the "
+    "weights, 120 the context (190 MB of KV cache are zeroed), 20 the self test, 75 the prompt.",
+    "wake/135M": "Most of it is the start (see start); 64 tokens are evaluated again to stay exact, and without the prefix it is "
     "2 s more only.",
-    "woken/135M": "llama.cpp loads the model and makes its context in 0.35 s here; the rest is an interpreter with numpy and the "
-    "bindings (0.2 s), the front beside it on the same two cores, and the test's own poll.",
-    "woken/1.1B": "0.6 s as with the small model, and llama.cpp's load is slower while the front imports beside it: 0.9 s alone.",
-    "fleet-one/stop": "Profiled: ansible-playbook takes 0.85 s to begin, its first task on a machine 0.5 s (another one 0.28 s, "
-    "of which 0.2 s compile Ansible's own modules on the node, each time), rbee-ctl 0.2-0.4 s.",
-    "fleet-one/start": "As for stop; the preflight is a task more, and a model that takes over a second to load is followed and "
-    "reported by two more.",
+    "woken/135M": "Weights, context and prompt are the same work; 0.2 s before it are interpreters, imports and bindings, which "
+    "the peer's time leaves out, and the front's imports share its two cores.",
+    "woken/1.1B": "Before llama.cpp's load 0.2 s of interpreters and imports, which the peer's time leaves out; the load is "
+    "slower while the front imports beside it.",
+    "fleet-one/stop": "Profiled by CPU time, since modules no longer go Ansible's way to a node: Ansible's imports 0.5 s, its "
+    "YAML files, plugins and the play 0.3 s, the task 0.1 s here and 0.1 s on the machine, rbee-ctl 0.4 s (a quarter of it is "
+    "pydantic, by which the command line's library checks options).",
+    "fleet-one/start": "As for stop; the preflight is a task more, two tasks in which there is nothing to do cost 0.02 s each, "
+    "and a model that takes over three seconds to load is followed and reported by two more.",
     "fleet-twenty/time": "All twenty machines are containers on the same two cores as Ansible: their Python, not the order of "
     "the work, is what takes the time.",
 }

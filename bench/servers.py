@@ -22,7 +22,7 @@ CONTEXT_TOKENS = 2048
 
 def cpu_variant() -> str:
     """Return llama.cpp's CPU variant that a worker picks on this machine."""
-    code = "from rbee_serve.worker.engine import libs, llama; print(libs.load_cpu_variant(llama.bindings()))"
+    code = "from rbee_serve.worker.engine import libs, weights; print(libs.load_cpu_variant(weights.bindings()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return done.stdout.split()[-1]
 
@@ -93,12 +93,20 @@ def wait_http(url: str, process: subprocess.Popen[bytes], limit_s: float = 120.0
     raise RuntimeError(f"{url} did not answer within {limit_s} s")
 
 
+def _environment() -> dict[str, str]:
+    """Return the environment of a server: as an installed runtime's, whose modules are compiled (roles/rbee_hive).
+
+    Where Python may write no bytecode every start would compile rbee's sources, which takes longer than to import them.
+    """
+    return {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | {"PYTHONUNBUFFERED": "1"}
+
+
 @contextlib.contextmanager
 def running(name: str, command: list[str], port: int, path: str, ready: str | None, token: str | None = None) -> Iterator[Server]:
     """Run ``command`` for the length of the block; ``ready``: what to ask until it is, None: do not wait."""
     with tempfile.TemporaryFile() as log:
         began = time.monotonic()
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=_environment())
         try:
             if ready is not None:
                 wait_http(f"http://127.0.0.1:{port}{ready}", process, token=token)

@@ -9,7 +9,7 @@ import time
 from llama_cpp import Llama
 
 from rbee_serve.worker.engine import libs
-from rbee_serve.worker.engine.llama import bindings
+from rbee_serve.worker.engine.weights import bindings
 
 PROMPT_TOKENS, TOKENS = 512, 128
 #: The best of so many is taken: on a shared machine the others say what the neighbours did.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from rbee_ctl import content
 from rbee_ctl.bundle import Contents, Source, models_of
 from rbee_ctl.inventory import Inventory
 from rbee_serve.contract.errors import BY_CODE, BundleInvalid, ChecksumMismatch, DownloadFailed, InvalidRequest, MissingDependency
+from rbee_serve.contract.split_models import set_of
 
 Say = Callable[[str, str], None]
 
@@ -73,20 +75,47 @@ def misfit(contents: Contents, here: dict[str, Any]) -> str | None:
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class HubSettings:
+    """How this fleet asks its hub: flags of rbee_serve.models.download, and the token, which goes by a pipe."""
+
+    flags: tuple[str, ...] = ()
+    token: str | None = None
+
+    @classmethod
+    def of(cls, inventory: Inventory | None) -> HubSettings:
+        """Return what the inventory says of the hub (``rbee_hub_*``), that of the first hive that says it.
+
+        A token that a vault, a template or group_vars hold is not read here: rbee_hub_token_file, or HF_TOKEN, is what there
+        is then.
+        """
+        said: dict[str, str] = {}
+        for host in inventory.hives if inventory is not None else ():
+            for key, value in host.variables.items():
+                if key.startswith("rbee_hub_") and value is not None and "{{" not in str(value):
+                    said.setdefault(key.removeprefix("rbee_hub_"), str(value))
+        token = said.pop("token", "") or os.environ.get("HF_TOKEN", "")
+        if not token and (file := said.get("token_file")) and Path(file).expanduser().is_file():
+            token = Path(file).expanduser().read_text(encoding="utf-8").strip()
+        known = ("endpoint", "tries", "pause_s", "stall_timeout_s", "bytes_per_s")
+        return cls(tuple(f"--{k.replace('_', '-')}={said[k]}" for k in known if k in said), token or None)
+
+
 def declared(inventory: Inventory, say: Say) -> list[Model]:
     """Return the models that the inventory declares, fetched where they are not here; raises RbeeError."""
     wanted: dict[str, dict[str, Any]] = {}
     for host in inventory.hives:
         for entry in host.variables.get("rbee_models") or []:
             wanted.setdefault(str(entry["id"]), entry)
-    return [_declared(entry, say) for _, entry in sorted(wanted.items())]
+    hub = HubSettings.of(inventory)
+    return [_declared(entry, say, hub) for _, entry in sorted(wanted.items())]
 
 
-def _declared(entry: dict[str, Any], say: Say) -> Model:
+def _declared(entry: dict[str, Any], say: Say, hub: HubSettings) -> Model:
     sha256, reference = entry.get("sha256"), str(entry["reference"])
     files: tuple[Path, ...] = ()
     if entry.get("src") and (src := Path(str(entry["src"])).expanduser()).is_file():
-        files = (src,)
+        files = whole_set(src)
     elif sha256:
         files = tuple(sorted((cache() / "models" / str(sha256)[:16]).glob("*.gguf")))
     if files:
@@ -99,17 +128,30 @@ def _declared(entry: dict[str, Any], say: Say) -> Model:
         raise InvalidRequest(
             f"{entry['id']}: {entry.get('src')} is not here, and {reference} can not be fetched", hint="give src"
         )
-    return fetched(reference, say, model_id=str(entry["id"]), sha256=sha256)
+    return fetched(reference, say, hub, model_id=str(entry["id"]), sha256=sha256)
 
 
-def fetched(reference: str, say: Say, *, model_id: str | None = None, sha256: str | None = None) -> Model:
+def whole_set(path: Path) -> tuple[Path, ...]:
+    """Return all parts of the split model that the file belongs to, or the file alone; raises InvalidRequest."""
+    parts = tuple(path.with_name(name) for name in set_of(path.name))
+    if len(parts) > 1 and (lacking := [p.name for p in parts if not p.is_file()]):
+        raise InvalidRequest(f"{path} is part of a split model; not beside it: {', '.join(lacking)}", hint="bring all parts")
+    return parts
+
+
+def fetched(reference: str, say: Say, hub: HubSettings, *, model_id: str | None = None, sha256: str | None = None) -> Model:
     """Return a model that was fetched from the hub into the cache; raises RbeeError."""
+    environ = {k: v for k, v in os.environ.items() if k not in ("CREDENTIALS_DIRECTORY", "HF_TOKEN")}
     with tempfile.TemporaryDirectory(prefix="rbee-fetch-") as folder:
         progress = Path(folder, "progress.jsonl")
         command = [sys.executable, "-m", "rbee_serve.models.download", f"--ref={reference}", f"--models-dir={cache() / 'hub'}"]
-        command += [f"--progress-file={progress}", *([f"--sha256={sha256}"] if sha256 else [])]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        command += [f"--progress-file={progress}", "--token-stdin", *hub.flags, *([f"--sha256={sha256}"] if sha256 else [])]
+        null = subprocess.DEVNULL
+        with subprocess.Popen(command, env=environ, stdin=subprocess.PIPE, stdout=null, stderr=null) as process:
             try:
+                with contextlib.suppress(BrokenPipeError), process.stdin or contextlib.nullcontext() as pipe:
+                    if pipe:
+                        pipe.write((hub.token or "").encode())
                 last = _follow(process, progress, say)
             finally:
                 process.terminate()  # of one that has ended it does nothing; what has come is kept

@@ -69,16 +69,8 @@ def command_name(args: Sequence[str]) -> str:
     return " ".join(words)
 
 
-def _quiet_first(args: Sequence[str]) -> list[str]:
-    """Let --quiet stand anywhere before ``--``: it is an option of rbee-ctl itself."""
-    end = args.index("--") if "--" in args else len(args)
-    rest = [arg for arg in args[:end] if arg != "--quiet"]
-    return [*(["--quiet"] if len(rest) < end else []), *rest, *args[end:]]
-
-
 def run(args: Sequence[str], ui: Ui) -> OperationResult:
     """Run one command; every failure comes back as a result."""
-    args = _quiet_first(args)
     try:
         value = app(args=list(args), prog_name="rbee-ctl", standalone_mode=False, obj=Session(ui))
     except typer.TyperException as e:
@@ -134,6 +126,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = run(args, ui)
         ui.finish(result)
+    except KeyboardInterrupt:  # while the result was printed
+        return ExitCode.INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has left (`| head`). Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

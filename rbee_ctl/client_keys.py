@@ -106,6 +106,31 @@ class KeyList:
             known = ", ".join(k.name for k in file.keys) or "none"
             raise InvalidRequest(f"no key {name_or_id!r}; known: {known}", hint="rbee-ctl key list", field="name")
 
+    def ensure_first(self) -> bool:
+        """Make the first key unless there is one, as site.yml does; says whether it was made."""
+        path = self._folder / "client-key"
+        with self._locked():
+            if path.is_file():
+                return False
+            _write_private(path, f"rbee-{secrets.token_urlsafe(32)}\n")
+        return True
+
+    def for_a_queen_here(self) -> Path:
+        """Write all keys as a queen on this machine reads them (``client_keys_file``) and return the file."""
+        path = self._folder / "queen-keys"
+        text = ClientKeyFile(version=1, keys=self.all()).model_dump_json(indent=2, exclude_none=True) + "\n"
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            _write_private(path, text)
+        return path
+
+    def fleet_token(self) -> Path:
+        """Make the fleet token unless there is one, as site.yml does, and return its file."""
+        path = self._folder / "fleet-token"
+        with self._locked():
+            if not path.is_file():
+                _write_private(path, f"{secrets.token_urlsafe(32)}\n")
+        return path
+
     def rotate(self) -> None:
         """Replace the first key, the one that rbee-ctl uses; raises ConfigInvalid when there is none yet."""
         path = self._folder / "client-key"

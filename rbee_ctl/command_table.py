@@ -5,6 +5,7 @@ Importing all of them and building their options takes longer than answering (SP
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Iterable, Iterator, MutableMapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -68,8 +69,26 @@ def load(name: str) -> Command:
     else:
         holder.command(name, hidden=entry.about is None)(found)
     command = typer.main.get_group(holder).commands[name]
+    _add_quiet(command)
     _take_plain_values_as_they_are(command)
     return command
+
+
+def _add_quiet(command: Any) -> None:
+    """Give every command that has --json also --quiet: an option of rbee-ctl itself that may stand behind the command, too."""
+    for below in getattr(command, "commands", {}).values():
+        _add_quiet(below)
+    at, like = next(((i, p) for i, p in enumerate(command.params) if p.name == "json"), (0, None))
+    if like is not None:
+        quiet = copy.copy(like)
+        quiet.name, quiet.opts, quiet.help = "quiet", ["--quiet", "-q"], "no narration on stderr"
+        quiet.expose_value, quiet.callback = False, _be_quiet
+        command.params.insert(at + 1, quiet)
+
+
+def _be_quiet(ctx: Any, _: Any, value: bool) -> None:
+    if value and ctx.obj is not None:  # None while a shell completes
+        ctx.obj.ui.quiet = True
 
 
 class _AsItIs:

@@ -108,18 +108,10 @@ def _declared() -> list[tuple[str, tuple[dict[str, Any], ...]]]:
 
 def _live() -> list[dict[str, Any]]:
     """Return what the queen hears of, if it says so at once."""
-    from rbee_ctl.queen_client import QueenClient, Timeouts
-    from rbee_serve.contract.errors import RbeeError
+    from rbee_ctl.queen_client import workers_at_once
 
     settings = _settings()
-    hurry = Timeouts(connect_s=QUEEN_LIMIT_S, total_s=QUEEN_LIMIT_S, retry_pauses_s=())
-    try:
-        if settings is None or settings.queen_url.value is None:
-            return []
-        with QueenClient(settings.queen, settings.api_key(), hurry, ca_file=settings.queen_ca_file.value) as queen:
-            return queen.workers()
-    except (RbeeError, OSError):
-        return []
+    return workers_at_once(settings, QUEEN_LIMIT_S) if settings is not None else []
 
 
 def _instance(worker: dict[str, Any]) -> str:

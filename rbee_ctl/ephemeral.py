@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from rbee_ctl.config import CLIENT_FILE
+from rbee_ctl.events import Event, TaskDone
 from rbee_serve.contract.errors import ConnectionTimeout, RbeeError
 
 if TYPE_CHECKING:
@@ -28,9 +29,18 @@ class Ephemeral:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         failed: RbeeError | None = None
-        for what, stop in reversed(self._owned):
+        while self._owned:
+            what, stop = self._owned[-1]
             self._session.ui.narrate("ctl", "ephemeral", f"stopping {what}, which this command had started")
-            failed = _first_error(stop()) or failed
+            try:
+                failed = _first_error(stop()) or failed
+            except KeyboardInterrupt:
+                left = ", ".join(name for name, _ in reversed(self._owned))
+                self._session.ui.narrate(
+                    "ctl", "ephemeral", f"interrupted; perhaps left running: {left}; next: rbee-ctl hive status"
+                )
+                raise
+            self._owned.pop()
         if failed is not None and error is None:
             raise failed
 
@@ -40,23 +50,45 @@ class Ephemeral:
             self._owned.append(("the queen", lambda: self._session.play("queen_stop")))
 
     def start_worker(self, node: str, request: Mapping[str, Any]) -> PlaybookResult:
-        """Run ``worker_start`` on a machine and own what was not there before: the hive, the worker, its instance."""
+        """Run ``worker_start`` on a machine and own what was not there before: the hive, the worker, its instance.
+
+        Owned as soon as the playbook has said which instance it will start, so that a Ctrl+C meanwhile leaves nothing.
+        """
         before = self._session.play("status", limit=node, silent=True)
         if (failed := _first_error(before)) is not None:
             raise failed
         hive = before.hosts[node].result.get("hive", {})
         units = {u.get("name"): u for u in hive.get("units", [])}
-        if hive.get("target") == "inactive":  # also when the worker then fails, or somebody presses Ctrl+C meanwhile
+        if hive.get("target") == "inactive":
             self._owned.append((f"the hive of {node}", lambda: self._session.play("hive_stop", limit=node)))
-        play = self._session.play("worker_start", limit=node, extra_vars={"rbee_worker_request": dict(request)})
+        seen: set[str] = set()
+
+        def own(name: str) -> None:
+            unit = units.get(name)
+            if name not in seen and (unit is None or not _up(unit)):
+                variables = {"rbee_worker_names": [name], "rbee_worker_remove": unit is None}
+                self._owned.append(
+                    (f"worker {node}-{name}", lambda: self._session.play("worker_stop", limit=node, extra_vars=variables))
+                )
+            seen.add(name)
+
+        def listen(event: Event) -> None:
+            if isinstance(event, TaskDone) and (name := _planned(event.result)) is not None:
+                own(name)
+
+        play = self._session.play("worker_start", limit=node, extra_vars={"rbee_worker_request": dict(request)}, listen=listen)
         name = play.hosts[node].result.get("worker", {}).get("name") if node in play.hosts else None
-        unit = units.get(name)
-        if name is not None and (unit is None or not _up(unit)):
-            variables = {"rbee_worker_names": [name], "rbee_worker_remove": unit is None}
-            self._owned.append(
-                (f"worker {node}-{name}", lambda: self._session.play("worker_stop", limit=node, extra_vars=variables))
-            )
+        if name is not None:
+            own(name)
         return play
+
+
+def _planned(result: Mapping[str, Any]) -> str | None:
+    """Return the name of the instance that a preflight has planned, from what its task returned."""
+    plan = result.get("plan")
+    instance = plan.get("instance") if isinstance(plan, dict) else None
+    name = instance.get("name") if isinstance(instance, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def ensure_queen(session: Session, queen: QueenClient) -> bool:

@@ -1,7 +1,8 @@
 """The inventory as far as rbee-ctl needs it before anything is started: hosts, addresses, backends.
 
 A static YAML file is read directly, which takes milliseconds; ``ansible-inventory`` (half a second) is asked only for
-what that can not answer: directories, INI files, scripts, host ranges, ``host_vars`` and ``group_vars``.
+what that can not answer: directories, INI files, scripts, host ranges, ``host_vars`` and ``group_vars``; its answer is kept
+(``inventory_cache``) until a file changes.
 """
 
 from __future__ import annotations
@@ -16,22 +17,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rbee_serve import process_tree
 from rbee_serve.contract.errors import ConfigInvalid, InvalidBackend, NodeNotFound
 
 QUEEN_GROUP = "rbee_queen"
 HIVE_GROUP = "rbee_hives"
 
 _Vars = dict[str, Any]
+#: Names of what may be a secret.
 _SECRET = re.compile(r"(?i)pass|secret|token|_key$|credential")
 
 
-def _without_secrets(value: Any) -> Any:
-    """Return a variable without what is nested in it and may be a secret."""
+def _secret(name: str, value: Any) -> bool:
+    """Say whether it may be one: not where it lies (``..._file``), and not a number of tokens (``context_tokens``)."""
+    number = name.endswith("tokens") and isinstance(value, int | float)
+    return bool(_SECRET.search(name)) and not name.endswith("_file") and not number
+
+
+def _without_secrets(variables: _Vars) -> _Vars:
+    """Return variables without what may be a secret, however deep it is nested."""
+    return {str(k): _shown(v) for k, v in variables.items() if v is not None and not _secret(str(k), v)}
+
+
+def _shown(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(k): _without_secrets(v) for k, v in value.items() if v is not None and not _SECRET.search(str(k))}
-    if isinstance(value, list):
-        return [_without_secrets(v) for v in value]
-    return value
+        return _without_secrets(value)
+    return [_shown(v) for v in value] if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class Host:
 
     def shown(self) -> dict[str, Any]:
         """Return the variables without anything that may be a secret: by its name, or because a vault holds it."""
-        return {str(k): _without_secrets(v) for k, v in self.variables.items() if v is not None and not _SECRET.search(str(k))}
+        return _without_secrets(self.variables)
 
     @property
     def started(self) -> set[str]:
@@ -219,12 +230,39 @@ def _merge(data: dict[str, Any]) -> Iterator[tuple[str, set[str], dict[str, Any]
 
 
 def _ask_ansible(path: Path) -> Inventory:
-    """Ask ``ansible-inventory``, which knows every kind of inventory."""
+    """Return what ``ansible-inventory`` says, which knows every kind of inventory: now, or before with the same files."""
+    from rbee_ctl import inventory_cache
+
+    seen = inventory_cache.stamp(path)
+    said = inventory_cache.read(path, seen) if seen is not None else None
+    if said is None:
+        said = _said_by_ansible(path)
+        if seen is not None:
+            inventory_cache.keep(path, seen, said)
+    return Inventory(path, {name: _host(name, set(groups), variables) for name, (groups, variables) in said.items()})
+
+
+def _run(command: list[str], environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end; whatever ends us first, Ctrl+C or its time, ends it too, with the programs below it."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ) as process:
+        try:
+            out, err = process.communicate(timeout=60)
+        except BaseException:
+            below = process_tree.descendants(process.pid)
+            process.kill()
+            process_tree.kill(below)
+            process.wait()
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def _said_by_ansible(path: Path) -> dict[str, list[Any]]:
+    """Ask ``ansible-inventory``; returns {host: [groups, variables without secrets]}. Raises ConfigInvalid."""
     from rbee_ctl.playbook import environment
 
     command = ["ansible-inventory", "-i", str(path), "--list"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60, check=False)
+        done = _run(command, environment())
         data = json.loads(done.stdout) if done.returncode == 0 else None
     except (OSError, subprocess.TimeoutExpired, ValueError) as e:
         raise ConfigInvalid(f"ansible-inventory can not read {path}: {e}", hint=" ".join(command)) from e
@@ -243,4 +281,4 @@ def _ask_ansible(path: Path) -> Inventory:
                 descend(child, lineage)
 
     descend("all", frozenset())
-    return Inventory(path, {h: _host(h, groups, variables.get(h, {})) for h, groups in members.items()})
+    return {host: [sorted(groups), _without_secrets(variables.get(host, {}))] for host, groups in members.items()}

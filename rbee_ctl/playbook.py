@@ -151,15 +151,16 @@ def run_playbook(
     """
     path = content.playbook(name)
     collector = _Collector(on_event)
-    with _private_folder() as private, _cancellation() as cancellation:
-        env = environment(state_dir=state_dir) | dict(environ or {})
-        runner = _prepare(private, path, inventory, limit, extra_vars, env, verbose, check)
-        runner.event_handler = collector.handle
-        runner.cancel_callback = _polled(collector, cancellation)
-        try:
-            runner.run()
-        finally:
-            cancellation.sweep()
+    with _cancellation() as cancellation:  # to the end of the cleanup: a second Ctrl+C leaves no folder behind either
+        with _private_folder() as private:
+            env = environment(state_dir=state_dir) | dict(environ or {})
+            runner = _prepare(private, path, inventory, limit, extra_vars, env, verbose, check)
+            runner.event_handler = collector.handle
+            runner.cancel_callback = _polled(collector, cancellation)
+            try:
+                runner.run()
+            finally:
+                cancellation.sweep()
         if cancellation.requested:
             raise KeyboardInterrupt
         return collector.conclude(runner.rc if isinstance(runner.rc, int) else 1, path)
@@ -188,8 +189,11 @@ def _prepare(
     """Return an ansible-runner Runner that is ready to run."""
     try:
         import ansible_runner
+
+        from rbee_ctl import terminal
     except ImportError as e:
         raise MissingDependency("ansible-runner is not installed", hint="pip install 'rbee[ctl]'") from e
+    terminal.use()
     variables = None
     if extra_vars:
         variables = private / "extra-vars.json"

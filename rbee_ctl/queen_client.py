@@ -9,7 +9,7 @@ import ssl
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rbee_ctl.quick_httpx import httpx
 from rbee_serve.contract.errors import (
@@ -23,7 +23,12 @@ from rbee_serve.contract.errors import (
 )
 from rbee_serve.contract.events import SseParser
 
+if TYPE_CHECKING:
+    from rbee_ctl.config import Settings
+
 REQUEST_ID_HEADER = "X-Request-Id"
+#: What may help when the queen's answers are not what they should be (SPEC S-18).
+_RESTART = "is queen_url an rbee queen (rbee-ctl config show)? On its host: systemctl restart rbee-queen"
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,9 @@ def _event(payload: str) -> dict[str, Any]:
     try:
         event = json.loads(payload)
     except ValueError as e:
-        raise MalformedResponse(f"the queen sent an event that is no JSON ({e})", hint="rbee-ctl version; rbee-ctl status") from e
+        raise MalformedResponse(f"the queen sent an event that is no JSON ({e})", hint=_RESTART) from e
     if not isinstance(event, dict):
-        raise MalformedResponse("the queen sent an event that is no object", hint="rbee-ctl version; rbee-ctl status")
+        raise MalformedResponse("the queen sent an event that is no object", hint=_RESTART)
     return event
 
 
@@ -129,9 +134,9 @@ class QueenClient:
         try:
             body = response.json()
         except ValueError as e:
-            raise MalformedResponse(f"GET {path}: the answer is no JSON ({e})", hint="rbee-ctl config show") from e
+            raise MalformedResponse(f"GET {path}: the answer is no JSON ({e})", hint=_RESTART) from e
         if not isinstance(body, dict):
-            raise MalformedResponse(f"GET {path}: an object expected, got {type(body).__name__}", hint="rbee-ctl config show")
+            raise MalformedResponse(f"GET {path}: an object expected, got {type(body).__name__}", hint=_RESTART)
         return body
 
     def post(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -143,7 +148,7 @@ class QueenClient:
         try:
             found = response.json() if response.content else {}
         except ValueError as e:
-            raise MalformedResponse(f"POST {path}: the answer is no JSON ({e})", hint="rbee-ctl config show") from e
+            raise MalformedResponse(f"POST {path}: the answer is no JSON ({e})", hint=_RESTART) from e
         return found if isinstance(found, dict) else {}
 
     def workers(self, **filters: str | None) -> list[dict[str, Any]]:
@@ -196,3 +201,15 @@ class QueenClient:
         elif isinstance(error, MalformedResponse):
             error.hint = f"is {self.base_url} an rbee queen? rbee-ctl config show"
         return error
+
+
+def workers_at_once(settings: Settings, limit_s: float) -> list[dict[str, Any]]:
+    """Return the live workers if the queen says so within ``limit_s``; none where it does not or nothing names it."""
+    if settings.queen_url.value is None:
+        return []
+    hurry = Timeouts(connect_s=limit_s, total_s=limit_s, retry_pauses_s=())
+    try:
+        with QueenClient(settings.queen, settings.api_key(), hurry, ca_file=settings.queen_ca_file.value) as queen:
+            return queen.workers()
+    except (RbeeError, OSError):
+        return []

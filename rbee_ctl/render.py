@@ -170,6 +170,8 @@ class Ui:
         if self.events:
             self._event("result", **result.envelope())
             return
+        if result.answered:
+            return
         if self.json:
             self.out.write(json.dumps(result.envelope(), ensure_ascii=False, default=str) + "\n")
             self.out.flush()

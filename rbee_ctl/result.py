@@ -43,6 +43,7 @@ class OperationResult:
 
     ``data`` is the JSON-able payload, ``messages`` are lines for a person (not part of the envelope), ``view`` names the
     function of ``views`` that shows ``data`` to a person. ``partial``: something was done in spite of the errors.
+    ``answered``: the command's own lines are all there is to say.
     """
 
     command: str
@@ -52,6 +53,7 @@ class OperationResult:
     errors: tuple[ErrorItem, ...] = ()
     view: str | None = None
     partial: bool = False
+    answered: bool = False
 
     @property
     def status(self) -> str:

@@ -12,6 +12,7 @@ from rbee_ctl import config
 from rbee_ctl.render import Ui
 
 if TYPE_CHECKING:
+    from rbee_ctl.events import Event, OnEvent
     from rbee_ctl.inventory import Host, Inventory
     from rbee_ctl.playbook import PlaybookResult
     from rbee_ctl.queen_client import QueenClient
@@ -64,6 +65,22 @@ class Session:
 
         return QueenClient(self.settings.queen, self.settings.api_key(), ca_file=self.settings.queen_ca_file.value)
 
+    def live_workers(self, queen: QueenClient, *, node: str | None, **filters: str | None) -> list[dict[str, Any]]:
+        """Return the records of live workers; raises NodeNotFound for a machine that neither inventory nor queen knows."""
+        found = queen.workers(node=node, **filters)
+        if found or node is None:
+            return found
+        from rbee_serve.contract.hives import refuse_unknown_node
+
+        has_inventory = self.settings.inventory.value is not None
+        if has_inventory and node in self.inventory.hosts:
+            return found
+        hives = queen.get("/v1/hives").get("hives", [])
+        if has_inventory and node not in {hive.get("name") for hive in hives}:
+            self.inventory.get(node)
+        refuse_unknown_node(node, hives)
+        return found
+
     def look(self, name: str, *, limit: str | None = None, extra_vars: Mapping[str, Any] | None = None) -> PlaybookResult:
         """Answer a verb that only reads: in this process where all its machines are this one (CAP-27), else by playbook."""
         hosts = [self.inventory.get(limit)] if limit is not None else self.inventory.hives
@@ -114,12 +131,13 @@ class Session:
         environ: Mapping[str, str] | None = None,
         mode: str | None = None,
         tries: int = 1,
+        listen: OnEvent | None = None,
     ) -> PlaybookResult:
         """Run a playbook against the inventory and narrate it (``silent``: only with --verbose); remember who answered.
 
         ``check``: say what would change and touch nothing. ``environ``: added to Ansible's environment.
         ``mode``: how the machines are reached, where there was a choice. ``tries``: how often one machine (``limit``) that
-        does not answer is tried, as long as nothing was changed there (SPEC S-20).
+        does not answer is tried, as long as nothing was changed there (SPEC S-20). ``listen`` gets every event, too.
         """
         from rbee_ctl import audit, node_facts
         from rbee_ctl.playbook import run_playbook
@@ -134,7 +152,7 @@ class Session:
                 inventory=[self.settings.inventory_path, *extra_inventories],
                 limit=limit,
                 extra_vars=extra_vars,
-                on_event=None if silent and not self.ui.verbose else self.ui.narrator(limit or "ansible", name),
+                on_event=_both(listen, None if silent and not self.ui.verbose else self.ui.narrator(limit or "ansible", name)),
                 state_dir=self.settings.state_path,
                 verbose=self.ui.verbose,
                 check=check,
@@ -152,3 +170,15 @@ class Session:
             gone = outcome.error.message if outcome.status == "unreachable" and outcome.error is not None else None
             node_facts.contact(self.settings.state_path, host, gone)
         return result
+
+
+def _both(first: OnEvent | None, second: OnEvent | None) -> OnEvent | None:
+    """Return what tells both."""
+    if first is None or second is None:
+        return first or second
+
+    def tell(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return tell

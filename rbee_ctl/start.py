@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 
 def main() -> int:
     """Run rbee-ctl and return its exit code."""
@@ -14,7 +12,6 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as e:
-        if (e.name or "rbee").startswith("rbee"):
-            raise
-        sys.stderr.write(f"error: {e.name} is not installed [MISSING_DEPENDENCY]\n  try: pipx install 'FILE.whl[ctl]'\n")
-        return 1
+        from rbee_serve.extras import say_missing
+
+        return say_missing(e, "ctl")

@@ -95,7 +95,7 @@ def status(data: Data) -> View:
     for hive in data["hives"]:
         slots = hive["slots"]
         free = f"{slots['total'] - slots['busy']}/{slots['total']}" if slots else None
-        rows.append((hive["name"], hive["address"], hive["state"], ", ".join(hive["workers"]), ", ".join(hive["models"]), free))
+        rows.append((hive["name"], hive["address"], hive["status"], ", ".join(hive["workers"]), ", ".join(hive["models"]), free))
     if rows:
         yield _table(("node", "address", "state", "workers", "models", "free"), rows)
     if data["workers"]:
@@ -192,7 +192,8 @@ def ssh_tested(data: Data) -> View:
 
 def imported(data: Data) -> View:
     """What came out of ~/.ssh/config."""
-    yield f"{len(data['imported'])} new, {len(data['already_there'])} there already, in {data['inventory']}"
+    refused = f", {len(data['refused'])} passed over for their names ({', '.join(data['refused'])})" if data["refused"] else ""
+    yield f"{len(data['imported'])} new, {len(data['already_there'])} there already{refused}, in {data['inventory']}"
 
 
 def hive_status(data: Data) -> View:
@@ -387,7 +388,9 @@ def runtime_record(data: Data) -> View:
     """One runtime, key by key, on each machine that has it."""
     for host, outcome in data["hosts"].items():
         if r := outcome.get("runtime"):
-            shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in r.items()}
+            build = {f"build {k}": v for k, v in (r.get("build") or {}).items() if k != "cmake_hook"}
+            shown = {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in r.items() if k != "build"}
+            shown |= {k: " ".join(v) if isinstance(v, list) else v for k, v in build.items()}
             yield _table(("field", "value"), shown.items(), title=host)
 
 

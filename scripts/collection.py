@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build the Ansible collection ``rbee.rbee`` from this tree; prints the path of the tarball: ``collection.py [OUTPUT_DIR]``.
 
-Roles, playbooks and modules are the same files. A collection wants modules, their common code and action plugins in
-``plugins/`` instead of in the roles, and their common code imported under its own name: that is all that differs. The wheel
+Roles, playbooks and modules are the same files. A collection wants modules, their common code and plugins in ``plugins/``
+instead of in the roles, their common code imported and filters called under its own name: that is all that differs. The wheel
 of this tree travels along, because the role rbee_wheels makes the nodes' archive from it.
 """
 
@@ -20,7 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = NAME = "rbee"
 #: Folder of a role -> folder of a collection's plugins.
-PLUGINS = {"library": "modules", "module_utils": "module_utils", "action_plugins": "action", "callback_plugins": "callback"}
+PLUGINS = {
+    "library": "modules",
+    "module_utils": "module_utils",
+    "action_plugins": "action",
+    "callback_plugins": "callback",
+    "filter_plugins": "filter",
+}
 #: What is taken as it is.
 TAKEN = (
     "systemd",
@@ -30,6 +36,8 @@ TAKEN = (
     "LICENSE",
     "CHANGELOG.md",
 )
+#: In a collection only modules and actions are found by their short names.
+_FILTER = re.compile(r"\| (rbee_\w+)")
 _IMPORT = re.compile(r"\bansible\.module_utils\.(rbee_\w+)")
 _JUNK = shutil.ignore_patterns("__pycache__", "*.pyc", ".*")
 
@@ -43,7 +51,12 @@ def stage(target: Path) -> None:
         else:
             shutil.copy2(source, target / name)
     for role in sorted(p for p in (ROOT / "roles").iterdir() if p.is_dir()):
-        shutil.copytree(role, target / "roles" / role.name, ignore=_but(*PLUGINS))
+        if left := [p.name for p in role.glob("*_plugins") if p.name not in PLUGINS]:
+            raise SystemExit(f"{role}: a collection has no place for {', '.join(left)}: add it to PLUGINS")
+        staged = target / "roles" / role.name
+        shutil.copytree(role, staged, ignore=_but(*PLUGINS))
+        for path in staged.rglob("*.yml"):
+            path.write_text(_FILTER.sub(rf"| {NAMESPACE}.{NAME}.\1", path.read_text(encoding="utf-8")), encoding="utf-8")
         for folder, kind in PLUGINS.items():
             if (role / folder).is_dir() and not (role / folder).is_symlink():
                 _plugins(role / folder, target / "plugins" / kind)

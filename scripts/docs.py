@@ -55,7 +55,7 @@ def errors_page() -> str:
         ]
         for code, cls in sorted(errors.BY_CODE.items(), key=lambda kv: (kv[1].status, kv[0]))
     ]
-    exits = [[str(int(e)), e.name.lower()] for e in errors.ExitCode]
+    exits = [[str(int(e)), errors.EXIT_MEANINGS[e]] for e in errors.ExitCode]
     return (
         "# Errors and exit codes\n\nGenerated from `rbee_serve/contract/errors.py` by `make docs`.\n\n"
         "Every error on the wire has one shape; `correlation_id` is also in the `X-Correlation-ID` header and in the logs of\n"
@@ -64,6 +64,9 @@ def errors_page() -> str:
         "```\n\nOn the OpenAI routes the same error comes in OpenAI's shape (`message`, `type`, `code`, `param`).\n\n"
         + table(["code", "HTTP", "exit code", "retry may help", "when"], rows)
         + "\n## Exit codes\n\n"
+        "A script that asks for 0 or not 0 needs no more. Where it has to go on differently (wait, try again, ask somebody,\n"
+        "mend a machine) the failure has a number of its own, and all others are 1. The same failure of several machines\n"
+        "keeps its number; different ones together are 1, or 3 where other machines succeeded.\n\n"
         + table(["exit code", "meaning"], exits)
         + "\n`hive status` answers 0 when the hive runs, 3 when it is stopped and 4 when the machine can not be reached.\n"
     )
@@ -114,7 +117,7 @@ def cli_page() -> str:
 
     from rbee_ctl.cli import app
 
-    parts = ["# Command line\n\nGenerated from the code by `make docs`. Exit codes: [errors.md](errors.md).\n"]
+    parts = ["# Command line\n\nGenerated from the code by `make docs`. Exit codes: [errors.md](errors.md#exit-codes).\n"]
 
     def add(command: Any, path: str) -> None:
         context = command.make_context(path, ["--help"], resilient_parsing=True)

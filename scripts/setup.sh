@@ -15,6 +15,7 @@ packages() {
 gcc|gcc|compiles llama.cpp once
 g++|g++|compiles llama.cpp once
 make|make|drives the builds
+ccache|ccache|compiles llama.cpp a second time in seconds
 python3-venv|@venv|the environment in .venv
 openssh-client|ssh|the only way to a machine
 iproute2|ip|network of the lab machines

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import leftover_labs
+
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
@@ -18,6 +20,7 @@ MODEL_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register a marker for each number of the specification, so that ``-m S11`` or ``-m N04`` runs what proves it."""
+    leftover_labs.begin(config)
     for letter, last, what in (
         ("S", 91, "scenario"),
         ("N", 14, "requirement"),
@@ -27,6 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
     ):
         for number in range(1, last + 1):
             config.addinivalue_line("markers", f"{letter}{number:02d}: {what} {number} of the specification")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Leave no machine running, also after Ctrl+C."""
+    leftover_labs.take_down(config)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -52,6 +52,8 @@ class Behaviour:
     stall_count: int = 0
     corrupt_count: int = 0  # right size, wrong bytes
     ignore_range: bool = False
+    held: threading.Event | None = None  # nothing is answered until it is set
+    gated: bool = False  # anybody may look, but not download: what the real hub does
 
 
 @dataclass
@@ -135,6 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         auth = self.headers.get("Authorization")
         hub.log.append(Request(self.command, path, self.headers.get("Range"), auth, time.monotonic()))
+        if wrong.held:
+            wrong.held.wait()
         if wrong.status:
             extra = {"X-Error-Code": wrong.error_code} if wrong.error_code else {}
             return self._answer(wrong.status, {"error": "as told"}, **extra)
@@ -144,6 +148,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._model_info(match[1])
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             file = hub.root / match[1] / match[2]
+            if wrong.gated:
+                return self._answer(403, {"error": "gated"}, **{"X-Error-Code": "GatedRepo"})
             if not file.is_file():
                 return self._answer(404, {"error": "Entry not found"}, **{"X-Error-Code": "EntryNotFound"})
             return self._answer(

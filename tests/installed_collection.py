@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
+
+from tests.outside import run_outside
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -27,18 +27,8 @@ class InstalledCollection:
 
     def run(self, *arguments: str, check: bool = True, timeout: float = 120) -> str:
         """Run a program and return its output; ``check`` says whether it shall succeed or fail."""
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(("RBEE_", "ANSIBLE_", "PYTHONPATH"))}
-        environ |= {"PATH": f"{BIN}:{environ['PATH']}", "ANSIBLE_COLLECTIONS_PATH": str(self.folder / "installed")}
-        done = subprocess.run(
-            arguments,
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-            env=environ,
-            timeout=timeout,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        path = str(self.folder / "installed")
+        done = run_outside(self.folder, *arguments, bin_dir=BIN, timeout=timeout, ANSIBLE_COLLECTIONS_PATH=path)
         assert (done.returncode == 0) is check, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

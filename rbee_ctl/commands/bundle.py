@@ -40,7 +40,8 @@ def create(
     file = file.absolute()
     file.parent.mkdir(parents=True, exist_ok=True)
     models = bundle_parts.declared(s.inventory, _say(s)) if declared else []
-    models += [bundle_parts.fetched(reference, _say(s)) for reference in model or []]
+    hub = bundle_parts.HubSettings.of(s.inventory if s.settings.inventory.value is not None else None)
+    models += [bundle_parts.fetched(reference, _say(s), hub) for reference in model or []]
     with tempfile.TemporaryDirectory(prefix=".rbee-bundle-", dir=file.parent) as scratch:
         s.ui.narrate("ctl", "bundle", "collecting the wheels (the first time llama.cpp is compiled, which takes minutes)")
         wheels = bundle_parts.wheelhouse(f"--controller={scratch}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,8 @@ from rbee_serve.contract.errors import ExitCode
 if TYPE_CHECKING:
     from rbee_ctl.playbook import PlaybookResult
 
+Check = Annotated[bool, typer.Option("--check", help="say what would change and touch nothing")]
+Diff = Annotated[bool, typer.Option("--diff", help="with --check: also the lines that would change")]
 Deep = Annotated[bool, typer.Option("--deep", help="read every model file again and compare its digest")]
 
 
@@ -45,6 +48,18 @@ def drift(
 
 def _changes(play: PlaybookResult, host: str) -> list[dict[str, Any]]:
     return [dict(change) for change in play.hosts[host].changes]
+
+
+def diff_needs_check(ctx: typer.Context, *, check: bool, diff: bool) -> None:
+    """Refuse --diff by itself: a run that changes machines shows what it did in its narration."""
+    if diff and not check:
+        raise typer.BadParameter("only together with --check", ctx=ctx, param_hint="--diff")
+
+
+def checked(command: str, play: PlaybookResult, *, diff: bool) -> OperationResult:
+    """Return what a run with --check found, machine by machine; ``diff``: also the lines. Exit code as of the run."""
+    hosts = {host: {"changes": [c if diff else c | {"diff": ""} for c in _changes(play, host)]} for host in play.hosts}
+    return dataclasses.replace(_report(command, play, hosts, "plan"), exit_code=play.exit_code)
 
 
 def _report(command: str, play: PlaybookResult, hosts: dict[str, dict[str, Any]], view: str) -> OperationResult:

@@ -8,12 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rbee_ctl import completion
+from rbee_ctl.commands.change import Check, Diff, checked, diff_needs_check
 from rbee_ctl.commands.options import Json, Nodes, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 from rbee_ctl.session import Session
 
 if TYPE_CHECKING:
     from rbee_ctl.inventory import Host
+
+#: Seconds that the queen gets to tell of heartbeats.
+QUEEN_LIMIT_S = 1.0
 
 app = typer.Typer(help="Machines of the fleet: install, start, stop, status, check, list, get, ...", no_args_is_help=True)
 
@@ -53,33 +57,19 @@ def _run(ctx: typer.Context, verb: str, node: str | None, json: bool, verbose: b
 def status(ctx: typer.Context, node: Nodes = None, json: Json = False, verbose: Verbose = False) -> OperationResult:
     """Ask systemd on the machines. Exit code 0: all active, 3: one is stopped, 4: one can not be reached."""
     from rbee_ctl.commands.fleet import per_host
+    from rbee_ctl.queen_client import workers_at_once
     from rbee_serve.contract.errors import ExitCode
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
     play = s.play("status", limit=node)
-    beats = _heartbeats(s)
+    beats = {w["id"]: w.get("last_heartbeat_age_s") for w in workers_at_once(s.settings, QUEEN_LIMIT_S)}
     for host, outcome in play.hosts.items():
         for unit in outcome.result.get("hive", {}).get("units", []):
             unit["heartbeat_age_s"] = beats.get(f"{host}-{unit.get('name')}")
     stopped = any(o.result.get("hive", {}).get("target", "active") != "active" for o in play.hosts.values() if o.status == "ok")
     code = play.exit_code if play.exit_code != ExitCode.OK or not stopped else ExitCode.PARTIAL
     return per_host("hive status", play, "hive_status", exit_code=code)
-
-
-def _heartbeats(s: Session) -> dict[str, float]:
-    """Return the seconds since each worker's last heartbeat; nothing where the queen does not answer at once."""
-    from rbee_ctl.queen_client import QueenClient, Timeouts
-    from rbee_serve.contract.errors import RbeeError
-
-    if s.settings.queen_url.value is None:
-        return {}
-    hurry = Timeouts(connect_s=1.0, total_s=1.0, retry_pauses_s=())
-    try:
-        with QueenClient(s.settings.queen, s.settings.api_key(), hurry, ca_file=s.settings.queen_ca_file.value) as queen:
-            return {str(w["id"]): float(w["last_heartbeat_age_s"]) for w in queen.workers() if "last_heartbeat_age_s" in w}
-    except (RbeeError, OSError):
-        return {}
 
 
 @app.command("list")
@@ -205,7 +195,8 @@ def check(ctx: typer.Context, node: OneNode = None, json: Json = False, verbose:
 def install(
     ctx: typer.Context,
     node: Nodes = None,
-    check: Annotated[bool, typer.Option("--check", help="say what would change and touch nothing")] = False,
+    check: Check = False,
+    diff: Diff = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
@@ -214,7 +205,9 @@ def install(
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
-    return per_host("hive install", s.play("install", tries=3, limit=node, check=check), "hosts")
+    diff_needs_check(ctx, check=check, diff=diff)
+    play = s.play("install", tries=3, limit=node, check=check)
+    return checked("hive install", play, diff=diff) if check else per_host("hive install", play, "hosts")
 
 
 @app.command("import-ssh")
@@ -225,9 +218,10 @@ def import_ssh(
     ),
     json: Json = False,
 ) -> OperationResult:
-    """Take over the hosts of ~/.ssh/config. Wildcards and hosts that the inventory has already are passed over."""
+    """Take over the hosts of ~/.ssh/config. Wildcards, hosts that are there already and unfit names are passed over."""
     from rbee_ctl import inventory_edit
     from rbee_ctl import ssh_config as parser
+    from rbee_serve.contract.references import NODE_NAME, NODE_NAME_RULE
 
     s = session(ctx, json=json)
     path = s.settings.inventory_path
@@ -235,15 +229,18 @@ def import_ssh(
     found = parser.hosts(ssh_config.expanduser())
     lines = [inventory_edit.by_hand(path, name, variables) for name, variables in found.items() if name not in known]
     inventory_edit.check_editable(path, "\n".join(lines))
-    new, there = [], []
+    new, there, refused = [], [], []
     for name, variables in found.items():
         if name in known:
             there.append(name)
-            continue
-        inventory_edit.add_host(path, name, variables)
-        s.ui.narrate("ctl", "import_ssh", f"{name}: {variables.get('ansible_host', name)}")
-        new.append(name)
-    data = {"imported": new, "already_there": there, "inventory": str(path)}
+        elif not NODE_NAME.fullmatch(name):
+            s.ui.narrate("ctl", "import_ssh", f"{name} is passed over: {NODE_NAME_RULE}")
+            refused.append(name)
+        else:
+            inventory_edit.add_host(path, name, variables)
+            s.ui.narrate("ctl", "import_ssh", f"{name}: {variables.get('ansible_host', name)}")
+            new.append(name)
+    data = {"imported": new, "already_there": there, "refused": refused, "inventory": str(path)}
     return OperationResult("hive import-ssh", data=data, view="imported")
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from rbee_ctl.commands.change import Check, Diff, checked, diff_needs_check
 from rbee_ctl.commands.options import Json, Nodes, Verbose, session
 from rbee_ctl.result import OperationResult
 
@@ -121,7 +122,8 @@ def init(
 def apply(
     ctx: typer.Context,
     node: Nodes = None,
-    check: Annotated[bool, typer.Option("--check", help="say what would change and touch nothing")] = False,
+    check: Check = False,
+    diff: Diff = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
@@ -130,7 +132,10 @@ def apply(
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
+    diff_needs_check(ctx, check=check, diff=diff)
     play = s.play("site", limit=node, check=check)
+    if check:
+        return checked("apply", play, diff=diff)
     hosts = {host: {"status": o.status, "changed": o.changed > 0, **o.result} for host, o in play.hosts.items()}
     result = per_host("apply", play, "hosts")
     return dataclasses.replace(result, data={"hosts": hosts})
@@ -144,7 +149,9 @@ def install(
     json: Json = False,
 ) -> OperationResult:
     """Put rbee-ctl, its settings and folders where they belong on this machine; safe to repeat. Machines: `setup install`."""
+    from rbee_ctl import user_queen
     from rbee_serve.contract.errors import InvalidRequest
+    from rbee_serve.extras import has, how_to_install
 
     s = session(ctx, json=json)
     home = Path(os.environ.get("HOME") or Path.home())
@@ -176,11 +183,11 @@ def install(
     if not config.exists():
         config.write_text(_CONFIG.format(home=config.parent, state=state), encoding="utf-8")
         done.append(f"{config}: written")
-    if not system and _user_unit(home / ".config/systemd/user/rbee-queen.service", bin_dir / "rbee-queen", home):
-        done.append("rbee-queen.service: a unit of this user")
-        start.append(
-            'its queen: systemctl --user enable --now rbee-queen; rbee-ctl asks it with queen_url = "http://127.0.0.1:8080"'
-        )
+    if not system and not has("queen"):
+        start.append(f"a queen on this machine needs more: {how_to_install('queen')}, then rbee-ctl install")
+    elif not system:
+        done += user_queen.set_up(home, bin_dir, state)
+        start.append("its queen, if you want one here: systemctl --user enable --now rbee-queen")
     s.ui.narrate("ctl", "install", f"{len(done)} changes")
     where = str(bin_dir)
     messages = [*done, *start]
@@ -199,34 +206,3 @@ state_dir = "{state}"
 # queen_url = "http://QUEEN:8080"        # by default what site.yml wrote into state_dir/client.toml
 # api_key_file = "{state}/secrets/client-key"
 """
-_UNIT = """\
-# The queen on this user's account. For fleet jobs give it client_keys_file and ctl_command (docs/settings.md).
-[Unit]
-Description=rbee queen of this user
-After=network-online.target
-
-[Service]
-Type=notify
-FileDescriptorStoreMax=1
-ExecStart={program} --config {home}/.config/rbee/queen.toml
-Restart=on-failure
-RestartPreventExitStatus=78
-
-[Install]
-WantedBy=default.target
-"""
-
-
-def _user_unit(path: Path, program: Path, home: Path) -> bool:
-    """Write the user's unit and its settings; True when that changed anything."""
-    settings = home / ".config/rbee/queen.toml"
-    wanted = {path: _UNIT.format(program=program, home=home)}
-    if not settings.exists():
-        wanted[settings] = '# The queen of this user; docs/settings.md lists the keys.\nhost = "127.0.0.1"\n'
-    changed = False
-    for target, text in wanted.items():
-        if not target.is_file() or target.read_text(encoding="utf-8") != text:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text, encoding="utf-8")
-            changed = True
-    return changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,10 +17,31 @@ app = typer.Typer(help="API keys of clients: create, list, revoke, rotate, deliv
 
 def _delivered(s: Session, command: str, data: dict[str, Any], *messages: str, view: str | None = None) -> OperationResult:
     """Bring the list to the queen; what was done on the controller stays when that fails, and the result says so."""
-    from rbee_ctl import audit
+    from rbee_ctl import audit, user_queen
     from rbee_ctl.commands.fleet import errors_of
+    from rbee_ctl.result import ErrorItem
+    from rbee_serve.contract.errors import ConfigInvalid, ExitCode
 
     audit.record(s.settings.state_path, command.replace(" ", "."), **{k: v["name"] for k, v in data.items()})
+    if s.settings.inventory.value is None:  # a queen of this user's, if any: rbee-ctl install
+        from rbee_ctl.client_keys import KeyList
+
+        if command != "key create" and not user_queen.unit_path(Path.home()).is_file():
+            # Done here alone: a queen that was deployed would go on taking the key.
+            error = ConfigInvalid("no inventory says which queen is to know", hint="rbee-ctl -i INVENTORY key deliver")
+            item = ErrorItem.of(error)
+            return OperationResult(
+                command,
+                data=data | {"delivered": False},
+                view=view,
+                messages=messages,
+                errors=(item,),
+                exit_code=ExitCode.FAILED,
+                partial=True,
+            )
+        place = KeyList(s.settings.state_path).for_a_queen_here()
+        hint = f"{place} has it; next: systemctl --user reload rbee-queen, or with an inventory: rbee-ctl key deliver"
+        return OperationResult(command, data=data | {"delivered": False}, view=view, messages=(*messages, hint))
     play = s.play("keys")
     note = () if play.exit_code == 0 else ("the queen does not know it yet; next: rbee-ctl key deliver",)
     return OperationResult(

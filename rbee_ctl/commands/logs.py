@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -39,25 +40,28 @@ def logs(
     queen: Annotated[bool, typer.Option("--queen", help="the queen alone")] = False,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until Ctrl+C")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, max=100_000, help="how many of the last lines first")] = 50,
-    raw: Annotated[bool, typer.Option("--raw", help="JSON lines as the journal has them, not as text")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="the journal's lines as they are, also where the message is JSON")] = False,
+    json: Annotated[bool, typer.Option("--json", help="one JSON object a line; an envelope only where something fails")] = False,
 ) -> OperationResult:
     """Show the journal of rbee's units on a machine."""
     from rbee_ctl.commands.hive import one_node
     from rbee_serve.contract.errors import ExitCode, NodeUnreachable, SshCommandFailed
+    from rbee_serve.contract.log_lines import readable
 
-    s = session(ctx)
+    s = session(ctx, json=json)
+    json = s.ui.json
     host = one_node(s, node)
     units = ["rbee-*"]
     if worker is not None:
         units = [f"rbee-worker@{worker.removeprefix(f'{host.name}-')}.service"]
     elif queen:
         units = ["rbee-queen.service"]
-    command = journal_command(host, units, follow=follow, lines=lines)
+    command = journal_command(host, units, follow=follow, lines=lines, json=json)
     sys.stdout.flush()
     # stdin stays open as long as this process lives: its end is what ends journalctl over there, also after kill -9.
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     try:
-        code = _shown(child, as_it_is=raw)
+        code = _shown(child, _json_line(host.name) if json else str if raw else readable)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if child.stdin is not None:
@@ -67,7 +71,7 @@ def logs(
         except subprocess.TimeoutExpired:
             child.terminate()
             child.wait()
-        return OperationResult("logs", exit_code=ExitCode.INTERRUPTED)
+        return OperationResult("logs", exit_code=ExitCode.INTERRUPTED, answered=True)
     if code == 255:
         raise NodeUnreachable(
             f"{host.name}: ssh ended with 255; its words stand above", hint=f"rbee-ctl hive ssh-test --node {host.name}"
@@ -77,22 +81,27 @@ def logs(
             f"{host.name}: journalctl ended with {code}; its words stand above",
             hint="the user needs root, passwordless sudo or the group systemd-journal there",
         )
-    return OperationResult("logs")
+    return OperationResult("logs", answered=True)
 
 
-def _shown(child: subprocess.Popen[str], *, as_it_is: bool) -> int:
-    """Print what the child prints and return its exit code. JSON lines of the services become text, or stay ``as_it_is``."""
-    from rbee_serve.contract.log_lines import readable
-
+def _shown(child: subprocess.Popen[str], shown: Callable[[str], str]) -> int:
+    """Print each line of the child as ``shown`` and return its exit code."""
     for line in child.stdout or ():
-        sys.stdout.write(line if as_it_is else readable(line.rstrip("\n")) + "\n")
+        sys.stdout.write(shown(line.rstrip("\n")) + "\n")
         sys.stdout.flush()
     return child.wait()
 
 
-def journal_command(host: Host, units: list[str], *, follow: bool, lines: int) -> list[str]:
+def _json_line(node: str) -> Callable[[str], str]:
+    from rbee_serve.contract.log_lines import as_json, from_journal
+
+    return lambda line: as_json(from_journal(line, node))
+
+
+def journal_command(host: Host, units: list[str], *, follow: bool, lines: int, json: bool = False) -> list[str]:
     """Return the command that shows the journal of ``units``: over ssh as the inventory says, or here."""
-    journal = ["journalctl", "--no-pager", "--output=short-iso", f"--lines={lines}", *(a for u in units for a in ("--unit", u))]
+    form = ["--output=json", "--all"] if json else ["--output=short-iso"]
+    journal = ["journalctl", "--no-pager", *form, f"--lines={lines}", *(a for u in units for a in ("--unit", u))]
     script = shlex.join(journal)
     if follow:
         # With the connection gone journalctl would live on until its next line: whoever waits for our end stops it.

@@ -50,6 +50,11 @@ def download(
     check_model(model)
     if via not in ("fleet", "controller"):
         raise InvalidRequest(f"--via {via!r} is no way; known: fleet, controller", hint="--via controller", field="via")
+    if via == "controller" and model.startswith("file:"):
+        words = f"{model} is a file that each machine has for itself: the controller has nothing to fetch"
+        raise InvalidRequest(
+            words, hint="without --via; a file of the controller: src in rbee_models, rbee-ctl apply", field="via"
+        )
     names = [s.inventory.get(name).name for part in node or [] for name in part.split(",")]
     variables = {"rbee_model_ref": model, "rbee_model_via": via}
     play = s.play("model_download", tries=3, limit=",".join(names) or None, extra_vars=variables)

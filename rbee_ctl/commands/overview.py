@@ -10,15 +10,17 @@ from rbee_ctl.commands.options import Json, Verbose, session
 from rbee_ctl.result import ErrorItem, OperationResult, exit_code_of
 from rbee_ctl.session import Session
 from rbee_serve.contract.errors import RbeeError
+from rbee_serve.contract.hives import UNKNOWN, hive_status
 
 
 def status(
     ctx: typer.Context,
-    quick: Annotated[bool, typer.Option("--quick", help="ask the queen alone, whatever is missing")] = False,
+    ask: Annotated[bool, typer.Option("--ask", help="ask the machines of silent workers, too; takes seconds")] = False,
+    quick: Annotated[bool, typer.Option("--quick", hidden=True, help="ask the queen alone, also with --verbose")] = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
-    """Show queen, machines and workers at one glance. Asks the queen; machines only where a declared worker is silent."""
+    """Show queen, machines and workers at one glance, as the queen hears of them. Machines are asked with --ask or --verbose."""
     s = session(ctx, json=json, verbose=verbose)
     url, seen, problem = None, None, None
     try:
@@ -27,16 +29,20 @@ def status(
             seen = queen.get("/v1/status")
     except RbeeError as e:
         problem = e
+    missing = _missing(s, seen["workers"]) if seen else {}
+    asked = bool(missing) and (ask or s.ui.verbose) and not quick
     data = {
         "queen_url": url,
         "queen": seen["queen"] if seen else None,
         "hives": _hives(s, seen),
         "workers": seen["workers"] if seen else [],
         "models": seen["models"] if seen else [],
-        "silent": _silent(s, seen["workers"]) if seen and not quick else {},
+        "silent": _asked(s, missing) if asked else _not_asked(missing),
     }
     if problem is None:
-        return OperationResult("status", data=data, view="status")
+        return OperationResult(
+            "status", data=data, view="status", messages=() if asked or not missing else (_how_to_ask(missing),)
+        )
     return OperationResult(
         "status",
         data=data,
@@ -47,18 +53,33 @@ def status(
     )
 
 
-def _silent(s: Session, live: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return what systemd says of declared workers that the queen does not hear: {machine: {status, error?, units}}."""
+def _missing(s: Session, live: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Return the declared workers that the queen does not hear: {machine: names}."""
     if s.settings.inventory.value is None:
         return {}
     heard = {w["id"] for w in live}
     missing = {h.name: sorted(h.started - {i.removeprefix(f"{h.name}-") for i in heard}) for h in s.inventory.hives}
-    missing = {name: workers for name, workers in missing.items() if workers}
-    if not missing:
-        return {}
-    who = ", ".join(f"{name}-{worker}" for name, workers in missing.items() for worker in workers)
-    s.ui.narrate("ctl", "status", f"declared and not heard: {who}; asking {', '.join(missing)} (--quick does not)")
-    found: dict[str, Any] = {n: {"status": "not asked", "workers": w, "target": None, "units": []} for n, w in missing.items()}
+    return {name: workers for name, workers in missing.items() if workers}
+
+
+def _names(missing: dict[str, list[str]]) -> str:
+    return ", ".join(f"{name}-{worker}" for name, workers in missing.items() for worker in workers)
+
+
+def _how_to_ask(missing: dict[str, list[str]]) -> str:
+    where = f"--node {next(iter(missing))}" if len(missing) == 1 else ""
+    ways = f"rbee-ctl status --ask, or rbee-ctl hive status {where}".rstrip()
+    return f"declared and not heard: {_names(missing)}; {', '.join(missing)} not asked; to ask: {ways}"
+
+
+def _not_asked(missing: dict[str, list[str]]) -> dict[str, Any]:
+    return {name: {"status": "not asked", "workers": names, "target": None, "units": []} for name, names in missing.items()}
+
+
+def _asked(s: Session, missing: dict[str, list[str]]) -> dict[str, Any]:
+    """Return what systemd says of the silent workers: {machine: {status, error?, units}}."""
+    s.ui.narrate("ctl", "status", f"declared and not heard: {_names(missing)}; asking {', '.join(missing)}")
+    found = _not_asked(missing)
     try:
         hosts = s.play("status", limit=",".join(missing), silent=True).hosts
     except RbeeError as e:  # without Ansible the queen's view is what there is
@@ -74,24 +95,17 @@ def _silent(s: Session, live: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _hives(s: Session, seen: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Merge the inventory's machines with those that the queen hears from."""
-    live = {h["name"]: h for h in (seen or {}).get("hives", [])}
-    addresses: dict[str, str | None] = {}
-    if s.settings.inventory.value is not None:
-        addresses = {h.name: h.address for h in s.inventory.hives}
-    addresses |= {name: hive.get("address") for name, hive in live.items() if name not in addresses}
-    silent = "unknown" if seen is None else "no live worker"
-    return [
-        {
-            "name": name,
-            "address": address,
-            "state": "live" if live.get(name, {}).get("workers") else silent,
-            "workers": live.get(name, {}).get("workers", []),
-            "models": live.get(name, {}).get("models", []),
-            "slots": live.get(name, {}).get("slots"),
-        }
-        for name, address in addresses.items()
-    ]
+    """Return the queen's machines, as she tells them, and those of the inventory that she was not told of, by the same rule."""
+    views: dict[str, dict[str, Any]] = {}
+    for host in s.inventory.hives if s.settings.inventory.value is not None else []:
+        status = UNKNOWN if seen is None else hive_status((), bool(host.started))
+        nothing: dict[str, Any] = {"workers": [], "models": [], "slots": None, "status": status}
+        views[host.name] = {"name": host.name, "address": host.address, **nothing}
+    for hive in (seen or {}).get("hives", []):
+        address = views.get(hive["name"], {}).get("address") or hive.get("address")
+        views[hive["name"]] = {**hive, "address": address}
+    # ``state``: what ``status`` was called here before the queen told it.
+    return [{**view, "state": view["status"]} for view in views.values()]
 
 
 def env(ctx: typer.Context, json: Json = False) -> OperationResult:

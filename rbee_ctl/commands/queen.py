@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -33,9 +34,16 @@ def stop(
 
 
 def _run(ctx: typer.Context, verb: str, playbook: str, json: bool, verbose: bool) -> OperationResult:
+    from rbee_ctl import user_queen
     from rbee_ctl.commands.fleet import per_host
+    from rbee_serve.contract.errors import ConfigInvalid
 
     s = session(ctx, json=json, verbose=verbose)
+    if s.settings.inventory.value is None and user_queen.unit_path(Path.home()).is_file():
+        raise ConfigInvalid(
+            "no inventory: there is no fleet whose queen this could be; this user has a queen of their own",
+            hint=f"systemctl --user {verb} rbee-queen; for a fleet: rbee-ctl init HOST...",
+        )
     return per_host(f"queen {verb}", s.play(playbook), "hosts")
 
 

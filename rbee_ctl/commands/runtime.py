@@ -87,7 +87,8 @@ def use(
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
-    """Switch workers to another runtime, or back: one after the other, each drained; if one does not come up, all go back."""
+    """Switch workers to another runtime, or back: one machine and worker after the other, each drained; where one does not come
+    up, all of that machine go back."""
     from rbee_ctl.commands.fleet import per_host
 
     s = session(ctx, json=json, verbose=verbose)
@@ -101,16 +102,29 @@ def build(
     kind: Type,
     node: Node = None,
     source: Annotated[
-        str | None, typer.Option("--source", metavar="INDEX", help="package index with llama-cpp-python; default: the public one")
+        str | None,
+        typer.Option(
+            "--source",
+            metavar="INDEX",
+            help="address of a package index with llama-cpp-python; default: rbee_runtime_source of the inventory if it is "
+            "one, else the public index",
+        ),
     ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
     """Compile a runtime on one machine, with the compiler's output as it comes."""
     from rbee_ctl.commands.fleet import per_host
+    from rbee_serve.contract.errors import InvalidRequest
 
     s = session(ctx, json=json, verbose=verbose)
-    variables = _variables(kind, rbee_runtime_source=source or "https://pypi.org/simple")
+    if source is not None and (not source.startswith(("http://", "https://")) or ".whl" in source):
+        raise InvalidRequest(
+            f"--source {source!r}: the address of a package index expected, https://...",
+            hint=f"a wheel is installed by: rbee-ctl worker download --type {kind} --source {source}",
+            field="source",
+        )
+    variables = _variables(kind, rbee_runtime_source=source)
     return per_host("worker build", s.play("runtime_build", limit=s.one_node(node), extra_vars=variables), "runtime_made")
 
 
@@ -132,12 +146,16 @@ def download(
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
-    """Install a runtime that was built elsewhere, checked against a digest."""
+    """Install a runtime that was built elsewhere, checked against a digest; the address of a wheel must come with one."""
     from rbee_ctl.commands.fleet import per_host
+    from rbee_serve.contract.errors import InvalidRequest
 
     s = session(ctx, json=json, verbose=verbose)
     s.known_node(node)
     where = source
+    if source and source.startswith(("http://", "https://")) and ".whl" in source and not (sha256 or "#sha256=" in source):
+        words = f"{source} comes without a digest: what lies there could be anything"
+        raise InvalidRequest(words, hint="add --sha256 DIGEST", field="sha256")
     if source is not None and not source.startswith(("http://", "https://")):
         where = str(Path(source).resolve())
     variables = _variables(kind, rbee_runtime_source=where, rbee_runtime_sha256=sha256)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from rbee_ctl import completion
+from rbee_ctl.commands.change import Check, Diff
 from rbee_ctl.commands.options import Json, Verbose, Yes, session
 from rbee_ctl.result import OperationResult
 from rbee_ctl.session import Session
 from rbee_serve.contract.errors import InvalidRequest, NodeExists, NodeNotFound, RbeeError, RequestError, SshKeyNotFound
+from rbee_serve.contract.references import NODE_NAME, NODE_NAME_RULE
 
 app = typer.Typer(
     help="Machines of the inventory: add-node, update-node, remove-node, list-nodes, install.", no_args_is_help=True
@@ -32,9 +33,6 @@ InstallPath = Annotated[
     str | None, typer.Option("--install-path", metavar="DIR", help="where runtimes go on the machine; default /opt/rbee")
 ]
 NoProbe = Annotated[bool, typer.Option("--no-probe", help="write it down without trying to reach the machine")]
-
-#: DNS-safe (SPEC 3.8).
-_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 
 
 @app.command("add-node")
@@ -140,14 +138,15 @@ def install(
         str | None,
         typer.Option("--node", "--hive", "--name", metavar="NODE", autocompletion=completion.nodes, help="default: all machines"),
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="say what would change and touch nothing")] = False,
+    check: Check = False,
+    diff: Diff = False,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
     """Make machines fit for workers (as `hive install`)."""
     from rbee_ctl.commands import hive
 
-    return hive.install(ctx, node=node, check=check, json=json, verbose=verbose)
+    return hive.install(ctx, node=node, check=check, diff=diff, json=json, verbose=verbose)
 
 
 # --- how ------------------------------------------------------------------------------------------------------------
@@ -157,9 +156,9 @@ def _variables(
     name: str, host: str | None, port: int | None, user: str | None, key: Path | None, install_path: str | None
 ) -> dict[str, Any]:
     """Return the inventory's variables; raises InvalidRequest, SshKeyNotFound before anything is contacted."""
-    if not _NAME.fullmatch(name):
+    if not NODE_NAME.fullmatch(name):
         raise InvalidRequest(
-            f"node name {name!r}: letters, digits, dots and hyphens expected, 63 at most, a letter or digit first and last",
+            f"node name {name!r}: {NODE_NAME_RULE}",
             hint="rbee-ctl setup add-node --name workstation --ssh-host ADDRESS",
             field="name",
         )

@@ -130,7 +130,7 @@ def list_(
     """List the live workers, as the queen hears from them."""
     s = session(ctx, json=json)
     with s.queen() as queen:
-        found = queen.workers(node=node, model=model, state=state)
+        found = s.live_workers(queen, node=node, model=model, state=state)
     return OperationResult("worker list", data={"workers": found}, view="workers")
 
 
@@ -181,7 +181,7 @@ def health(ctx: typer.Context, node: Node = None, json: Json = False) -> Operati
                 "state": w.get("status"),
                 "last_heartbeat_age_s": w.get("last_heartbeat_age_s"),
             }
-            for w in queen.workers(node=node)
+            for w in s.live_workers(queen, node=node)
         ]
     return OperationResult("workers health", data={"workers": found}, view="health")
 

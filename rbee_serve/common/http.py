@@ -189,12 +189,14 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, _T] | asyn
 
 @dataclass(frozen=True, slots=True)
 class RequestLimits:
-    """What a request may be. ``receive_timeout_s``: for the whole body; the head is the server's to watch (serving.py)."""
+    """What a request may be. ``receive_timeout_s``: for the whole body; the head is the server's to watch (serving.py), and
+    so is ``unread_timeout_s``, in which a client has to take something of its answer."""
 
     body_max_bytes: int
     headers_max_bytes: int
     receive_timeout_s: float
     requests_max: int
+    unread_timeout_s: float = 300.0
     bad_per_minute: int = 0  # refused requests of one caller (bad_requests.py); 0: not counted
 
     @classmethod
@@ -202,7 +204,7 @@ class RequestLimits:
         """Take the limits from a service's settings."""
         s = settings
         bad = getattr(s, "bad_requests_per_minute", 0)  # the queen's: a worker hears the mistakes of all from one caller
-        return cls(s.body_max_bytes, s.headers_max_bytes, s.receive_timeout_s, s.requests_max, bad)
+        return cls(s.body_max_bytes, s.headers_max_bytes, s.receive_timeout_s, s.requests_max, s.unread_timeout_s, bad)
 
 
 class _Gate:

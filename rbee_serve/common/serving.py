@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import select
 import signal
 import socket
 import ssl
@@ -71,8 +72,12 @@ class Server(uvicorn.Server):
         on_shutdown: Callable[[], Awaitable[None]] | None = None,
         leave: Leave | None = None,
         kept: bool = False,
+        handed_over: bool = False,
+        woken: bool = False,
     ) -> None:
         super().__init__(config)
+        #: Whether systemd holds the socket, and whether somebody was waiting at it when the process began.
+        self.handed_over, self.woken = handed_over, woken
         self._notifier, self._alive, self._leave, self._kept = notifier, alive, leave, kept
         self._on_started, self._on_shutdown = on_started, on_shutdown
         self._fed = 0.0
@@ -256,6 +261,9 @@ def run(
     key (PEM). Raises ConfigInvalid for an address or a certificate that can not be used.
     """
     sockets, handed_over = _listeners(host, port, notifier, keep=keep_socket)
+    for s in (s for s in sockets if s.family in (socket.AF_INET, socket.AF_INET6)):
+        # Accepted connections inherit it. The kernel alone knows that somebody who is connected reads nothing.
+        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(limits.unread_timeout_s * 1000))
     if not handed_over and not leave_unwatched:
         leave = None
     config = uvicorn.Config(
@@ -285,6 +293,8 @@ def run(
         on_shutdown=on_shutdown,
         leave=leave,
         kept=keep_socket and notifier.available,
+        handed_over=handed_over,
+        woken=handed_over and bool(select.select(sockets, [], [], 0)[0]),
     )
     if on_server is not None:
         on_server(server)

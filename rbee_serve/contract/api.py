@@ -57,15 +57,18 @@ class StopReason(StrEnum):
 
 
 class Message(BaseModel):
-    """Base of all messages of ours: unknown fields are refused by name."""
+    """Base of all messages of ours: unknown fields are refused by name.
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    Built when one is first read (defer_build): a start does not wait for the messages of APIs that nobody asks.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=(), defer_build=True)
 
 
 class TolerantMessage(BaseModel):
     """Base of messages whose senders we do not control (OpenAI clients): unknown fields are ignored."""
 
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+    model_config = ConfigDict(extra="ignore", protected_namespaces=(), defer_build=True)
 
 
 def _as_list(value: Any) -> Any:

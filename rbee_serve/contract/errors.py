@@ -12,7 +12,7 @@
     │   ├── AllSlotsBusy, Overloaded, WorkerDraining, WorkerLoading, NoWorkerAvailable, BackendUnavailable
     │   └── InsufficientRam, InsufficientVram, InsufficientDisk, GpuTooHot
     ├── UpstreamError              a worker or a node failed 502, 504
-    │   ├── WorkerCrashed, MalformedResponse, ConnectionTimeout, VersionMismatch, InferenceFailed
+    │   ├── WorkerCrashed, CudaDeviceFailed, MalformedResponse, ConnectionTimeout, VersionMismatch, InferenceFailed
     │   └── NodeUnreachable, SshTimeout, SshAuthFailed, SshHostKeyRefused, SudoRefused, SshKeyNotFound, SshCommandFailed
     └── OperationError             a fleet operation failed  500
         ├── PlaybookFailed, UnitStartFailed, UnitMasked, PortTaken, SelfTestFailed, DiskFull, NodeLocked
@@ -29,25 +29,49 @@ from typing import Any, ClassVar
 
 
 class ExitCode(IntEnum):
-    """Exit codes of rbee-ctl (issue "All 28 operations", SPEC 3.7) and, from 64 on, of the services (sysexits.h)."""
+    """Exit codes of rbee-ctl (SPEC 3.7) and, from 64 on, of the services (sysexits.h). What each means: EXIT_MEANINGS."""
 
     OK = 0
     FAILED = 1
     USAGE = 2
-    PARTIAL = 3  # some hosts failed; for `hive status`: stopped
+    PARTIAL = 3
     UNREACHABLE = 4
-    REFUSED = 5  # preflight said no, nothing was changed
-    CHANGES = 6  # `plan` and `drift`: something differs from what is declared
-    LOCKED = 7  # somebody else is changing this node
-    KEY_REFUSED = 8  # SSH answers and does not take our key
-    HOST_KEY = 9  # the node's SSH host key is unknown or has changed
+    REFUSED = 5
+    CHANGES = 6
+    LOCKED = 7
+    KEY_REFUSED = 8
+    HOST_KEY = 9
     SUDO_REFUSED = 10
     DISK_FULL = 11
     PORT_TAKEN = 12
     UNIT_MASKED = 13
-    SELF_TEST = 14  # a new runtime makes no token: rolled back
-    CONFIG = 78  # services: EX_CONFIG, never restarted by systemd
+    SELF_TEST = 14
+    TRY_LATER = 75
+    CONFIG = 78
     INTERRUPTED = 130
+
+
+#: Every other failure is 1: a code of its own has what a script, or a person's next step, depends on.
+EXIT_MEANINGS: dict[ExitCode, str] = {
+    ExitCode.OK: "done, or there was nothing to do; `logs -f` that was ended by the other side",
+    ExitCode.FAILED: "failed; also what is wrong with a name, a value or a file (`NODE_NOT_FOUND`, `INVALID_REQUEST`, ...)",
+    ExitCode.USAGE: "not understood: an unknown option, a missing argument, a question that needs `--yes`; nothing was begun",
+    ExitCode.PARTIAL: "done on some machines, failed on others; of `hive status`: a hive is stopped",
+    ExitCode.UNREACHABLE: "a machine or the queen does not answer, and nothing else is wrong; the same command may work later",
+    ExitCode.REFUSED: "a preflight said no (memory, device, in use): nothing was changed; of `hive check`: not fit",
+    ExitCode.CHANGES: "`plan` and `drift`: something differs from what is declared",
+    ExitCode.LOCKED: "somebody else is changing this machine: later",
+    ExitCode.KEY_REFUSED: "SSH answers and does not take the key",
+    ExitCode.HOST_KEY: "the machine's SSH host key is unknown or has changed",
+    ExitCode.SUDO_REFUSED: "the SSH user may not become root",
+    ExitCode.DISK_FULL: "no space left on the machine",
+    ExitCode.PORT_TAKEN: "another program has the port",
+    ExitCode.UNIT_MASKED: "an administrator has masked the unit",
+    ExitCode.SELF_TEST: "a new runtime makes no token: rolled back",
+    ExitCode.TRY_LATER: "of a worker alone: no memory for the model now; its socket waits on, systemd does not restart it",
+    ExitCode.CONFIG: "of queen and worker alone: the settings are wrong; systemd does not restart them",
+    ExitCode.INTERRUPTED: "ended by Ctrl+C or SIGTERM, at whatever stage; of `logs -f` too",
+}
 
 
 class RbeeError(Exception):
@@ -366,6 +390,13 @@ class WorkerCrashed(UpstreamError):
     """The worker or its engine went away during the request."""
 
     code = "WORKER_CRASHED"
+
+
+class CudaDeviceFailed(UpstreamError):
+    """A GPU or its driver (CUDA, ROCm, Vulkan) failed while the model was being loaded. There is no fall-back to the CPU."""
+
+    code = "CUDA_DEVICE_FAILED"
+    status = 500
 
 
 class InferenceFailed(UpstreamError):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 #: What every line begins with; a field of the record by one of these names gets a ``_`` behind it.
@@ -44,6 +45,37 @@ def readable(line: str) -> str:
         return f"{line[:at]}: {as_text(fields)}"
     except (ValueError, AttributeError):
         return line
+
+
+def from_journal(line: str, node: str) -> dict[str, Any]:
+    """Return an entry of ``journalctl --output=json`` as one flat object: ``node``, ``unit``, ``pid``, ``time``, ``message``, ...
+
+    What a service of rbee's says is JSON already: its fields stand beside ``node``, ``unit`` and ``pid``.
+    """
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        entry = None
+    if not isinstance(entry, dict):
+        return {"node": node, "message": line}
+    message = entry.get("MESSAGE")
+    if isinstance(message, list):  # bytes that are no text, or the field is there twice
+        text = all(isinstance(m, str) for m in message)
+        message = "\n".join(message) if text else bytes(message).decode("utf-8", "replace")
+    head = {"node": node, "unit": entry.get("_SYSTEMD_UNIT") or entry.get("UNIT"), "pid": _number(entry.get("_PID"))}
+    if isinstance(message, str) and message.startswith('{"time":'):
+        try:
+            fields: dict[str, Any] = json.loads(message)
+            return head | fields
+        except ValueError:
+            pass
+    at = datetime.fromtimestamp((_number(entry.get("__REALTIME_TIMESTAMP")) or 0) / 1e6, UTC)
+    said = {"time": at.isoformat(timespec="milliseconds").replace("+00:00", "Z"), "message": message}
+    return head | said | {"source": entry.get("SYSLOG_IDENTIFIER"), "priority": _number(entry.get("PRIORITY"))}
+
+
+def _number(text: object) -> int | None:
+    return int(text) if isinstance(text, str) and text.isdigit() else None
 
 
 def _value(value: object) -> str:

@@ -11,9 +11,9 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from rbee_serve.contract.api import PROMPT_MAX_CHARS, Message
 from rbee_serve.contract.errors import InvalidRequest
-from rbee_serve.contract.references import check_model
+from rbee_serve.contract.references import NODE_NAME, check_model
 
-Node = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$", description="a machine of the inventory")]
+Node = Annotated[str, Field(pattern=f"^{NODE_NAME.pattern}$", description="a machine of the inventory")]
 #: A name that may stand in a command line: no control characters, and no leading hyphen.
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$", max_length=400)]
 ModelRef = Annotated[str, Field(pattern=r"^[A-Za-z0-9][^\x00-\x1f\x7f]*$", max_length=500), AfterValidator(check_model)]

@@ -1,10 +1,14 @@
-"""What names a model: the forms of a reference (SPEC S-67)."""
+"""What names a model, the forms of a reference (SPEC S-67), and what may name a machine (SPEC 3.8)."""
 
 from __future__ import annotations
 
 import re
 
 from rbee_serve.contract.errors import InvalidModelRef
+
+#: DNS-safe: the name is part of workers' ids and of addresses.
+NODE_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
+NODE_NAME_RULE = "letters, digits, dots and hyphens expected, 63 at most, a letter or digit first and last"
 
 _HUB = re.compile(r"hf:[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*(:[A-Za-z0-9][A-Za-z0-9._/+-]*)?")
 _HTTPS = re.compile(r"https://[A-Za-z0-9.-]+(:[0-9]+)?/[^\s#@]+\.gguf(\?[^\s#]*)?#sha256=[0-9a-f]{64}")

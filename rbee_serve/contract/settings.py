@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rbee_serve.contract.errors import ConfigInvalid
+from rbee_serve.contract.references import NODE_NAME
 
 Backend = Literal["cpu", "cuda", "rocm", "vulkan"]
 #: Names that a request may use. ``metal`` is a valid name that no managed node can serve (SPEC X-24).
@@ -29,7 +30,7 @@ Seconds = Annotated[float, Field(gt=0, le=86400)]
 SecondsOrNever = Annotated[float, Field(ge=0, le=86400)]
 #: 26: with "rbee-" before it this is the account that the worker runs as.
 InstanceName = Annotated[str, Field(pattern=r"^[a-z]+[0-9]+(-[a-z0-9]+)?$", max_length=26)]
-HiveName = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?$")]
+HiveName = Annotated[str, Field(pattern=f"^{NODE_NAME.pattern}$")]
 
 
 def _adapter(text: str) -> tuple[str, float]:
@@ -57,7 +58,7 @@ Adapters = Annotated[list[Annotated[str, AfterValidator(_adapter_path)]], Field(
 class Settings(BaseModel):
     """What queen and worker have in common."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=(), defer_build=True)
 
     host: str = Field("127.0.0.1", description="address to listen on")
     log_level: LogLevel = Field("info", description="lowest level that is logged")
@@ -70,6 +71,9 @@ class Settings(BaseModel):
     body_max_bytes: int = Field(1_048_576, ge=1024, description="largest request body accepted (SPEC 3.8)")
     headers_max_bytes: int = Field(32_768, ge=1024, description="largest request head (request line and headers) accepted")
     receive_timeout_s: Seconds = Field(30.0, description="time that a client has to send a request's head, and then its body")
+    unread_timeout_s: Seconds = Field(
+        300.0, description="a client that takes nothing of its answer for so long, or is cut off, is let go and its request ended"
+    )
     requests_max: int = Field(1000, ge=1, description="requests in progress at a time; beyond it: 503 OVERLOADED")
     ping_interval_s: Seconds = Field(10.0, description="pause between comment pings on a silent stream (<= 15 s, SPEC 3.5)")
 
@@ -136,7 +140,7 @@ class WorkerSettings(Settings):
         0.25,
         description="longest pause that prompts of others make between two tokens of a running stream, "
         "as far as a block of 64 prompt tokens (32 with kv_type q8_0) takes no longer; between a stream's first two tokens up to "
-        "20 times as long, for newcomers with short prompts",
+        "40 times as long, for newcomers with short prompts",
     )
     draft_tokens: int = Field(
         0,
@@ -158,6 +162,11 @@ class WorkerSettings(Settings):
         False,
         description="every stream can be continued elsewhere token for token, at any length (takes kv_type q8_0); "
         "weights that do not allow it are refused",
+    )
+    memory_check: bool = Field(
+        True,
+        description="refuse to load a model that the free memory can not hold by the model's own figures; false leaves it to "
+        "llama.cpp and the kernel: mapped models larger than the RAM, swap, a cache that the kernel does not count as free",
     )
     lora: Adapters = Field(default_factory=list, description="LoRA adapter files (GGUF) put on the model: path or path:scale")
     cpu_variant: str | None = Field(

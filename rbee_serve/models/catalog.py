@@ -85,10 +85,7 @@ def ready(entry: Entry, digests: list[str], **metadata: Any) -> Entry:
     Raises ModelFileInvalid when a file is no GGUF.
     """
     paths = [Path(p["path"]) for p in store.parts(entry)]
-    try:
-        facts = gguf.facts(*paths)
-    except gguf.GgufError as e:
-        raise errors.ModelFileInvalid(str(e), hint="choose a GGUF file of the repository", path=str(paths[0])) from None
+    facts = readable(paths, paths[0])
     files = [{"path": str(p), "size_bytes": p.stat().st_size, "sha256": sha256} for p, sha256 in zip(paths, digests, strict=True)]
     return {
         **{k: v for k, v in entry.items() if k != "problem"},
@@ -99,6 +96,14 @@ def ready(entry: Entry, digests: list[str], **metadata: Any) -> Entry:
         "added_at": store.now_iso(),
         "metadata": {**facts, **metadata},
     }
+
+
+def readable(paths: list[Path], name: Path) -> dict[str, Any]:
+    """Return the facts of a model's header; raises ModelFileInvalid, with ``name`` as its path, when a file is no GGUF."""
+    try:
+        return gguf.facts(*paths)
+    except gguf.GgufError as e:
+        raise errors.ModelFileInvalid(str(e), hint="choose a GGUF file of the repository", path=str(name)) from None
 
 
 def digest(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:

@@ -6,7 +6,9 @@ lines (progress.py); the last one is ``complete`` with the catalog entry or ``fa
 A file is collected in ``NAME.gguf.partial``, whose lock the downloader holds while it lives, and takes its name only
 when size and SHA-256 are right. What a broken download left is used by the next one (Range).
 
-With ``--peer`` the bytes come from another machine of the fleet that has the model (share.py) instead of the hub.
+With ``--peer`` the bytes come from another machine of the fleet that has the model (share.py) instead of the hub. With
+``--sent`` they have come already, into the partial files: the controller sent them (action rbee_send), and they are checked
+and catalogued here like any others.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ from rbee_serve.contract.errors import (
     DownloadTimeout,
     InsufficientDisk,
     InvalidModelRef,
+    ModelAccessDenied,
     ModelFileInvalid,
     ModelNotFound,
     RbeeError,
 )
 from rbee_serve.models import share, store
-from rbee_serve.models.catalog import Catalog, choose_files, digest, parse_ref, ready
+from rbee_serve.models.catalog import Catalog, choose_files, digest, parse_ref, readable, ready
 from rbee_serve.models.hub import Hub, RemoteFile, Source, TransientError
 from rbee_serve.models.peer import Peer
 from rbee_serve.models.progress import Meter, Progress
@@ -54,6 +57,10 @@ _T = TypeVar("_T")
 
 class _WrongDigestError(TransientError):
     """The file is whole and its digest is wrong; what there was of it is gone."""
+
+    def __init__(self, message: str, file: str) -> None:
+        super().__init__(message)
+        self.file = file
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,35 @@ class Options:
     sha256: str | None = None  # digest that the model must have, whatever its source says
     peer: str | None = None  # address of a machine that shares the model
     peer_token: str | None = None
+    sent: tuple[RemoteFile, ...] = ()  # what the controller has laid into ``home``
+    home: Path | None = None
+
+
+class Sent(Source):
+    """Files that are here already, as partial ones; there is nowhere to ask for more of them."""
+
+    def __init__(self, files: tuple[RemoteFile, ...]) -> None:
+        super().__init__(stall_timeout_s=1.0)
+        self._files = files
+
+    def resolve(self, ref: ModelRef) -> list[RemoteFile]:
+        """Return the files that were sent."""
+        return list(self._files)
+
+    @contextmanager
+    def stream(self, file: RemoteFile, offset: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """Raise DownloadFailed: what is missing has not been sent."""
+        words = f"{file.name} has come as {offset} of {file.size_bytes} bytes"
+        raise DownloadFailed(words, hint="repeat the command: it goes on where it stopped")
+        yield 0, iter(())
+
+
+def sent_file(text: str) -> RemoteFile:
+    """Parse ``NAME:SIZE:SHA256`` of --sent; the digest may be empty. Raises ValueError."""
+    name, size, digest = text.rsplit(":", 2)
+    if "/" in name or not name.endswith(".gguf"):
+        raise ValueError(f"{name!r} is no name of a model file")
+    return RemoteFile(name, int(size), digest or None, "file:controller")
 
 
 class Download:
@@ -89,6 +125,9 @@ class Download:
         """Return the entry, Ready, and whether anything had to be fetched. Raises RbeeError."""
         if (entry := self._catalog.find(self._ref)) and self._usable(entry):
             return entry, False  # no traffic at all (SPEC CAP-44)
+        if self._options.sent:
+            with closing(Sent(self._options.sent)) as sent:
+                return self._fetched(sent)
         if self._options.peer:
             return self._from_peer(self._options.peer)
         if self._ref.kind == "id":
@@ -99,7 +138,7 @@ class Download:
                 known=known,
             )
         if self._ref.kind == "file":
-            return register(self._ref, self._catalog, self._options.roots), False
+            return register(self._ref, self._catalog, self._options.roots, self._progress, self._options.sha256), False
         stall = self._options.stall_timeout_s
         hub = self._ref.kind == "hf"
         source = Hub(self._options.endpoint, self._options.token, stall_timeout_s=stall) if hub else Source(stall_timeout_s=stall)
@@ -112,17 +151,22 @@ class Download:
 
     def _from_peer(self, url: str) -> tuple[Entry, bool]:
         """Fetch from a machine that has it; its exact reference is what the model is catalogued under."""
-        with closing(Peer(url, self._options.peer_token, stall_timeout_s=self._options.stall_timeout_s)) as peer:
-            self._progress.line("resolving", f"asking {url} for {self._ref.text}")
-            try:
+        try:
+            with closing(Peer(url, self._options.peer_token, stall_timeout_s=self._options.stall_timeout_s)) as peer:
+                self._progress.line("resolving", f"asking {url} for {self._ref.text}")
                 self._ref = parse_ref(Tries(self._options, self._progress).run(peer.reference))
-            except DownloadFailed as e:
-                hint = "let the machines reach each other (rbee_model_share_port), or repeat with --via controller"
-                raise type(e)(e.message, hint=hint, **e.details) from None
-            if self._ref.kind not in ("hf", "https"):
-                words = f"{url} has {self._ref.text}, which is not from a hub: its path means nothing here"
-                raise InvalidModelRef(words, hint="declare it in rbee_models with src: it is copied then")
-            return self._fetched(peer)
+                if self._ref.kind not in ("hf", "https"):
+                    words = f"{url} has {self._ref.text}, which is not from a hub: its path means nothing here"
+                    raise InvalidModelRef(words, hint="declare it in rbee_models with src: it is copied then")
+                return self._fetched(peer)
+        except (DownloadFailed, ModelNotFound, ModelAccessDenied) as e:
+            if "path" in e.details:  # this machine could not write it down
+                raise
+            # The other machine's fault: a third one may give it.
+            hint = "let the machines reach each other (rbee_model_share_port), or repeat with --via controller"
+            if isinstance(e, ModelAccessDenied):
+                hint = e.hint or hint
+            raise type(e)(e.message, hint=hint, **{**e.details, "peer": url}) from e
 
     def _expected(self, remotes: list[RemoteFile]) -> None:
         """Raise ChecksumMismatch before any byte when the source offers another file than the one that was asked for."""
@@ -135,10 +179,10 @@ class Download:
         self._progress.line("resolving", f"looking up {self._ref.text}")
         remotes = tries.run(lambda: source.resolve(self._ref))
         self._expected(remotes)
-        home = self._catalog.models_dir / self._ref.org / self._ref.repo
+        home = self._options.home or self._catalog.models_dir / self._ref.org / self._ref.repo
         first = home / remotes[0].name
         reference = self._ref.text
-        if self._ref.kind == "hf":
+        if self._ref.kind == "hf" and not self._options.sent:
             reference = f"hf:{self._ref.repo_id}:{store.set_name(remotes[0].name)}"
         old = self._catalog.find(parse_ref(reference))
         if old and self._usable(old):
@@ -151,10 +195,12 @@ class Download:
                 store.partial_path(first).unlink(missing_ok=True)
                 return old, False
             parts = [{"path": str(home / r.name), "size_bytes": r.size_bytes, "sha256": r.sha256} for r in remotes]
-            if old and [p.get("sha256") for p in store.parts(old)] != [r.sha256 for r in remotes]:
-                for part in parts:  # the hub has another version by now
-                    with suppress(FileNotFoundError):
-                        os.truncate(store.partial_path(Path(str(part["path"]))), 0)
+            if old and not self._options.sent:
+                before = {p["path"]: p.get("sha256") for p in store.parts(old)}
+                for part in parts:
+                    if before.get(part["path"]) != part["sha256"]:  # the hub has another version by now
+                        with suppress(FileNotFoundError):
+                            os.truncate(store.partial_path(Path(str(part["path"]))), 0)
             entry = self._catalog.new_entry(self._ref, reference, parts)
             return _Transfer(source, remotes, home, entry, self._catalog, tries, self._progress, self._options).run(), True
 
@@ -239,6 +285,7 @@ class _Transfer:
                 digests.append(there[number] or self._tries.run(fetch))
             if self._sha256 and store.digest_of_parts(digests) != self._sha256:
                 raise _other_file(self._entry["reference"], store.digest_of_parts(digests), self._sha256)
+            readable([f if t else p for f, p, t in zip(finals, partials, there, strict=True)], finals[0])
             # The first one last: its lock is what says that somebody is at work.
             for partial, final, whole in reversed(list(zip(partials, finals, there, strict=True))):
                 if whole:
@@ -248,10 +295,12 @@ class _Transfer:
                     partial.replace(final)
             entry = ready(self._entry, digests, source_url=self._remotes[0].origin or self._remotes[0].url)
         except BaseException as e:
-            if isinstance(e, InsufficientDisk | ChecksumMismatch):
+            if isinstance(e, InsufficientDisk) or (isinstance(e, ChecksumMismatch) and "file" not in e.details):
                 self._drop(partials)
+            elif isinstance(e, ChecksumMismatch):  # of one file: the other parts of a split model are as good as before
+                self._drop([p for p in partials if _size(p) == 0])
             if isinstance(e, ModelFileInvalid):
-                self._drop(finals)
+                self._drop([f if t else p for f, p, t in zip(finals, partials, there, strict=True)])
             with suppress(OSError):  # a full disk may refuse this as well; the reader then says "interrupted"
                 failed = {**self._entry, "status": store.FAILED, "problem": str(e) or type(e).__name__}
                 self._catalog.put(failed, self._home)
@@ -266,8 +315,7 @@ class _Transfer:
         with Meter(self._progress, "verifying", remote.name, remote.size_bytes) as meter:
             if digest(final, meter.at) == remote.sha256:
                 return remote.sha256
-        final.unlink()
-        return None
+        return None  # of another version: it stays, for whoever has it open or starts, until its successor is whole
 
     @staticmethod
     def _drop(paths: list[Path]) -> None:
@@ -301,7 +349,7 @@ class _Transfer:
             sha256 = digest(partial, meter.at)
         if remote.sha256 and sha256 != remote.sha256:
             os.truncate(partial, 0)
-            raise _WrongDigestError(f"SHA-256 of {remote.name} is {sha256}, expected {remote.sha256}")
+            raise _WrongDigestError(f"SHA-256 of {remote.name} is {sha256}, expected {remote.sha256}", remote.name)
         return sha256
 
     def _receive(self, f: FileIO, start: int, chunks: Iterator[bytes], remote: RemoteFile, before: int) -> None:
@@ -386,7 +434,8 @@ def _final(e: TransientError, tries: int) -> DownloadFailed:
     """Return what a download fails with when its last try failed with ``e``."""
     message = f"{e} (try {tries} of {tries}, the last)"
     if isinstance(e, _WrongDigestError):
-        return ChecksumMismatch(message, hint="the copy there is damaged: try later, or another quantisation", tries=tries)
+        hint = "the copy there is damaged: try later, or another quantisation"
+        return ChecksumMismatch(message, hint=hint, tries=tries, file=e.file)
     kind = DownloadTimeout if e.stalled else DownloadFailed
     return kind(message, hint="repeat the command: it goes on where it stopped", tries=tries)
 
@@ -418,10 +467,10 @@ def _no_space(directory: Path, needed_bytes: int, name: str) -> InsufficientDisk
     )
 
 
-def register(ref: ModelRef, catalog: Catalog, roots: tuple[Path, ...]) -> Entry:
+def register(ref: ModelRef, catalog: Catalog, roots: tuple[Path, ...], progress: Progress, sha256: str | None = None) -> Entry:
     """Catalog a file that is already on this machine: beneath the models directory or one of ``roots``.
 
-    Raises InvalidModelRef (outside of them), ModelFileInvalid (missing, no GGUF).
+    Raises InvalidModelRef (outside of them), ModelFileInvalid (missing, no GGUF), ChecksumMismatch (another than ``sha256``).
     """
     path = Path(ref.path)
     allowed = [catalog.models_dir, *roots]
@@ -439,7 +488,13 @@ def register(ref: ModelRef, catalog: Catalog, roots: tuple[Path, ...]) -> Entry:
     names = choose_files(ModelRef(ref.text, "hf", "local", path.parent.name, path.name), [p.name for p in found])
     paths = [path.with_name(n) for n in names]
     entry = catalog.new_entry(ref, ref.text, [{"path": str(p), "size_bytes": p.stat().st_size, "sha256": None} for p in paths])
-    entry = ready(entry, [digest(p) for p in paths])
+    digests = []
+    for path in paths:
+        with Meter(progress, "verifying", path.name, path.stat().st_size) as meter:
+            digests.append(digest(path, meter.at))
+    entry = ready(entry, digests)
+    if sha256 is not None and entry["sha256"] != sha256:
+        raise _other_file(ref.text, entry["sha256"], sha256)
     catalog.put(entry, catalog.models_dir / "local" / entry["id"])
     return entry
 
@@ -454,24 +509,27 @@ def token_from(environ: Mapping[str, str]) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run from the command line; the token comes from the credential or the environment, never from here."""
+    """Run from the command line; the token comes from the credential, standard input or the environment, never from here."""
     parser = argparse.ArgumentParser(prog="python -m rbee_serve.models.download", description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--ref", required=True, help="hf:org/repo[:file or quantisation], or file:///path.gguf")
     parser.add_argument("--models-dir", type=Path, required=True)
     parser.add_argument("--root", type=Path, action="append", default=[], help="another directory that file:/// may point into")
     parser.add_argument("--progress-file", type=Path)
     parser.add_argument("--endpoint", help="address of the hub; default: $HF_ENDPOINT, else the public one")
+    parser.add_argument("--token-stdin", action="store_true", help="the hub's token comes over standard input")
     parser.add_argument("--tries", type=int, default=Options.tries)
     parser.add_argument("--pause-s", type=float, default=Options.pause_s)
     parser.add_argument("--stall-timeout-s", type=float, default=Options.stall_timeout_s)
     parser.add_argument("--bytes-per-s", type=int, default=0, help="rate limit; 0: none")
     parser.add_argument("--sha256", help="digest that the model must have")
+    parser.add_argument("--sent", type=sent_file, action="append", default=[], metavar="NAME:SIZE:SHA256", help="is here already")
+    parser.add_argument("--home", type=Path, help="folder of the files that were sent, ORG/REPO beneath the models directory")
     parser.add_argument("--peer", metavar="URL", help="fetch from this machine of the fleet, which shares the model")
     args = parser.parse_args(argv)
     options = Options(
         endpoint=args.endpoint,
-        token=token_from(os.environ),
-        tries=args.tries,
+        token=sys.stdin.read().strip() if args.token_stdin else token_from(os.environ),
+        tries=1 if args.sent else args.tries,  # nothing gets better by looking again
         pause_s=args.pause_s,
         stall_timeout_s=args.stall_timeout_s,
         bytes_per_s=args.bytes_per_s,
@@ -479,6 +537,8 @@ def main(argv: list[str] | None = None) -> int:
         sha256=args.sha256,
         peer=args.peer,
         peer_token=share.token_from(os.environ) if args.peer else None,
+        sent=tuple(args.sent),
+        home=args.home,
     )
     progress = Progress(args.progress_file)
     try:

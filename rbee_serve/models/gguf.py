@@ -58,16 +58,18 @@ class Header:
     """What stands before the weights.
 
     ``values``: all key-value pairs, arrays as ``{"length": n}``, short ones of integers with ``"values"`` besides.
-    ``parameters``: elements of all tensors. ``tensor_types``: the types (``enum ggml_type``) that its tensors have.
-    ``weight_bytes``: size of all tensors; ``embedding_bytes``: of the token embedding; ``tied``: it is the output matrix too.
+    ``parameters``: elements of all tensors. ``matrix_types``: the types (``enum ggml_type``) of those that are multiplied
+    with: all of more than one dimension, norms and biases have one.
+    ``weight_bytes``: size of all tensors; ``embedding_bytes``: of the token embedding; ``has_output``: there is an output matrix
+    besides (where no file of the model has one, the embedding is that as well: it is tied).
     """
 
     values: dict[str, Any]
     parameters: int
-    tensor_types: frozenset[int]
+    matrix_types: frozenset[int]
     weight_bytes: int = 0
     embedding_bytes: int = 0
-    tied: bool = False
+    has_output: bool = False
 
     @property
     def architecture(self) -> str:
@@ -180,14 +182,14 @@ def _walk(cursor: _Cursor) -> Header:
         for _ in range(dimensions):
             count *= cursor.scalar(_U64)
         kind = cursor.scalar(_U32)
-        types.add(kind)
+        if dimensions > 1:
+            types.add(kind)
         cursor.skip(8)  # offset
         parameters += count
         per_block, block_bytes = BLOCKS.get(kind, (1, 4))
         sizes[name] = -(-count // per_block) * block_bytes
     embedding = sizes.get("token_embd.weight", 0)
-    tied = bool(embedding) and "output.weight" not in sizes
-    return Header(values, parameters, frozenset(types), sum(sizes.values()), embedding, tied)
+    return Header(values, parameters, frozenset(types), sum(sizes.values()), embedding, "output.weight" in sizes)
 
 
 def facts(*paths: str | os.PathLike[str]) -> dict[str, Any]:
@@ -197,7 +199,11 @@ def facts(*paths: str | os.PathLike[str]) -> dict[str, Any]:
     "bos_id", "tokenizer", "has_chat_template", "chat_template", "memory"}``; a value that the header lacks is None.
     ``memory`` is what its use of memory is reckoned from, see memory.py. Raises GgufError, OSError.
     """
-    headers = [read(p) for p in paths]
+    return facts_of([read(p) for p in paths])
+
+
+def facts_of(headers: list[Header]) -> dict[str, Any]:
+    """Return what `facts` does, of headers that have been read already."""
     values = headers[0].values
     arch = values.get("general.architecture")
     tokens = values.get("tokenizer.ggml.tokens")
@@ -224,13 +230,15 @@ def facts(*paths: str | os.PathLike[str]) -> dict[str, Any]:
         "memory": {
             "weight_bytes": sum(h.weight_bytes for h in headers),
             "embedding_bytes": sum(h.embedding_bytes for h in headers),
-            "tied": len(headers) == 1 and headers[0].tied,
+            "tied": any(h.embedding_bytes for h in headers) and not any(h.has_output for h in headers),
+            "matrix_types": sorted(set().union(*(h.matrix_types for h in headers))),
             "embedding_length": of("embedding_length"),
             "feed_forward_length": of("feed_forward_length"),
             "heads": of("attention.head_count"),
             "heads_kv": of("attention.head_count_kv"),
             "key_length": of("attention.key_length"),
             "value_length": of("attention.value_length"),
+            "latent": of("attention.key_length_mla") is not None,
             "recurrent": any(k.startswith(f"{arch}.ssm.") or ".wkv." in k for k in values),
         },
     }

@@ -15,10 +15,10 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 from huggingface_hub import HfApi, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-from rbee_serve.contract.errors import DownloadFailed, ModelAccessDenied, ModelNotFound, RbeeError
+from rbee_serve.contract.errors import DownloadFailed, InvalidModelRef, ModelAccessDenied, ModelNotFound, RbeeError
 from rbee_serve.models.catalog import choose_files
 from rbee_serve.models.store import ModelRef
 
@@ -77,7 +77,7 @@ class Source:
         headers = {**self._headers, **({"Range": f"bytes={offset}-"} if offset else {})}
         with self._answers(), self._http.stream("GET", file.url, headers=headers) as response:
             if response.status_code not in (200, 206):
-                raise self._status_error(response.status_code, file.name)
+                raise self._status_error(response.status_code, file.name, response.headers.get("X-Error-Code", ""))
             start = 0
             if response.status_code == 206:
                 match = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
@@ -122,13 +122,17 @@ class Hub(Source):
         self._api = HfApi(endpoint=endpoint, token=token or False, library_name="rbee")
         self._headers = {**build_hf_headers(token=token or False, library_name="rbee"), "Accept-Encoding": "identity"}
         self._with_token = bool(token)
+        self._repo = ""  # the one that was asked for
 
     def resolve(self, ref: ModelRef) -> list[RemoteFile]:
         """Return the files that ``ref`` means; raises ModelNotFound, ModelAccessDenied, InvalidModelRef."""
+        self._repo = ref.repo_id
         try:
             info = self._api.model_info(ref.repo_id, files_metadata=True, timeout=self._stall_timeout_s)
         except HfHubHTTPError as e:
             raise self._status_error(e.response.status_code, ref.repo_id, e.response.headers.get("X-Error-Code", "")) from e
+        except HFValidationError as e:
+            raise InvalidModelRef(f"{ref.repo_id} is no name of a repository: {e}", hint="write hf:org/repo:file.gguf") from e
         except Exception as e:  # of whichever HTTP library this huggingface_hub is built on
             stalled = "Timeout" in type(e).__name__
             raise TransientError(f"{self._api.endpoint}: {type(e).__name__}: {e}", stalled=stalled) from e
@@ -163,7 +167,7 @@ class Hub(Source):
             whose = "the account of the token" if self._with_token else "without an account one"
             error = ModelAccessDenied(
                 f"{what}: {whose} may not read it (HTTP 403{', gated' if reason == 'GatedRepo' else ''})",
-                hint=f"accept the licence at {hub}/{what}, then repeat with HF_TOKEN set to that account's token",
+                hint=f"accept the licence at {hub}/{self._repo or what}, then repeat with HF_TOKEN set to that account's token",
                 hub=hub,
                 http_status=status,
             )

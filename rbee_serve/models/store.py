@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -86,7 +87,8 @@ def parse_ref(text: str) -> ModelRef:
         address, _, digest = text.partition("#sha256=")
         host, _, path = address[len("https://") :].partition("/")
         if re.fullmatch(r"[A-Za-z0-9.-]+(:[0-9]+)?", host) and _URL_PATH.fullmatch(path) and _DIGEST.fullmatch(digest):
-            return ModelRef(text, "https", org="web", repo=host.replace(":", "-"), file=digest, path=address)
+            # The digest names the folder: two files of one name and host never share a place.
+            return ModelRef(text, "https", org="web", repo=f"{host.replace(':', '-')}-{digest[:12]}", file=digest, path=address)
     elif match := _HUB.fullmatch(text):
         file = match["file"]
         parts = [match["org"], match["repo"], *(file.split("/") if file else [])]
@@ -144,10 +146,11 @@ def choose_files(ref: ModelRef, names: list[str]) -> list[str]:
         )
     if len(fits) > 1:
         kinds = sorted({q for n in fits if (q := quantization(n))})
+        names = kinds if len(kinds) == len(fits) else fits
         raise CatalogError(
             "INVALID_MODEL_REF",
             f"{ref.text} could be {len(fits)} files: {', '.join(fits)}",
-            f"name one of {', '.join(kinds or fits)}, for example hf:{ref.repo_id}:{(kinds or fits)[0]}",
+            f"name one of {', '.join(names)}, for example hf:{ref.repo_id}:{names[0]}",
             files=fits,
             quantizations=kinds,
         )
@@ -181,13 +184,13 @@ def digest_of_parts(digests: list[str]) -> str:
 
 
 def default_id(file_name: str, taken: dict[str, str] | None = None, *, reference: str = "", org: str = "") -> str:
-    """Return the id of a new model: the file's stem in lower case; with the organisation added where another reference
-    has that id already (``taken``: id -> reference)."""
+    """Return the id of a new model: the file's stem in lower case; with the organisation added, and then a number, where another
+    reference has that id already (``taken``: id -> reference)."""
     stem = set_name(file_name.rsplit("/", 1)[-1]).removesuffix(".gguf")
     stem = re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("-.")
-    if taken and taken.get(stem, reference) != reference:
-        return f"{stem}-{org.lower() or 'local'}"
-    return stem
+    longer = f"{stem}-{org.lower() or 'local'}"
+    names = itertools.chain((stem, longer), (f"{longer}-{n}" for n in itertools.count(2)))
+    return next(name for name in names if (taken or {}).get(name, reference) == reference)
 
 
 def now_iso() -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rbee_serve.contract.api import WorkerState
 from rbee_serve.contract.declaration import Declaration, DeclaredHive
 from rbee_serve.contract.errors import ConfigInvalid
+from rbee_serve.contract.hives import hive_status
 from rbee_serve.queen.registry import Worker
 
 
@@ -61,7 +61,7 @@ def _view(name: str, declared: DeclaredHive | None, workers: list[Worker]) -> di
         "name": name,
         "declared": declared is not None,
         "address": declared.address if declared is not None else None,
-        "status": _status(states, any(w.state == "started" for w in wanted)),
+        "status": hive_status(states.values(), any(w.state == "started" for w in wanted)),
         "workers": list(states),
         "declared_workers": [
             entry.model_dump() | {"id": f"{name}-{entry.name}", "status": states.get(f"{name}-{entry.name}")} for entry in wanted
@@ -70,15 +70,6 @@ def _view(name: str, declared: DeclaredHive | None, workers: list[Worker]) -> di
         "backends": sorted({w.record.backend for w in workers} | {w.backend for w in wanted}),
         "slots": slots(workers),
     }
-
-
-def _status(states: dict[str, WorkerState], expected: bool) -> str:
-    """``up``: heard of lately. ``asleep``: all its workers sleep. ``silent``: workers should be there and none is heard."""
-    if any(state is not WorkerState.DORMANT for state in states.values()):
-        return "up"
-    if states:
-        return "asleep"
-    return "silent" if expected else "empty"
 
 
 def slots(workers: list[Worker]) -> dict[str, int]:

@@ -33,6 +33,7 @@ from rbee_serve.contract.errors import (
     WorkerNotFound,
     from_envelope,
 )
+from rbee_serve.contract.hives import refuse_unknown_node
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen import job_commands
 from rbee_serve.queen.internal import Internal
@@ -81,7 +82,7 @@ class JobRunner:
             case op.Status():
                 return await self._here(job, "GET", "/v1/status")
             case op.ActiveWorkerList(hive_id=node):
-                return await self._here(job, "GET", "/v1/workers", f"node={node}" if node is not None else "")
+                return await self._workers(job, node)
             case op.ActiveWorkerGet(worker_id=worker_id):
                 return {"worker": await self._here(job, "GET", f"/v1/workers/{worker_id}")}
             case op.ActiveWorkerRetire(worker_id=worker_id):
@@ -95,6 +96,15 @@ class JobRunner:
     async def _here(self, job: Job, method: str, path: str, query: str = "") -> dict[str, Any]:
         job.narrate("queen", "mode", "integrated: answered by the queen itself, without a playbook")
         return await self._internal.call(method, path, query=query, state=job.caller)
+
+    async def _workers(self, job: Job, node: str | None) -> dict[str, Any]:
+        """List the live workers; raises NodeNotFound for a machine that nobody has declared and nobody is heard from."""
+        if node is None:
+            return await self._here(job, "GET", "/v1/workers")
+        found = await self._here(job, "GET", "/v1/workers", f"node={node}")
+        if not found["workers"]:
+            refuse_unknown_node(node, (await self._internal.call("GET", "/v1/hives"))["hives"])
+        return found
 
     # --- rbee-ctl -----------------------------------------------------------------------------------------------------
 
@@ -185,18 +195,20 @@ class JobRunner:
         raise LoadingTimeout(f"worker {worker_id} is not ready after {LOADING_LIMIT_S:.0f} s", hint="rbee-ctl hive status")
 
     async def _generate(self, job: Job, body: Mapping[str, Any], *, tokens: bool) -> dict[str, Any]:
-        """Return what the stream's first and last events said, and the text; ``tokens``: each is told as it comes, too."""
+        """Return what the stream's first and last events said, text and token ids; ``tokens``: each is told as it comes, too."""
         ended: dict[str, Any] = {}
         text: list[str] = []
+        ids: list[int] = []
         async with aclosing(self._internal.stream("/v1/inference", body, state=job.caller)) as events:
             async for event in events:
                 if event.get("type") == "token":
                     text.append(str(event.get("t", "")))
+                    ids.append(int(event["id"]))
                 if tokens or event.get("type") != "token":
                     job.publish(event)
                 if event.get("type") in ("started", "end"):
                     ended |= {k: v for k, v in event.items() if k != "type"}
-        return ended | {"text": "".join(text)}
+        return ended | {"text": "".join(text), "token_ids": ids}
 
 
 async def _tail(stream: asyncio.StreamReader) -> str:

@@ -32,8 +32,9 @@ from rbee_serve.contract.api import (
     WorkerState,
     parse,
 )
-from rbee_serve.contract.errors import InvalidApiKey, InvalidRequest, NodeNotFound, OperationNotAllowed
+from rbee_serve.contract.errors import InvalidApiKey, InvalidRequest, OperationNotAllowed
 from rbee_serve.contract.events import DONE
+from rbee_serve.contract.hives import node_not_found
 from rbee_serve.queen.hives import slots
 from rbee_serve.queen.metrics import CONTENT_TYPE
 from rbee_serve.queen.reattach import Attached, Tape
@@ -268,10 +269,7 @@ class NativeApi:
         name, now = request.path_params["node"], self._queen.clock()
         hives = {h["name"]: h for h in self._hives()}
         if name not in hives:
-            known = ", ".join(hives) or "none"
-            raise NodeNotFound(
-                f"{name!r} is neither declared nor has it a live worker; known: {known}", hint="rbee-ctl hive list", node=name
-            )
+            raise node_not_found(name, list(hives))
         workers = [self._record(w, now) for w in self._queen.registry.live(now) if w.record.hive_id == name]
         return JsonResponse(hives[name] | {"workers": workers})
 

@@ -85,10 +85,15 @@ def means(model: str, model_id: str, ref: str | None) -> bool:
 
 
 def continues_exactly(before: Worker, after: Worker, length: int) -> bool:
-    """Say whether ``after`` goes on as ``before`` would have: same class, and a context still short enough for it."""
+    """Say whether ``after`` goes on as ``before`` would have: same class, and a context still short enough for it.
+
+    ``length``: tokens at the end, at most. A stream ends with the context at the latest, and with equal ones at the same token.
+    """
     a, b = before.record, after.record
     if a.continuation_class is None or a.continuation_class != b.continuation_class:
         return False
+    if a.context_tokens is not None and a.context_tokens == b.context_tokens:
+        length = min(length, a.context_tokens)
     return all(length <= r.model_info.get("exact_context_tokens", length) for r in (a, b))
 
 

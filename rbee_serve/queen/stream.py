@@ -343,7 +343,8 @@ class Stream:
         assert before is not None  # noqa: S101
         self._hold.give_up(failed)
         self._leaving = False
-        if len(self.ids) >= self.request.max_tokens:
+        context = before.record.context_tokens
+        if len(self.ids) >= self.request.max_tokens or (context and self.prompt_tokens + len(self.ids) > context):
             # It died between its last token and the end: there is nothing to go on with.
             return self._end_here(StopReason.MAX_TOKENS)
         if self.request.failover == "off" and len(self.ids) > self._given:

@@ -22,8 +22,8 @@ Batch = list[tuple[bytes, Event]]
 _MAX_ERROR_BODY = 65_536
 #: A frame that is longer is no event of ours.
 _MAX_FRAME = 4_194_304
-#: How long a worker that has taken a request may take to say what it found in its cache. It is there at once; who waited
-#: longer would delay the answer's headers.
+#: How long a worker that has taken a request may take to say what it found in its cache. It is there at once, but for a prompt
+#: whose beginning is being evaluated for another request; who waited longer would delay the answer's headers.
 _FIRST_EVENT_S = 0.25
 
 
@@ -75,7 +75,7 @@ class Attempt:
         self._decoding = False
 
     async def open(self, body: bytes, headers: dict[str, str]) -> None:
-        """Send the request and wait for the answer's headers: the worker has a slot for it then.
+        """Send the request and wait for the answer's headers: the worker has taken it then.
 
         ``headers`` are added to those of content and authentication. Raises TryFailedError, RequestTimeout, or the
         worker's own error when the request is at fault.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import orjson
 
 from rbee_serve.contract.api import WorkerState
-from rbee_serve.contract.errors import LoadingTimeout, NoWorkerAvailable, RbeeError
+from rbee_serve.contract.errors import BY_CODE, InsufficientRam, LoadingTimeout, NoWorkerAvailable, RbeeError
 from rbee_serve.contract.events import Event, SseParser, loading
 from rbee_serve.queen.http_client import Answer, BrokenError, Client, WokenError
 from rbee_serve.queen.registry import Registry, Worker
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 #: A woken worker answers its port before it loads; the beat that makes it routable follows at once.
 _BEAT_S = 10.0
 _MAX_BODY = 65_536
+#: A machine without memory for the model is asked again by those who wait this long.
+_NO_ROOM_RETRY_S = 10
 
 
 @dataclass(slots=True, eq=False)
@@ -85,6 +87,8 @@ class Waker:
             figures = {k: v for k, v in waking.progress.items() if k.startswith("layers_")}
             text = f"worker {worker.id} was not ready within {self.load_timeout_s:g} s"
             waking.error = LoadingTimeout(text, hint=f"its journal says why: rbee-ctl worker get {worker.id}", **figures)
+        except RbeeError as e:
+            waking.error = e
         except (BrokenError, WokenError) as e:
             text = f"worker {worker.id} could not be woken ({e})"
             waking.error = NoWorkerAvailable(text, hint=f"rbee-ctl worker get {worker.id}", retry_after_s=1)
@@ -109,7 +113,7 @@ class Waker:
             answer.close()
         if status != 200:
             raise ValueError(f"HTTP {status}")
-        if orjson.loads(body)["state"] == WorkerState.LOADING.value:
+        if orjson.loads(body)["state"] in (WorkerState.LOADING.value, WorkerState.FAILED.value):  # which says why it failed
             waking.progress = loading("loading_to_vram")
             await self._follow(waking, url)
         else:
@@ -135,6 +139,10 @@ class Waker:
                         return
                     event = orjson.loads(payload)
                     if event["stage"] == "failed":
+                        error = BY_CODE.get(str(event.get("code")))
+                        if error is not None and issubclass(error, InsufficientRam):
+                            text = f"worker {waking.worker.id} could not be woken: {event.get('message')}"
+                            raise error(text, hint="rbee-ctl worker list", retry_after_s=_NO_ROOM_RETRY_S)
                         raise ValueError(f"{event.get('code')}: {event.get('message')}")
                     waking.progress = event
         finally:

@@ -26,7 +26,7 @@ from rbee_serve.worker.engine.protocol import Engine
 from rbee_serve.worker.inference import InferenceApi
 from rbee_serve.worker.lifecycle import Lifecycle
 from rbee_serve.worker.metrics import CONTENT_TYPE, Metrics
-from rbee_serve.worker.state import Worker
+from rbee_serve.worker.state import NO_ROOM, Worker
 
 
 def create_app(
@@ -129,6 +129,8 @@ class WorkerApi:
             # The reason may name paths of this machine: it stands in the journal (SPEC E-29).
             code = progress.error_code or "INTERNAL_ERROR"
             message = "the model could not be loaded; the worker's journal says why"
+            if code in NO_ROOM and progress.error:
+                message = progress.error
             yield events.encode(events.loading("failed", code=code, message=message, **figures))
         else:
             info = engine.info

@@ -11,7 +11,7 @@ from typing import cast
 
 from rbee_serve.contract.api import StopReason
 from rbee_serve.contract.errors import MalformedResponse, RbeeError, RequestCanceled, RequestTimeout
-from rbee_serve.worker.engine.protocol import EngineEvent, Finished, GenerateRequest, Started, TokenOut
+from rbee_serve.worker.engine.protocol import EngineEvent, Finished, GenerateRequest, Queued, Started, TokenOut
 from rbee_serve.worker.state import Worker
 
 logger = logging.getLogger(__name__)
@@ -40,13 +40,21 @@ class Generation:
         self._last_token = self._began
         self._closed = False
 
-    async def open(self) -> Started:
-        """Wait for a slot. Raises what the engine raises (AllSlotsBusy, PromptTooLong, ...), RequestTimeout, or why it was
-        ended meanwhile."""
+    async def open(self, *, started: bool) -> None:
+        """Return when the engine has taken the request, and with ``started`` when it has a slot.
+
+        Raises what the engine raises (AllSlotsBusy, PromptTooLong, ...), RequestTimeout, or why it was ended meanwhile.
+        """
         self._worker.add(self)
         event = await self._next()
-        if not isinstance(event, Started):
+        while started and isinstance(event, Queued):
+            event = await self._next()
+        if isinstance(event, Started):
+            self._note(event)
+        elif not isinstance(event, Queued):
             raise MalformedResponse(f"the engine began with {type(event).__name__}")
+
+    def _note(self, event: Started) -> None:
         self.started = event
         self._worker.changed.set()
         metrics = self._worker.metrics
@@ -54,32 +62,35 @@ class Generation:
         metrics.tokens_cached.inc(event.cached_tokens)
         if event.cached_tokens and event.cached_from:
             metrics.prefix_hits.labels(source=event.cached_from).inc()
-        return event
 
-    async def events(self) -> AsyncIterator[TokenOut | Finished]:
-        """Yield tokens and, last, Finished: also when the client cancelled.
+    async def events(self) -> AsyncIterator[Started | TokenOut | Finished]:
+        """Yield Started, tokens and, last, Finished: also when the client cancelled, then perhaps alone.
 
         Raises RequestTimeout, WorkerDraining, WorkerCrashed, InferenceFailed.
         """
         metrics = self._worker.metrics
+        if self.started is not None:
+            yield self.started
         while True:
             try:
                 event = await self._next()
             except RequestCanceled:
                 event = self._cancelled()
             if isinstance(event, Started):
-                continue
-            if isinstance(event, Finished):
+                self._note(event)
+                yield event
+            elif isinstance(event, Finished):
                 self.outcome = event.stop_reason
                 yield event
                 return
-            self._last_token = time.perf_counter()
-            if self._first_token is None:
-                self._first_token = self._last_token
-                metrics.first_token_ms.observe(self._ms(self._began, self._first_token))
-            self.tokens_out += 1
-            metrics.tokens_generated.inc()
-            yield event
+            elif isinstance(event, TokenOut):
+                self._last_token = time.perf_counter()
+                if self._first_token is None:
+                    self._first_token = self._last_token
+                    metrics.first_token_ms.observe(self._ms(self._began, self._first_token))
+                self.tokens_out += 1
+                metrics.tokens_generated.inc()
+                yield event
 
     def end(self, why: RbeeError) -> None:
         """End it from outside: whoever waits for the engine gets ``why`` at once. Later calls change nothing."""

@@ -68,7 +68,24 @@ class HeartbeatSender:
         return time.monotonic() - self._answered_at
 
     async def run(self) -> None:
-        """Beat for ever. The first beat goes out at once: the queen learns of a worker while it still loads."""
+        """Beat for ever. The first beat goes out at once: the queen learns of a worker while it still loads.
+
+        A worker whose beats have ended serves nobody: whatever ends them is logged, and they begin again.
+        """
+        while True:
+            beats = asyncio.create_task(self._beats())
+            try:
+                await asyncio.wait((beats,))
+            except asyncio.CancelledError:
+                beats.cancel()
+                await asyncio.wait((beats,))
+                raise
+            reason = "cancelled" if beats.cancelled() else repr(beats.exception())
+            logger.error("heartbeats ended and begin again", extra={"url": self._url, "reason": reason})
+            self._lost = True
+            await asyncio.sleep(min(self._worker.settings.heartbeat_interval_s, _AWAY_S))
+
+    async def _beats(self) -> None:
         interval = self._worker.settings.heartbeat_interval_s
         while True:
             self._worker.changed.clear()

@@ -29,8 +29,7 @@ from rbee_serve.contract.api import (
 )
 from rbee_serve.contract.errors import InvalidRequest, RbeeError, RequestCanceled
 from rbee_serve.contract.tools import LLAMA3
-from rbee_serve.worker.chat import forced_call
-from rbee_serve.worker.engine.protocol import EngineInfo, Finished, GenerateRequest, TokenOut
+from rbee_serve.worker.engine.protocol import EngineInfo, Finished, GenerateRequest, Started, TokenOut
 from rbee_serve.worker.generation import Generation
 from rbee_serve.worker.state import Worker
 
@@ -66,7 +65,11 @@ class InferenceApi:
         return JsonResponse(answer, headers=headers)
 
     async def open(self, http: Request, wanted: InferenceRequest, request_id: str) -> Generation:
-        """Submit the request and wait for its slot while watching the client; raises RbeeError."""
+        """Submit the request and wait until the engine has taken it, while watching the client; raises RbeeError.
+
+        A stream's headers go out then, also where it has to wait for a slot or for a prefix that another request evaluates:
+        pings cover the wait. An answer that is not streamed is waited for up to its slot.
+        """
         self._check_limits(wanted)
         deadline = self._deadline(http, wanted)
         info = self._worker.admit()
@@ -74,7 +77,7 @@ class InferenceApi:
         generation = Generation(self._worker, request, deadline)
         generation.tool_format = tool_format
         try:
-            await while_connected(http, generation.open())
+            await while_connected(http, generation.open(started=not wanted.stream))
         except BaseException:
             await generation.aclose()
             raise
@@ -143,6 +146,8 @@ class InferenceApi:
             bos = not template.begins_with_bos(text)
             if tools:
                 tool_format = template.tool_format
+                from rbee_serve.worker.chat import forced_call  # jinja2: not for a start
+
                 if (forced := forced_call(tools, wanted.tool_choice)) is not None:
                     values["json_schema"], tool_format = forced, LLAMA3
         ids = wanted.continue_from.generated_ids if wanted.continue_from else []
@@ -170,25 +175,26 @@ class InferenceApi:
 
     async def events(self, generation: Generation, ident: str | None) -> AsyncGenerator[events.Event, None]:
         """Yield the events of an opened request, ``end`` or ``error`` last; ``ident``: its correlation id."""
-        started = generation.started
-        if started is None or generation.seed is None:
-            raise RuntimeError("the stream of a request that was not opened")
-        s = self._worker.settings
-        yield events.started(
-            generation.id,
-            s.model_id,
-            seed=generation.seed,
-            prompt_tokens=started.prompt_tokens,
-            cached_tokens=started.cached_tokens,
-            worker_id=s.worker_id,
-            tool_format=generation.tool_format,
-        )
+        if generation.seed is None:
+            raise RuntimeError("a request without a seed was opened")
+        s, prompt_tokens = self._worker.settings, 0
         try:
             async for event in generation.events():
                 if isinstance(event, TokenOut):
                     yield events.token(event.text, event.index, event.token_id, event.logprobs)
+                elif isinstance(event, Started):
+                    prompt_tokens = event.prompt_tokens
+                    yield events.started(
+                        generation.id,
+                        s.model_id,
+                        seed=generation.seed,
+                        prompt_tokens=prompt_tokens,
+                        cached_tokens=event.cached_tokens,
+                        worker_id=s.worker_id,
+                        tool_format=generation.tool_format,
+                    )
                 else:
-                    yield _end(event, started.prompt_tokens)
+                    yield _end(event, prompt_tokens)
         except RbeeError as e:
             logger.warning("stream failed", extra={"request_id": generation.id, "code": e.code, "reason": e.message})
             yield events.error(e, ident)
@@ -209,7 +215,7 @@ class InferenceApi:
                     ids.append(event.token_id)
                     if event.logprobs is not None:
                         logprobs.append(event.logprobs)
-                else:
+                elif isinstance(event, Finished):
                     last = event
         except RbeeError as e:
             e.details |= {"partial_text": "".join(pieces), "tokens_out": generation.tokens_out}

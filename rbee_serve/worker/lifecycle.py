@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rbee_serve.common.sdnotify import Notifier
-from rbee_serve.contract.errors import BY_CODE, BackendUnavailable, ExitCode
+from rbee_serve.contract.errors import BY_CODE, BackendUnavailable, ExitCode, InsufficientRam, InsufficientVram
+from rbee_serve.models import ram
 from rbee_serve.worker.engine.protocol import LoadProgress
 from rbee_serve.worker.state import Worker
 
@@ -25,6 +27,10 @@ _EXTEND_S = 30.0
 #: While ending, this much more than the drain: closing the server, writing prefixes to disk.
 _END_S = 16.0
 
+#: A woken worker that has no room answers for so long at most, and looks so often whether there is room now, seconds.
+_TURN_AWAY_S = 300.0
+_LOOK_S = 1.0
+
 
 class Lifecycle:
     """Starts the engine, watches it, ends the process when it ends. ``exit_code`` is what the process returns."""
@@ -33,6 +39,9 @@ class Lifecycle:
         """``leave`` makes the server begin its shutdown."""
         self._worker, self._notifier, self._heartbeat, self._leave = worker, notifier, heartbeat, leave
         self.exit_code: int = ExitCode.OK
+        #: Whether systemd holds the socket and starts the next process; whether a connection has started this one.
+        self.behind_socket = self.woken = False
+        self._turns_away = self._may_leave = False
         self._reason = ""
         self._drainer: asyncio.Task[None] | None = None
 
@@ -40,7 +49,7 @@ class Lifecycle:
         """Whether the watchdog may be fed: the engine's own loop moves. Loading has its own limit."""
         engine = self._worker.engine
         if engine.progress.stage == "failed":
-            return False
+            return self._turns_away
         return engine.info is None or engine.step_age_s < self._worker.settings.stall_timeout_s
 
     @asynccontextmanager
@@ -81,6 +90,8 @@ class Lifecycle:
     def idle_exit_due(self) -> bool:
         """Whether there has been no work for ``idle_timeout_s``, or none now and no queen for ``queen_lease_s``."""
         worker, settings = self._worker, self._worker.settings
+        if self._turns_away:
+            return self._may_leave
         idle_s = worker.idle_s
         if not idle_s or worker.draining or self.exit_code != ExitCode.OK:
             return False
@@ -92,6 +103,11 @@ class Lifecycle:
         """End the process; the socket stays and starts the next one (SPEC S-72, N-02, N-03)."""
         worker = self._worker
         worker.dormant = True
+        if self._turns_away:  # its last words are why
+            self.exit_code = ExitCode.TRY_LATER
+            self._notifier.stopping(self._reason)
+            worker.changed.set()
+            return
         self._notifier.stopping(f"dormant: no work for {worker.idle_s:.0f} s")
         logger.info("dormant", extra={"idle_s": round(worker.idle_s, 1), "wake_url": worker.settings.public_url})
         worker.changed.set()
@@ -117,11 +133,32 @@ class Lifecycle:
                 self._ready()
                 reason = await self._worker.engine.wait_dead()
                 self._fail(f"the engine ended: {reason}", ExitCode.FAILED)
+            elif progress.error_code in (InsufficientRam.code, InsufficientVram.code) and self.behind_socket:
+                await self._turn_away(progress)
             else:
                 self._fail(progress.error or "the model could not be loaded", _exit_code(progress.error_code))
         except Exception:
             logger.exception("the worker's own watch over the engine failed")
             self._fail("internal error, see the log", ExitCode.FAILED)
+
+    async def _turn_away(self, progress: LoadProgress) -> None:
+        """There is no room for the model now: leave the socket to systemd, so that a later connection tries again.
+
+        Whoever has woken the worker is told why, and so is everybody for a while: until there is room, or for as long as the
+        unit's start limit allows for one wake. Without anybody waiting, the process ends at once.
+        """
+        self._turns_away, self._reason = True, progress.error or "there is no room for the model"
+        logger.critical("%s", self._reason, extra={"exit_code": int(ExitCode.TRY_LATER)})
+        self._worker.changed.set()
+        end = time.monotonic() + min(self._worker.settings.idle_timeout_s or _TURN_AWAY_S, _TURN_AWAY_S)
+        path, by_ram = str(self._worker.settings.model_path), progress.error_code == InsufficientRam.code
+        while self.woken and time.monotonic() < end:
+            self._notifier.extend_timeout(_EXTEND_S, self._reason)
+            if by_ram and 0 < progress.required_bytes <= ram.room(path):
+                break
+            await asyncio.sleep(min(_LOOK_S, max(0.0, end - time.monotonic())))
+        self._notifier.status(self._reason)
+        self._may_leave = True
 
     async def _load(self) -> LoadProgress:
         engine, path = self._worker.engine, self._worker.settings.model_path

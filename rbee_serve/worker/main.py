@@ -1,25 +1,29 @@
 """``rbee-worker --config FILE``: one worker as a process, under systemd or by hand.
 
-The order of imports is the start's speed: the engine process is begun first, gets its configuration as soon as the settings
-are read, and loads while the front's own modules (service.py) are imported.
+The order of imports is the start's speed: the engine process is begun first, gets the configuration that the settings file most
+likely means (early.py), and loads while the settings are validated and the front's own modules (service.py) are imported.
 """
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
+import gc
+import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rbee_serve import __version__
-from rbee_serve.common.sdnotify import Notifier
-from rbee_serve.contract.errors import RbeeError
 from rbee_serve.worker.engine.spawn import EngineChild
 
 if TYPE_CHECKING:
+    import argparse
+
+    from rbee_serve.common.sdnotify import Notifier
     from rbee_serve.contract.settings import WorkerSettings
     from rbee_serve.worker.engine.protocol import EngineConfig
+
+#: Arguments that begin so need no engine.
+_WITHOUT_ENGINE = ("--ch", "--he", "--ve", "-h")
 
 
 def engine_config(settings: WorkerSettings) -> EngineConfig:
@@ -38,6 +42,7 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
         kv_type="q8_0" if settings.deterministic else settings.kv_type,
         cpu_variant=settings.cpu_variant,
         deterministic=settings.deterministic,
+        memory_check=settings.memory_check,
         lora=settings.adapters,
         stream_gap_s=settings.stream_gap_s,
         draft_tokens=settings.draft_tokens,
@@ -47,17 +52,24 @@ def engine_config(settings: WorkerSettings) -> EngineConfig:
     )
 
 
-def _run(args: argparse.Namespace, child: EngineChild | None, notifier: Notifier) -> int:
+def _run(args: argparse.Namespace, child: EngineChild | None, guess: dict[str, Any] | None, notifier: Notifier) -> int:
     from rbee_serve.contract.settings import WorkerSettings
 
     settings = WorkerSettings.load(args.config)
     config = engine_config(settings)
     if child is not None:
-        from rbee_serve.worker.engine.wire import configuration
+        from rbee_serve.worker.engine import wire
 
-        child.tell(configuration(config))
+        if guess == dataclasses.asdict(config):
+            child.tell(wire.SETTLED)
+        else:
+            if guess is not None:
+                child.begin_anew()
+            child.tell(wire.configuration(config))
     from rbee_serve.worker import service
 
+    gc.freeze()  # modules stay: no collection looks at them again
+    gc.enable()
     if args.check_config:
         service.check(settings)
         sys.stdout.write(f"{args.config}: ok\n")
@@ -68,26 +80,52 @@ def _run(args: argparse.Namespace, child: EngineChild | None, notifier: Notifier
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 drained, or idle and its socket left to systemd; 1 the engine died; 78 wrong settings, secrets, address
-    or model file, which systemd does not try again."""
+    """Exit codes: 0 drained, or idle and its socket left to systemd; 1 the engine died, or there is no memory for
+    the model; 75 that behind a socket, which waits on; 78 wrong settings, secrets, address or model file. 1 is tried again."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    gc.disable()  # a tenth of the time that imports take
+    # An abbreviated or wrong argument may begin an engine that nobody needs: it is ended below.
+    child = None if any(a.startswith(_WITHOUT_ENGINE) for a in arguments) else EngineChild()
+    try:
+        return _main(arguments, child, None if child is None else _tell_early(child, arguments))
+    finally:
+        if child is not None:
+            child.close()
+
+
+def _tell_early(child: EngineChild, arguments: list[str]) -> dict[str, Any] | None:
+    """Let the engine load what the settings file most likely means; return what it was told."""
+    from rbee_serve.worker import early
+    from rbee_serve.worker.engine import wire
+
+    guess = early.configuration(arguments, os.environ)
+    if guess is not None:
+        child.tell(wire.early_configuration(guess))
+    return guess
+
+
+def _main(arguments: list[str], child: EngineChild | None, guess: dict[str, Any] | None) -> int:
+    import argparse
+    from pathlib import Path
+
+    from rbee_serve import __version__
+    from rbee_serve.common.sdnotify import Notifier
+    from rbee_serve.contract.errors import RbeeError
+
     parser = argparse.ArgumentParser(prog="rbee-worker", description="One model on one device, served over HTTP.")
     parser.add_argument("--config", type=Path, required=True, help="settings file, /etc/rbee/workers/NAME.toml")
     parser.add_argument("--check-config", action="store_true", help="check settings, secrets and model file, then exit")
     parser.add_argument("--self-test", action="store_true", help="load the model, make one token, say what it took, then exit")
     parser.add_argument("--version", action="version", version=f"rbee-worker {__version__}")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     notifier = Notifier()
-    child = None if args.check_config else EngineChild()
     try:
-        return _run(args, child, notifier)
+        return _run(args, child, guess, notifier)
     except RbeeError as e:
         notifier.status(e.message)
         hint = f"; try: {e.hint}" if e.hint else ""
         sys.stderr.write(f"rbee-worker: {e.message}{hint}\n")
         return e.exit_code
-    finally:
-        if child is not None:
-            child.close()
 
 
 if __name__ == "__main__":

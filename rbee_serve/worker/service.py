@@ -124,6 +124,10 @@ def _serve(settings: WorkerSettings, token: str | None, engine: ProcessEngine, n
     app = create_app(settings, engine, fleet_token=token, notifier=notifier, leave=leave)
     lifecycle: Lifecycle = app.state.lifecycle
 
+    def serving(server: Server) -> None:
+        servers.append(server)
+        lifecycle.behind_socket, lifecycle.woken = server.handed_over, server.woken
+
     async def started() -> None:
         reload = partial(reload_token, settings, app.state.worker, app.state.heartbeat)
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reload)
@@ -137,7 +141,7 @@ def _serve(settings: WorkerSettings, token: str | None, engine: ProcessEngine, n
         on_started=started,
         on_shutdown=lifecycle.on_shutdown,
         graceful_timeout_s=_CLOSE_S,
-        on_server=servers.append,
+        on_server=serving,
         leave=Leave(lifecycle.idle_exit_due, lifecycle.fall_dormant),
         leave_unwatched=settings.idle_exit_without_socket,
         limits=RequestLimits.of(settings),

@@ -11,17 +11,21 @@ from typing import TYPE_CHECKING
 
 from rbee_serve import __version__
 from rbee_serve.contract.api import WorkerRecord, WorkerState
-from rbee_serve.contract.errors import RbeeError, WorkerCrashed, WorkerDraining, WorkerLoading
+from rbee_serve.contract.errors import InsufficientRam, InsufficientVram, RbeeError, WorkerCrashed, WorkerDraining, WorkerLoading
 from rbee_serve.contract.settings import WorkerSettings
-from rbee_serve.worker.chat import ChatTemplate
 from rbee_serve.worker.engine.protocol import Engine, EngineInfo, LoadProgress
 from rbee_serve.worker.metrics import Metrics
 
 if TYPE_CHECKING:
+    from rbee_serve.worker.chat import ChatTemplate
     from rbee_serve.worker.generation import Generation
 
 #: Seconds after which a refused client may try again.
 RETRY_AFTER_S = 1
+#: The same where there was no memory for the model.
+_NO_ROOM_RETRY_S = 10
+#: Errors of a model that was not loaded for want of memory: said to callers as they are, there is nothing secret in them.
+NO_ROOM = {e.code: e for e in (InsufficientRam, InsufficientVram)}
 #: How often a slot that is being freed is looked at. The engine needs one step for it and has no event for its end.
 _SETTLE_S = 0.02
 
@@ -108,6 +112,9 @@ class Worker:
         if state in (WorkerState.DRAINING, WorkerState.STOPPED):
             raise WorkerDraining("the worker finishes what it has and takes nothing new", retry_after_s=RETRY_AFTER_S)
         if state is WorkerState.FAILED:
+            progress = self.engine.progress
+            if progress.error_code in NO_ROOM:
+                raise NO_ROOM[progress.error_code](progress.error or "no room for the model", retry_after_s=_NO_ROOM_RETRY_S)
             raise WorkerCrashed("the engine of this worker has failed; its journal says why")
         info, progress = self.engine.info, self.engine.progress
         if info is None:
@@ -123,6 +130,8 @@ class Worker:
     def chat(self, info: EngineInfo) -> ChatTemplate:
         """Return the model's chat template."""
         if self._chat is None:
+            from rbee_serve.worker.chat import ChatTemplate  # jinja2: not for a start
+
             self._chat = ChatTemplate(info.chat_template, bos_token=info.bos_token, eos_token=info.eos_token)
         return self._chat
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
+
+from tests import leftover_labs
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB_PY = ROOT / "roles/rbee_lab/files/lab.py"
@@ -50,6 +54,7 @@ class Lab:
     def __init__(self, directory: Path, net: str | None = None) -> None:
         self.directory = directory
         self.net = net or free_network()
+        self._noted = leftover_labs.note(directory, self.net)
 
     # --- the lab itself -------------------------------------------------------------------------------------------
 
@@ -70,6 +75,8 @@ class Lab:
         done = self.command([sys.executable, str(LAB_PY), *verb], timeout=timeout)
         if check and done.returncode != 0:
             raise AssertionError(f"lab.py {' '.join(verb)} ended with {done.returncode}: {done.stderr}")
+        if verb == ("down",) and done.returncode == 0 and self._noted is not None:
+            self._noted.unlink(missing_ok=True)
         answer: dict[str, Any] = json.loads(done.stdout)
         return answer
 
@@ -98,15 +105,20 @@ class Lab:
         """Address under which the machines see this one."""
         return f"{self.net}.1"
 
-    def ssh(self, node: str, command: str, *, check: bool = True, timeout: float = 60) -> Done:
+    def ssh(self, node: str, command: str, *, check: bool = True, timeout: float = 60, stdin: IO[bytes] | None = None) -> Done:
         """Run a shell command as root on the machine; the exit code 255 is ssh's own."""
         options = [f"UserKnownHostsFile={self.directory}/known_hosts", "StrictHostKeyChecking=yes", "BatchMode=yes"]
         options += ["ConnectTimeout=5", "LogLevel=ERROR", "IdentitiesOnly=yes"]
         argv = ["ssh", "-i", str(self.directory / "id"), *(a for o in options for a in ("-o", o))]
-        done = self.command([*argv, f"root@{self.address(node)}", "--", command], timeout=timeout)
+        done = self.command([*argv, f"root@{self.address(node)}", "--", command], timeout=timeout, stdin=stdin)
         if check:
             assert done.returncode == 0, f"{node}: {command!r} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
+
+    def send(self, node: str, path: Path, target: str) -> None:
+        """Copy the contents of a folder into a folder of the machine."""
+        with subprocess.Popen(["tar", "-C", str(path), "-c", "."], stdout=subprocess.PIPE) as tar:
+            self.ssh(node, f"mkdir -p {target} && tar -C {target} -x --no-same-owner", stdin=tar.stdout)
 
     def partition(self, node: str) -> None:
         """Cut it off the network; nothing is refused, packets vanish."""
@@ -120,14 +132,15 @@ class Lab:
         """Reboot it and wait for its sshd."""
         self.run("reboot", node)
 
-    def journal(self, node: str, unit: str = "rbee-*", lines: int = 80) -> str:
-        """Return what its units said, for failing tests; never raises."""
+    def journal(self, node: str, unit: str = "rbee-*", lines: int = 30) -> str:
+        """Return what its units said last, for failing tests, long lines cut; never raises."""
         try:
             show = (
-                f"systemctl list-units --all --no-legend '{unit}'; journalctl --no-pager -o short-precise -n {lines} -u '{unit}'"
+                f"systemctl list-units --all --no-legend '{unit}'; "
+                f"journalctl --no-pager -o short-precise -n {lines} -u '{unit}' | cut -c 1-240"
             )
             return self.ssh(node, show, check=False, timeout=15).stdout
-        except (subprocess.SubprocessError, OSError) as e:
+        except (AssertionError, OSError) as e:
             return f"no journal from {node}: {e}"
 
     # --- programs against it --------------------------------------------------------------------------------------
@@ -150,12 +163,22 @@ class Lab:
         path.write_text(yaml.safe_dump(data))
         return path
 
-    def command(self, argv: list[str], *, timeout: float = 300, env: dict[str, str] | None = None) -> Done:
-        """Run any program in this lab's environment."""
-        environ = self.environment | (env or {})
-        return subprocess.run(
-            argv, check=False, capture_output=True, text=True, timeout=timeout, env=environ, stdin=subprocess.DEVNULL, cwd=ROOT
-        )
+    def command(
+        self, argv: list[str], *, timeout: float = 300, env: dict[str, str] | None = None, stdin: IO[bytes] | None = None
+    ) -> Done:
+        """Run any program in this lab's environment; one that does not end is told to, and the test fails with what it said."""
+        environ, given = self.environment | (env or {}), subprocess.DEVNULL if stdin is None else stdin
+        pipes: dict[str, Any] = {"stdin": given, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        with subprocess.Popen(argv, **pipes, env=environ, cwd=ROOT, start_new_session=True) as process:
+            try:
+                out, err = process.communicate(timeout=timeout)
+            except subprocess.TimeoutExpired:
+                out, err = interrupted(process)
+                raise AssertionError(f"{argv} did not end within {timeout} s\n{out[-3000:]}\n{err[-3000:]}") from None
+            except BaseException:
+                interrupted(process)
+                raise
+        return Done(argv, process.returncode, out, err)
 
     def playbook(self, name: str, *arguments: str, inventory: Path | None = None, timeout: float = 600) -> Done:
         """Run ``playbooks/<name>.yml`` (``site``: site.yml) with ansible-playbook, as somebody without rbee-ctl would."""
@@ -166,6 +189,21 @@ class Lab:
     def ctl(self, *arguments: str, timeout: float = 120, env: dict[str, str] | None = None) -> Done:
         """Run rbee-ctl with this lab's settings."""
         return self.command(["rbee-ctl", *arguments], timeout=timeout, env=env)
+
+
+def interrupted(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """End a program as Ctrl+C does, so that it leaves no lock on a machine, and then what is left of it; returns its output."""
+    process.send_signal(signal.SIGINT)
+    try:
+        return process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.communicate(timeout=5)
+    return "", "something of it, in a session of its own, goes on"
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,13 @@ class Declared:
         assert done.returncode == 0, done.stdout[-4000:]
         return {host: int(changed) for host, changed in RECAP.findall(done.stdout)}
 
-    def run(self, more: dict[str, list[dict[str, Any]]], *, prune: bool = False) -> Done:
+    def run(self, more: dict[str, list[dict[str, Any]]], *, prune: bool = False, free_bytes: int | None = None) -> Done:
+        """Run ``workers.yml``; ``free_bytes``: what each machine is told to have free."""
         data = yaml.safe_load(self.lab.inventory.read_text())
         for node, host in data["all"]["children"]["rbee_hives"]["hosts"].items():
             host["rbee_workers"] += more.get(node, [])
+            if free_bytes is not None:
+                host["rbee_preflight_mem_available_bytes"] = free_bytes
         self.inventory.write_text(yaml.safe_dump(data))
         return self.lab.playbook("workers", *(["-e", "rbee_worker_prune=true"] if prune else []), inventory=self.inventory)
 
@@ -155,3 +158,21 @@ def test_workers_become_what_the_inventory_says_and_nothing_else_is_touched(decl
     declared.apply({}, prune=True)
     assert declared.traces("lab2", "cpu0-n") == declared.traces("lab1", "cpu0-b") == ""
     assert {n: declared.pid(n, "cpu0") for n in NODES} == {n: before[n, "cpu0"] for n in NODES}
+
+
+def test_workers_that_do_not_fit_together_are_refused_before_one_of_them_starts(declared: Declared) -> None:
+    """Each needs 300 MB, 200 where the model is mapped already, and 340 are free: one fits and two do not."""
+    before = {n: declared.pid(n, "cpu0") for n in NODES}
+    two = {"lab1": [worker("cpu0-b"), worker("cpu0-n")], "lab2": [worker("cpu0-b")]}
+    done = declared.run(two, free_bytes=340_000_000)
+    assert done.returncode == 2, done.stdout[-4000:]
+    refused = re.search(r"worker cpu0-n does not fit here beside cpu0-b.*?\[INSUFFICIENT_RAM\]; next: (.*)", done.stdout)
+    assert refused, done.stdout[-4000:]
+    assert "in rbee_workers of lab1 (cpu0-n)" in refused[1]
+    assert declared.traces("lab1", "cpu0-b") == declared.traces("lab1", "cpu0-n") == ""
+    assert declared.pid("lab2", "cpu0-b")
+    # What runs is not asked about, however little is free, nor is one whose socket alone is opened.
+    kept = {"lab2": [worker("cpu0-b"), worker("cpu0-n", state="present")]}
+    done = declared.run(kept, free_bytes=1_000_000)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert {n: declared.pid(n, "cpu0") for n in NODES} == before

@@ -171,6 +171,18 @@ def test_the_worker_is_a_true_unit_with_llama_cpp_in_it(fleet: Fleet, queen: htt
     assert "libllama" in fleet.lab.ssh("lab1", maps).stdout
 
 
+def test_no_start_has_to_compile_anything(fleet: Fleet) -> None:
+    """No account that runs a runtime may write there: what is not bytecode when it is installed never will be."""
+    lacking = """
+        cd /opt/rbee/runtimes
+        find . -path '*/site-packages/*' -name '*.py' | while read -r file; do
+            name=$(basename "$file" .py)
+            ls "$(dirname "$file")/__pycache__/$name."cpython-*.pyc > /dev/null 2>&1 || echo "$file"
+        done
+    """
+    assert fleet.lab.ssh("lab1", lacking, timeout=120).stdout.split() == []
+
+
 @pytest.mark.P05
 @pytest.mark.N01
 @pytest.mark.N11
@@ -369,6 +381,7 @@ def test_a_restarted_queen_costs_no_worker_no_stream_and_refuses_nobody(fleet: F
     assert main_pids(fleet.lab) == before
 
 
+@pytest.mark.S29
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -52,7 +52,7 @@ class Node:
         self.sh(f"mkdir -p {folder} && printf '{text}\\n' > {folder}/90-test.conf && systemctl daemon-reload")
 
     def show(self, unit: str) -> dict[str, str]:
-        keys = "ActiveState,SubState,Result,NRestarts,MainPID,ExecMainStatus"
+        keys = "ActiveState,SubState,Result,NRestarts,MainPID,ExecMainStatus,StatusText"
         return dict(line.split("=", 1) for line in self.sh(f"systemctl show {unit} -p {keys}").splitlines())
 
     def service(self, name: str) -> dict[str, str]:
@@ -190,8 +190,50 @@ def test_a_worker_that_runs_out_of_memory_while_loading_ends_failed_and_says_so(
         status = node.lab.ctl("hive", "status", "--node", NODE).stdout
         assert re.search(rf"rbee-worker@{VICTIM}.service.* failed", status), status
         assert "out of memory" in status, status
+
+        # With room for the process and none for the model the worker looks for itself, and `hive start` tells its figures.
+        node.settings(VICTIM, *limits[:3], "MemoryMax=180M", "RestartSec=100ms")
+        done = node.lab.ctl("hive", "start", "--node", NODE, "--json", timeout=120)
+        error = json.loads(done.stdout)["errors"][0]
+        assert (done.returncode, error["code"], error["host"]) == (5, "INSUFFICIENT_RAM", NODE), done.stdout
+        assert f"rbee-worker@{VICTIM}.service did not start: " in error["message"]
+        assert re.search(r"nothing was loaded: the model needs \d+ MB", error["message"]), error
+        assert node.show("rbee-hive.target")["ActiveState"] == "active"
+        until(lambda: node.registry().get("cpu0") == "idle", "the others are as before")
     finally:
         node.settings(VICTIM, "")
+
+
+@pytest.mark.S35
+@pytest.mark.N03
+def test_a_woken_worker_without_room_refuses_with_figures_and_its_socket_waits_for_better_times(node: Node) -> None:
+    """Loading would take more than its MemoryMax= leaves: 507 and no start after the other; the next request finds room."""
+
+    def ask() -> httpx.Response:
+        body = {"worker_id": f"{NODE}-{SLEEPER}", "prompt": "x", "max_tokens": 2, "stream": False}
+        url = f"{node.fleet.queen_url}/v1/inference"
+        return httpx.post(url, json=body, headers=node.fleet.headers, timeout=120, trust_env=False)
+
+    unit, asleep = f"rbee-worker@{SLEEPER}.service", "Environment=RBEE_IDLE_TIMEOUT_S=0.5"
+    node.settings(SLEEPER, "[Unit]", "StartLimitBurst=100", "[Service]", asleep)
+    node.restart(SLEEPER)
+    until(lambda: node.service(SLEEPER)["ActiveState"] == "inactive", "asleep")
+    until(lambda: node.registry().get(SLEEPER) == "dormant", "dormant in the registry")
+    node.settings(SLEEPER, "[Unit]", "StartLimitBurst=100", "[Service]", "MemoryMax=180M", "Environment=RBEE_IDLE_TIMEOUT_S=300")
+    try:
+        refused = ask()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (507, "INSUFFICIENT_RAM"), refused.text
+        assert "out of memory, nothing was loaded: the model needs " in refused.json()["error"]["message"]
+        assert "out of memory, nothing was loaded" in node.service(SLEEPER)["StatusText"]
+        node.sh(f"systemctl set-property --runtime {unit} MemoryMax=infinity")
+        until(lambda: node.service(SLEEPER)["ActiveState"] == "failed", "it has seen the room and left")
+        left = node.service(SLEEPER)
+        assert (left["ExecMainStatus"], left["NRestarts"], node.socket(SLEEPER)) == ("75", "0", "active")
+        until(lambda: node.registry().get(SLEEPER) == "dormant", "asleep again")
+        assert ask().json()["tokens_generated"] == 2
+    finally:
+        node.settings(SLEEPER, "[Service]", "Environment=RBEE_IDLE_TIMEOUT_S=300")
+        node.sh(f"rm -rf /run/systemd/system.control/{unit}.d; systemctl daemon-reload")
 
 
 @pytest.mark.S45

@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], what: str, limit_s: float = 30.0, pause_s: float = 0.1) -> T:
+def until(condition: Callable[[], T], what: str, limit_s: float = 60.0, pause_s: float = 0.1) -> T:
     """Return the first truthy answer of ``condition``; fails the test with ``what`` and the last answer when time is up."""
     end = time.monotonic() + limit_s
     while True:

@@ -39,6 +39,7 @@ SPEC_STATUS = {
     "INSUFFICIENT_DISK": 507,
     "PLAYBOOK_FAILED": 500,
     "UNIT_START_FAILED": 500,
+    "CUDA_DEVICE_FAILED": 500,
     "DOWNLOAD_FAILED": 500,
     "DOWNLOAD_TIMEOUT": 500,
     "CHECKSUM_MISMATCH": 500,
@@ -79,6 +80,7 @@ def test_exit_codes_are_distinct_and_documented_values() -> None:
         "PORT_TAKEN": 12,
         "UNIT_MASKED": 13,
         "SELF_TEST": 14,
+        "TRY_LATER": 75,
         "CONFIG": 78,
         "INTERRUPTED": 130,
     }

@@ -79,13 +79,18 @@ def request(prompt: str, generated: Sequence[int] = (), **params: Any) -> Genera
 
 async def ask(engine: ProcessEngine, prompt: str, generated: Sequence[int] = (), **params: Any) -> Answer:
     """Run one generation to its end."""
+    return await gathered(engine, request(prompt, generated, **params))
+
+
+async def gathered(engine: ProcessEngine, asked: GenerateRequest) -> Answer:
+    """Run a request to its end."""
     answer = Answer()
-    async for event in engine.generate(request(prompt, generated, **params)):
+    async for event in engine.generate(asked):
         if isinstance(event, Started):
             answer.started = event
         elif isinstance(event, TokenOut):
             answer.tokens.append(event)
-        else:
+        elif isinstance(event, Finished):
             answer.finished = event
     return answer
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from demands import small_file_system
 
 pytestmark = pytest.mark.integration
 
@@ -27,25 +28,15 @@ sys.addaudithook(_seen)
 class Here:
     """An inventory of this machine with a catalog and a runtime of the test's own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, models: Path | None = None) -> None:
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         (folder / "sitecustomize.py").write_text(HOOK)
-        home = folder / "models/org/repo"
-        home.mkdir(parents=True)
-        (home / "m.gguf").write_bytes(b"GGUF" + bytes(96))
-        entry = {
-            "id": "mine",
-            "reference": "hf:org/repo:m.gguf",
-            "provider": "hf",
-            "name": "m",
-            "path": str(home / "m.gguf"),
-            "size_bytes": 100,
-            "added_at": "2026-01-01T00:00:00Z",
-            "status": "Ready",
-            "sha256": None,
-            "metadata": {},
-        }
-        (home / "metadata.yaml").write_text(json.dumps({"models": [entry]}))
+        models = models or folder / "models"
+        file = models / "org/repo/m.gguf"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"GGUF" + bytes(96))
+        self.catalogue(file)
         runtime = folder / "opt/runtimes/cpu/0.1.0-a"
         (runtime / "bin").mkdir(parents=True)
         (runtime / "bin/python").write_bytes(bytes(1000))
@@ -54,10 +45,27 @@ class Here:
             "ansible_connection": "local",
             "ansible_python_interpreter": sys.executable,
             "rbee_install_path": str(folder / "opt"),
-            "rbee_hive_models_dir": str(folder / "models"),
+            "rbee_hive_models_dir": str(models),
         }
         inventory = {"rbee_hives": {"hosts": {"localhost": variables}}}
         (folder / "inventory.yml").write_text(json.dumps(inventory))
+
+    @staticmethod
+    def catalogue(file: Path) -> None:
+        """Write the catalog's entry of a file."""
+        entry = {
+            "id": "mine",
+            "reference": "hf:org/repo:m.gguf",
+            "provider": "hf",
+            "name": "m",
+            "path": str(file),
+            "size_bytes": file.stat().st_size,
+            "added_at": "2026-01-01T00:00:00Z",
+            "status": "Ready",
+            "sha256": None,
+            "metadata": {},
+        }
+        (file.parent / "metadata.yaml").write_text(json.dumps({"models": [entry]}))
 
     def ctl(self, *arguments: str, mode: str) -> tuple[dict[str, Any], str, str]:
         """Return the envelope, the narration, and what was started or connected to."""
@@ -109,6 +117,24 @@ def test_the_answer_is_the_one_that_ansible_gives(here: Here, arguments: list[st
         for host in envelope["data"].get("hosts", {}).values():
             host.pop("disk", None)  # free bytes: others write too
     assert fast == slow
+
+
+def test_disk_figures_are_those_of_df_and_du(tmp_path: Path) -> None:
+    """SPEC CAP-46, S-32: on a file system that nobody else writes to; a file takes whole blocks of 4096 bytes."""
+    with small_file_system(tmp_path / "disk", 64) as disk:
+        here = Here(tmp_path / "here", disk)
+        file = disk / "org/repo/m.gguf"
+        for size_bytes in (100, 20_000_001):
+            file.write_bytes(b"GGUF" + bytes(size_bytes - 4))
+            here.catalogue(file)
+            found = here.ctl("model", "list", mode="auto")[0]["data"]["hosts"]["localhost"]
+            df = subprocess.run(["df", "-B1", "--output=size,avail", str(disk)], check=True, capture_output=True, text=True)
+            du = subprocess.run(["du", "-B1", str(file)], check=True, capture_output=True, text=True)
+            total, free = map(int, df.stdout.split()[-2:])
+            assert abs(found["disk"]["total_bytes"] - total) <= 4096
+            assert abs(found["disk"]["free_bytes"] - free) <= 4096
+            (model,) = found["models"]
+            assert 0 <= int(du.stdout.split()[0]) - model["size_bytes"] < 4096
 
 
 def test_what_this_process_can_not_know_is_left_to_ansible(here: Here) -> None:

@@ -10,6 +10,7 @@ import pytest
 from engine_bench import Answer, ask, request, running
 
 from rbee_serve.contract.api import StopReason
+from rbee_serve.contract.errors import PromptTooLong
 from rbee_serve.worker.engine.process import ProcessEngine
 from rbee_serve.worker.engine.protocol import Started
 
@@ -104,5 +105,21 @@ def test_engine_full_contexts_damage_nobody(model_path: Path) -> None:
         assert [a.ids for a in together] == [a.ids for a in alone] * 2
         lengths = {a.started.prompt_tokens + len(a.tokens) for a in together if a.started}
         assert lengths == {81}  # the last token needs no room itself
+
+    asyncio.run(run())
+
+
+def test_engine_continues_to_the_end_of_its_context_and_refuses_what_a_larger_one_holds(model_path: Path) -> None:
+    """The last token of a full context is not lost; one that the context has no room for must not look like an end."""
+    prompt = "word " * 60
+
+    async def run() -> None:
+        async with running(model_path, slots=1, context_tokens=80, deterministic=True) as engine:
+            whole = (await ask(engine, prompt, max_tokens=500, ignore_eos=True)).ids
+            for cut in (len(whole) - 2, len(whole) - 1):
+                rest = await ask(engine, prompt, max_tokens=500, ignore_eos=True, generated=whole[:cut])
+                assert (rest.ids, rest.reason) == (whole[cut:], StopReason.MAX_TOKENS)
+            with pytest.raises(PromptTooLong, match="the context holds 80"):
+                await ask(engine, prompt, max_tokens=500, ignore_eos=True, generated=whole)
 
     asyncio.run(run())

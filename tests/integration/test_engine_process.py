@@ -22,7 +22,7 @@ from engine_bench import ask, config, loaded, request, running, until, until_fre
 from rbee_serve.contract.api import StopReason
 from rbee_serve.contract.errors import AllSlotsBusy, PromptTooLong, RequestError, WorkerCrashed, WorkerLoading
 from rbee_serve.worker.engine.process import ProcessEngine
-from rbee_serve.worker.engine.protocol import EngineConfig, LoadProgress, Started, TokenOut
+from rbee_serve.worker.engine.protocol import EngineConfig, LoadProgress, Queued, Started, TokenOut
 
 pytestmark = pytest.mark.integration
 
@@ -281,7 +281,7 @@ def test_engine_serves_eight_clients_for_as_long_as_they_like(model_path: Path) 
                     assert answer.ids == alone[n].ids
                     if (n + turn) % 3 == 0:
                         async with aclosing(engine.generate(request(LONG, max_tokens=50))) as events:
-                            assert isinstance(await anext(events), Started)
+                            assert isinstance(await anext(events), Queued | Started)
                     elif n % 2:
                         assert len((await engine.embed([prompts[n]])).vectors) == 1
 
@@ -394,6 +394,7 @@ def _says(progress: LoadProgress, code: str, words: Iterable[str]) -> None:
         assert word in str(progress.error)
 
 
+@pytest.mark.S29
 def test_engine_bad_model_file_says_path_and_reason(model_path: Path, tmp_path: Path) -> None:
     missing, text, header, cut = (tmp_path / name for name in ("missing.gguf", "text.gguf", "header.gguf", "cut.gguf"))
     whole = model_path.read_bytes()
@@ -410,6 +411,7 @@ def test_engine_bad_model_file_says_path_and_reason(model_path: Path, tmp_path: 
         _says(_failed(config(path)), "MODEL_FILE_INVALID", [str(path), *words])
 
 
+@pytest.mark.E40
 def test_engine_never_falls_back_to_the_cpu(model_path: Path) -> None:
     """This build has no CUDA: the engine must say so, not run on the CPU."""
     _says(_failed(config(model_path, backend="cuda", device=1)), "BACKEND_UNAVAILABLE", ["cuda, device 1", "sees 0", "CPU"])

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
+from fleet import free_port, wait_until
 
 from rbee_serve import __version__
+from tests.outside import run_outside
 
 pytestmark = pytest.mark.integration
 
@@ -43,18 +48,7 @@ class Installed:
             script.chmod(0o755)
 
     def run(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        environ = {k: v for k, v in os.environ.items() if not k.startswith(("RBEE_", "ANSIBLE_", "PYTHON"))}
-        environ |= {"HOME": str(self.home), "PATH": f"{self.prefix}/bin:{environ['PATH']}"}
-        done = subprocess.run(
-            arguments,
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-            env=environ,
-            timeout=120,
-            check=False,
-            stdin=subprocess.DEVNULL,
-        )
+        done = run_outside(self.folder, *arguments, bin_dir=self.prefix / "bin", HOME=str(self.home))
         assert not check or done.returncode == 0, f"{arguments}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
@@ -89,6 +83,12 @@ def test_from_nothing_to_a_checked_machine(installed: Installed) -> None:
     assert (installed.home / ".config/rbee/config.toml").is_file()
     assert "rbee-queen --config" in (installed.home / ".config/systemd/user/rbee-queen.service").read_text()
     assert json.loads(installed.run("rbee-ctl", "install", "--json").stdout)["data"]["changed"] == []
+    refused = installed.run("rbee-ctl", "queen", "start", check=False)
+    assert (refused.returncode, "systemctl --user start rbee-queen" in refused.stderr) == (1, True)
+    port = free_port()  # somebody may have the queen's own
+    for file in (".config/rbee/queen.toml", ".local/state/rbee/client.toml"):
+        text = (installed.home / file).read_text()
+        (installed.home / file).write_text(text.replace("8080", str(port)))
 
     installed.run("rbee-ctl", "init", "localhost", "ops@192.0.2.7:2200", "-o", "mine.yml")
     inventory = installed.folder / "mine.yml"
@@ -121,7 +121,7 @@ def test_from_nothing_to_a_checked_machine(installed: Installed) -> None:
         "file": True,
         "inventory": True,
         "declaration": True,
-        "key": False,
+        "key": True,
         "queen": False,
     }
     right = inventory.read_text()
@@ -136,6 +136,62 @@ def test_from_nothing_to_a_checked_machine(installed: Installed) -> None:
     installed.run(
         "env", f"ANSIBLE_CONFIG={site.parent}/ansible.cfg", "ansible-playbook", "-i", "mine.yml", str(site), "--syntax-check"
     )
+
+
+@pytest.mark.S83
+def test_the_queen_that_install_has_set_up_asks_for_its_key_and_runs_jobs(installed: Installed) -> None:
+    """As the user's unit starts it; the test before has installed."""
+    settings, state = installed.home / ".config/rbee/queen.toml", installed.home / ".local/state/rbee"
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("RBEE_", "ANSIBLE_", "PYTHON"))}
+    command = [str(installed.home / ".local/bin/rbee-queen"), "--config", str(settings)]
+    queen = subprocess.Popen(command, env=environ | {"HOME": str(installed.home)}, cwd=installed.folder)
+    try:
+        url = tomllib.loads((state / "client.toml").read_text())["queen_url"]
+        headers = {"Authorization": f"Bearer {(state / 'secrets/client-key').read_text().strip()}"}
+
+        def answers() -> bool:
+            assert queen.poll() is None
+            try:
+                return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        wait_until(answers, "the queen answers")
+        assert json.loads(installed.run("rbee-ctl", "queen", "status", "--json").stdout)["data"]["queen"]["uptime_s"] >= 0
+        with httpx.Client(base_url=url, trust_env=False) as anybody:
+            assert anybody.get("/v1/workers").status_code == 401
+        with httpx.Client(base_url=url, headers=headers, trust_env=False) as us:
+            job = us.post("/v1/jobs", json={"operation": "hive_list"}).json()["job_id"]
+            ended = wait_until(lambda: (j := us.get(f"/v1/jobs/{job}").json())["finished_at"] and j, "the job has ended")
+        assert [h["name"] for h in ended["result"]["hives"]] == ["localhost", "node2"]
+    finally:
+        queen.terminate()
+        queen.wait(60)
+    secrets = [state / "secrets" / name for name in ("client-key", "queen-keys", "fleet-token")]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (*secrets, secrets[0].parent)] == [0o600, 0o600, 0o600, 0o700]
+
+
+def test_an_installation_without_libraries_says_exactly_what_to_install(installed: Installed, tmp_path: Path) -> None:
+    """`pipx install FILE.whl`, without an extra: pydantic alone is there."""
+    prefix = tmp_path / "pipx/venvs/rbee"
+    venv.create(prefix, with_pip=False, symlinks=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin/python"), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(installed.wheel)], check=True, capture_output=True, timeout=120)
+    site = next(prefix.glob("lib/*/site-packages"))
+    for name in ("pydantic", "pydantic_core", "annotated_types", "typing_extensions.py", "typing_inspection"):
+        (site / name).symlink_to(Path(sysconfig.get_path("purelib")) / name)
+
+    def said(*arguments: str) -> str:
+        done = run_outside(tmp_path, *arguments, bin_dir=prefix / "bin", HOME=str(tmp_path))
+        assert (done.returncode, done.stdout, "Traceback" in done.stderr) == (1, "", False), done.stderr
+        assert "[MISSING_DEPENDENCY]" in done.stderr
+        return done.stderr.splitlines()[-1].strip()
+
+    for verb in (("install",), ("queen", "start"), ("--help",)):
+        assert said("rbee-ctl", *verb) == f"try: pipx install --force '{installed.wheel}[ctl]'"
+    assert said("rbee-queen", "--config", "queen.toml") == f"try: pipx install --force '{installed.wheel}[queen]'"
+    (site / "ansible_runner.py").touch()  # the controller's libraries are there: they are not to be lost
+    assert said("rbee-queen", "--config", "queen.toml") == f"try: pipx install --force '{installed.wheel}[ctl,queen]'"
 
 
 def test_the_wheelhouse_is_named_and_the_wheel_packed_again_without_a_checkout(installed: Installed) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from fleet import Fleet, events_of, wait_until
+from secrets_left import files_with
 
 from rbee_serve import process_tree
 
@@ -38,6 +39,14 @@ START = """
     - name: Start | refuse
       rbee_refuse:
       when: wrong is defined
+    - name: Start | hand over a secret as roles do
+      ansible.builtin.command: cat
+      args: {stdin: "{{ lookup('ansible.builtin.env', 'HF_TOKEN') }}"}
+      register: handed
+      no_log: true
+      changed_when: false
+    - name: Start | see that it came
+      ansible.builtin.assert: {that: handed.stdout | length > 10, quiet: true}
     - name: Start | report
       ansible.builtin.set_fact:
         rbee_result: {target: "active on {{ inventory_hostname }}, failed: [DONE]"}
@@ -128,6 +137,8 @@ def ended(queen: httpx.Client, job_id: str) -> dict[str, Any]:
     return wait_until(look, f"{job_id} ended", limit_s=40)
 
 
+@pytest.mark.P12
+@pytest.mark.N05
 def test_playbooks_of_two_machines_run_side_by_side_and_are_told_live(queen: httpx.Client) -> None:
     one, two = begin(queen, "hive_start", alias="one"), begin(queen, "hive_start", alias="two")
     seen: dict[str, list[tuple[float, dict[str, Any]]]] = {}
@@ -171,6 +182,7 @@ def test_an_unknown_machine_fails_with_how_to_add_it(queen: httpx.Client) -> Non
     assert "add-node" in job["error"]["hint"]
 
 
+@pytest.mark.P12
 def test_delete_ends_the_playbooks_whole_tree(fleet: Fleet, queen: httpx.Client) -> None:
     job_id = begin(queen, "hive_stop", alias="one")
     waiting = begin(queen, "hive_stop", alias="one")  # the same machine: it waits
@@ -234,9 +246,11 @@ def test_inference_as_a_job_streams_its_tokens(fleet: Fleet, queen: httpx.Client
     assert [e["i"] for e in events if e["type"] == "token"] == list(range(8))
     result = ended(queen, job_id)["result"]
     assert (result["tokens_out"], result["text"]) == (8, "".join(e["t"] for e in events if e["type"] == "token"))
+    assert result["token_ids"] == [e["id"] for e in events if e["type"] == "token"]
     at_once = begin(queen, "infer", prompt="Once upon a time", max_tokens=8, temperature=0, worker_id=worker, stream=False)
     assert not [e for _, e in read(queen, at_once) if e["type"] == "token"]
-    assert ended(queen, at_once)["result"]["text"] == result["text"]
+    other = ended(queen, at_once)["result"]
+    assert (other["text"], other["token_ids"]) == (result["text"], result["token_ids"])
     long = begin(queen, "infer", prompt="Once upon a time", max_tokens=900, temperature=0, worker_id=worker)
     wait_until(lambda: queen.get(f"/v1/jobs/{long}").json()["events"] > 5, "tokens come")
     assert queen.delete(f"/v1/jobs/{long}").status_code == 204
@@ -261,5 +275,9 @@ def test_no_secret_in_any_stream_and_none_left_behind(fleet: Fleet, queen: httpx
     everything = json.dumps([read(queen, j["job_id"]) for j in queen.get("/v1/jobs").json()["jobs"]]) + fleet.queen.log
     for secret in (SECRET, fleet.key, fleet.token):
         assert secret not in everything
-    left = [list(os.walk(p)) for base in ("/dev/shm", "/tmp") for p in Path(base).glob("rbee-ctl-*")]  # also of other tests' runs
-    assert SECRET not in str(left)
+    # Every byte that the jobs have left: state and fact cache, inventory, Ansible's folders, also of other runs.
+    scratch = [p for base in ("/dev/shm", "/tmp") for p in Path(base).glob("rbee-ctl-*")]
+    roots = [fleet.directory, Path.home() / ".ansible", *scratch]
+    assert (fleet.directory / "state").is_dir()
+    assert files_with([SECRET], roots) == set()
+    assert {p.name for p in files_with([fleet.key, fleet.token], roots)} == {"fleet-token"}

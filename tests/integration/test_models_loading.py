@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import shutil
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -31,8 +33,33 @@ def loading(worker: WorkerProcess) -> dict[str, Any] | None:
         return None
 
 
+def read_from_disk(directory: Path, model: Path) -> int:
+    """Start a worker to its first token; returns how many bytes its processes had the block device read."""
+    directory.mkdir()
+    with WorkerProcess(directory, model, {"slots": 1, "context_tokens": 256}) as worker:
+        worker.wait_ready()
+        read = [Path(f"/proc/{pid}/io").read_text() for pid in (worker.process.pid, worker.engine_pid)]
+    return sum(int(match[1]) for text in read if (match := re.search(r"^read_bytes: (\d+)$", text, re.MULTILINE)))
+
+
+@pytest.mark.P03
+def test_a_cold_start_reads_the_file_from_the_disk_and_a_warm_one_does_not(tmp_path: Path, model_path: Path) -> None:
+    """What makes a start with a cold page cache the slower one, in bytes and not in seconds. The file is a copy of the test's
+    own, beside the original: no process has it mapped, so that the kernel lets go of it, and it lies on a disk."""
+    with tempfile.TemporaryDirectory(dir=model_path.parent) as folder:
+        model = Path(folder, "cold.gguf")
+        shutil.copyfile(model_path, model)
+        with model.open("rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        size = model.stat().st_size
+        assert read_from_disk(tmp_path / "cold", model) > 0.9 * size
+        assert read_from_disk(tmp_path / "warm", model) < 0.1 * size
+
+
 @pytest.mark.S48
 @pytest.mark.S49
+@pytest.mark.P03
 def test_progress_is_that_of_the_load_and_stands_still_when_the_engine_does(tmp_path: Path) -> None:
     """A model of 660 MB, so that there is something to see; SIGSTOP in the middle: no timer draws the bar."""
     path = random_1b(Path(os.environ.get("RBEE_CACHE", Path.home() / ".cache/rbee")))
@@ -85,7 +112,7 @@ def test_progress_is_that_of_the_load_and_stands_still_when_the_engine_does(tmp_
 
 @pytest.mark.S30
 def test_vocabulary_and_end_token_of_the_header_are_llama_cpp_s_own(model_path: Path) -> None:
-    from rbee_serve.worker.engine.llama import bindings
+    from rbee_serve.worker.engine.weights import bindings
 
     ll, facts = bindings(), gguf.facts(model_path)
     params = ll.llama_model_default_params()
@@ -103,7 +130,7 @@ def test_vocabulary_and_end_token_of_the_header_are_llama_cpp_s_own(model_path: 
 @pytest.mark.S32
 def test_quantisations_answer_and_their_memory_is_ordered_by_their_size(model_path: Path, tmp_path: Path) -> None:
     """What the catalog reads from a header is what llama.cpp says once it has loaded the file."""
-    from rbee_serve.worker.engine.llama import bindings
+    from rbee_serve.worker.engine.weights import bindings
 
     ll = bindings()
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,22 @@ def test_a_peer_that_does_not_answer_is_named_with_what_to_do(tmp_path: Path, sh
     code, lines = fetch(tmp_path / "second", url(share), "--tries", "2")
     assert (code, lines[-1]["code"]) == (1, "DOWNLOAD_FAILED")
     assert "--via controller" in lines[-1]["hint"]
+    assert lines[-1]["details"]["peer"] == url(share)  # by which the others know whose fault it was
+
+
+def test_several_machines_are_served_at_the_same_time(tmp_path: Path, share: Share) -> None:
+    """Both receivers are held to a rate: one after the other, the second would begin when the first ends."""
+    begin = threading.Barrier(2)
+
+    def receive(name: str) -> list[float]:
+        begin.wait(60)
+        code, lines = fetch(tmp_path / name, url(share), "--bytes-per-s", "50000000")
+        assert code == 0, lines[-1]
+        return [line["at"] for line in lines if line["stage"] == "downloading" and line["bytes_downloaded"] > 0]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(receive, ("second", "third"))
+    assert max(first[0], second[0]) < min(first[-1], second[-1])
 
 
 def test_a_share_ends_when_nobody_asks_any_more_and_refuses_what_is_not_there(tmp_path: Path, source: Path, token: Path) -> None:

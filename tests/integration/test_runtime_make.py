@@ -7,80 +7,32 @@ from __future__ import annotations
 
 import functools
 import getpass
+import hashlib
 import http.server
+import importlib.util
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+from source_package import BACKEND, GOOD_BACKEND, source_package
 
 pytestmark = pytest.mark.integration
 
-SCRIPT = Path(__file__).resolve().parents[2] / "roles/rbee_hive/files/make_runtime.py"
-
-#: A source package whose build backend lies in the package: it compiles a file that is wrong, after some output.
-BACKEND = """
-import subprocess, sys, time
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    for n in range(6):
-        print(f"[{n}/6] compiling", flush=True)
-        time.sleep(0.3)
-    sys.exit(subprocess.run(["gcc", "-c", "broken.c", "-o", "broken.o"]).returncode)
-"""
-
-
-#: One that succeeds: compiles three real C files into a library, waiting behind the first until the file ``go`` is there.
-GOOD_BACKEND = """
-import base64, hashlib, pathlib, subprocess, time, zipfile
-GO = pathlib.Path({go!r})
-def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    for n in range(3):
-        source = f"part{{n}}.c"
-        pathlib.Path(source).write_text(
-            'const char *llama_version(void) {{ return "of this test"; }}' if n == 2 else f"int part{{n}};"
-        )
-        print(f"[{{n + 1}}/3] gcc -c {{source}}", flush=True)
-        subprocess.run(["gcc", "-fPIC", "-c", source], check=True)
-        while n == 0 and not GO.exists():
-            time.sleep(0.02)
-    subprocess.run(["gcc", "-shared", "-o", "libllama.so", "part0.o", "part1.o", "part2.o"], check=True)
-    name = "llama_cpp_python-0.3.36-py3-none-any.whl"
-    info = "llama_cpp_python-0.3.36.dist-info"
-    files = {{
-        "llama_cpp/__init__.py": b"",
-        "llama_cpp/lib/libllama.so": pathlib.Path("libllama.so").read_bytes(),
-        f"{{info}}/METADATA": b"Metadata-Version: 2.1\\nName: llama-cpp-python\\nVersion: 0.3.36\\n",
-        f"{{info}}/WHEEL": b"Wheel-Version: 1.0\\nGenerator: test\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n",
-    }}
-    with zipfile.ZipFile(pathlib.Path(wheel_directory, name), "w") as wheel:
-        for path, data in files.items():
-            wheel.writestr(path, data)
-        wheel.writestr(f"{{info}}/RECORD", "".join(f"{{path}},,\\n" for path in files))
-    return name
-"""
-
-
-def source_package(wheels: Path, backend: str) -> None:
-    """Put a source package with this build backend where pip looks."""
-    source = wheels.parent / "llama_cpp_python-0.3.36"
-    source.mkdir()
-    (source / "pyproject.toml").write_text(
-        '[build-system]\nrequires = []\nbuild-backend = "backend"\nbackend-path = ["."]\n'
-        '[project]\nname = "llama-cpp-python"\nversion = "0.3.36"\n'
-    )
-    (source / "backend.py").write_text(backend)
-    (source / "broken.c").write_text("int main(void) { return nothing_like_this; }\n")
-    with tarfile.open(wheels / "llama_cpp_python-0.3.36.tar.gz", "w:gz") as archive:
-        archive.add(source, source.name)
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "roles/rbee_hive/files/make_runtime.py"
 
 
 @pytest.fixture
@@ -223,7 +175,7 @@ def test_a_wheel_that_can_not_be_installed_leaves_nothing(tmp_path: Path, wheels
 
 def test_an_address_and_an_index_that_do_not_have_it_are_named(tmp_path: Path, wheels: Path, site: tuple[str, Path]) -> None:
     url, root = site
-    gone = make(tmp_path, wheels, wheel=f"{url}/none.whl")
+    gone = make(tmp_path, wheels, wheel=f"{url}/none.whl", sha256="0" * 64)
     assert (gone.code, gone.last["code"]) == (1, "DOWNLOAD_FAILED")
     assert "none.whl" in gone.last["message"]
     (root / "simple/llama-cpp-python").mkdir(parents=True)
@@ -231,6 +183,18 @@ def test_an_address_and_an_index_that_do_not_have_it_are_named(tmp_path: Path, w
     empty = make(tmp_path, wheels, index=f"{url}/simple/")
     assert (empty.code, empty.last["code"]) == (1, "DOWNLOAD_FAILED")
     assert f"{url}/simple/" in empty.last["message"]
+
+
+def test_an_address_without_a_digest_is_not_even_asked(tmp_path: Path, wheels: Path, site: tuple[str, Path]) -> None:
+    """As for a model: where a wheel lies says nothing of what it is."""
+    url, root = site
+    wheel = fake_wheel(root, "libllama.so")
+    refused = make(tmp_path, wheels, wheel=f"{url}/{wheel.name}")
+    assert (refused.code, refused.last["code"]) == (1, "INVALID_REQUEST")
+    assert "--sha256" in refused.last["hint"]
+    assert not [line for line in refused.lines if line["stage"] == "downloading"]
+    other = make(tmp_path, wheels, wheel=f"{url}/{wheel.name}#sha256={'1' * 64}")
+    assert other.last["code"] == "CHECKSUM_MISMATCH"
 
 
 def test_a_wheel_of_an_index_and_of_an_address_becomes_a_runtime_that_imports_llama_cpp(
@@ -255,6 +219,7 @@ def test_a_wheel_of_an_index_and_of_an_address_becomes_a_runtime_that_imports_ll
     assert metadata["source"] == f"{url}/simple/"
     again = make(tmp_path, wheels, wheel=f"{url}/simple/llama-cpp-python/{real.name}", sha256=metadata["sha256"])
     assert (again.code, again.last["runtime"]["made"], again.last["runtime"]["version"]) == (0, False, runtime["version"])
+    assert len(list((made.home / "runtimes/cpu").iterdir())) == 1  # one build, one entry, wherever it is fetched from
 
 
 def begin_to_build(tmp_path: Path, wheels: Path) -> tuple[subprocess.Popen[bytes], Path]:
@@ -284,10 +249,34 @@ def test_a_compile_is_heard_as_it_goes_and_its_runtime_loads(tmp_path: Path, whe
     assert any("llama.cpp of this test" in line["human"] for line in lines)
     runtime = lines[-1]["runtime"]
     assert (lines[-1]["stage"], runtime["source"], runtime["made"]) == ("complete", "built here", True)
+    assert lines[0]["human"] == "compiling llama_cpp_python-0.3.36.tar.gz for cpu"
     home = tmp_path / "opt/runtimes/cpu" / runtime["version"]
     assert json.loads((home / "metadata.yaml").read_text())["worker_type"] == "cpu-llm-worker"
     assert (home / "bin/python").exists()
+    sources = {path.stem for path in home.rglob("site-packages/llama_cpp/*.py")}
+    assert {path.name.split(".")[0] for path in home.rglob("site-packages/llama_cpp/__pycache__/*.pyc")} == sources != set()
     assert not (tmp_path / "work").exists()
+
+
+def test_the_source_of_an_index_is_compiled_once_and_the_runtime_tells_of_it(
+    tmp_path: Path, wheels: Path, site: tuple[str, Path]
+) -> None:
+    url, root = site
+    folder = root / "simple/llama-cpp-python"
+    folder.mkdir(parents=True)
+    (tmp_path / "go").touch()
+    source_package(folder, GOOD_BACKEND.format(go=str(tmp_path / "go")))
+    (package,) = folder.iterdir()
+    (folder / "index.html").write_text(f'<html><body><a href="{package.name}">{package.name}</a></body></html>')
+    made = make(tmp_path, wheels, build=True, index=f"{url}/simple/", cmake_args="-DGGML_NATIVE=OFF")
+    assert made.code == 0, made.last
+    said = [line["human"].strip() for line in made.lines if "] gcc -c " in line["human"]]
+    assert said == [f"[{n + 1}/3] gcc -c part{n}.c" for n in range(3)]
+    (path,) = made.home.rglob("llama_cpp_python-*.dist-info/rbee-build.json")
+    record = json.loads(path.read_text())
+    assert (record["backend"], record["cmake_args"]) == ("cpu", ["-DGGML_NATIVE=OFF"])
+    assert (record["source"], record["source_sha256"]) == (package.name, hashlib.sha256(package.read_bytes()).hexdigest())
+    assert "rbee-build.json,sha256=" in (path.parent / "RECORD").read_text()
 
 
 def test_a_compile_that_is_killed_registers_nothing_and_the_next_one_succeeds(tmp_path: Path, wheels: Path) -> None:
@@ -299,3 +288,57 @@ def test_a_compile_that_is_killed_registers_nothing_and_the_next_one_succeeds(tm
     again = make(tmp_path, wheels, build=True)
     assert again.code == 0, again.last
     assert len(list((tmp_path / "opt/runtimes/cpu").glob("*/metadata.yaml"))) == 1
+
+
+def release_build() -> ModuleType:
+    """What makes the wheel of every release."""
+    spec = importlib.util.spec_from_file_location("build_llama_wheel", ROOT / "roles/rbee_wheels/files/build_llama_wheel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.timeout(2400)  # without what ccache has kept it takes as long as the first compile
+def test_the_wheel_in_use_is_what_this_program_compiles(tmp_path: Path) -> None:
+    """SPEC OP-02: llama.cpp itself. The release's wheel was made by this program (it says from what and how), and the program
+    makes the same libraries again: the compiler's cache knows every file, all else is done anew."""
+    cache = Path(os.environ.get("RBEE_CACHE", Path.home() / ".cache/rbee"))
+    llama = release_build()
+    directory = cache / "wheels" / f"llama-{llama.cache_key()}"
+    sources, wheel = llama.sources(directory), llama.cached_wheel(directory)
+    assert wheel is not None, "no llama.cpp wheel in the cache; run: make setup"
+    record = json.loads(metadata.distribution("llama-cpp-python").read_text("rbee-build.json") or "{}")
+    package = sources / record["source"]
+    assert (record["backend"], record["source"]) == ("cpu", f"llama_cpp_python-{llama.VERSION}.tar.gz")
+    assert record["source_sha256"] == hashlib.sha256(package.read_bytes()).hexdigest()
+    assert {"-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON"} < set(record["cmake_args"])
+    assert (record["cmake_args"], record["cmake_hook"]) == (list(llama.CMAKE_ARGS), llama.CMAKE_HOOK)
+
+    wheels = tmp_path / "wheels"
+    shutil.copytree(sources, wheels, copy_function=os.symlink)
+    (wheels / "requirements-worker.txt").write_text(f"llama_cpp_python=={llama.VERSION}\n")
+    given = [a for a in llama.arguments(wheels, tmp_path, cache) if not a.startswith("--wheel-to")]
+    runtime = [f"--install-path={tmp_path}/opt", "--rbee-version=0.1.0", "--base=base"]
+    command = [sys.executable, str(SCRIPT), *given, *runtime]
+    with llama.lock(llama.compiling(cache).with_suffix(".lock")):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in (tmp_path / "progress.jsonl").read_text().splitlines()]
+    compiled = [line["human"] for line in lines if re.match(r"\[\d+/\d+\] ", line["human"].strip())]
+    assert len(compiled) > 200
+    assert [line["human"] for line in lines if line["human"].startswith("llama.cpp ")]  # it was loaded
+    home = tmp_path / "opt/runtimes/cpu" / lines[-1]["runtime"]["version"]
+    (again,) = home.glob("lib/python3*/site-packages/llama_cpp_python-*.dist-info/rbee-build.json")
+    assert json.loads(again.read_text()) == record
+    with zipfile.ZipFile(wheel) as made:
+        made.extractall(tmp_path / "release")
+    assert exported(tmp_path / "release/llama_cpp/lib") == exported(next(home.glob("lib/python3*/site-packages/llama_cpp/lib")))
+
+
+def exported(folder: Path) -> dict[str, list[str]]:
+    """Return what each library of a folder offers; all else in them may differ by the names of the folders they were made in."""
+    listing = {path.name: ["nm", "--dynamic", "--defined-only", "--format=posix", str(path)] for path in folder.glob("*.so")}
+    said = {name: subprocess.run(argv, check=True, capture_output=True, text=True).stdout for name, argv in listing.items()}
+    return {name: sorted(line.split()[0] for line in text.splitlines()) for name, text in said.items()}

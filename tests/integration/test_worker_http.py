@@ -39,7 +39,8 @@ LONG = {"prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "te
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory: pytest.TempPathFactory, model_path: Path) -> Iterator[WorkerProcess]:
-    with WorkerProcess(tmp_path_factory.mktemp("worker"), model_path, {"prompt_block_tokens": 32}) as process:
+    settings = {"prompt_block_tokens": 32, "unread_timeout_s": 3}
+    with WorkerProcess(tmp_path_factory.mktemp("worker"), model_path, settings) as process:
         yield process.wait_ready()
         assert process.stop() == 0, process.log
         assert TOKEN not in process.log
@@ -347,6 +348,20 @@ def test_slow_reader_loses_nothing(worker: WorkerProcess, client: httpx.Client) 
         assert ids_of(list(events_of(response))) == expected
 
 
+def test_client_that_reads_nothing_is_let_go(worker: WorkerProcess, client: httpx.Client) -> None:
+    """Connected and alive, but it never takes a byte: its request must not keep the worker from draining or going idle."""
+    cancelled = 'worker_requests_total{outcome="REQUEST_CANCELED"}'
+    before = _metric(client, cancelled)
+    body = json.dumps(LONG | {"logprobs": 20}).encode()
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        deaf.connect(("127.0.0.1", worker.port))
+        head = f"POST /v1/inference HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Type: application/json\r\n"
+        deaf.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        wait_until(lambda: _metric(client, cancelled) == before + 1, "it is let go", limit_s=60)
+    worker.wait_idle(5)
+
+
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
@@ -358,6 +373,8 @@ def test_correlation_id_goes_through(client: httpx.Client) -> None:
     assert response.headers["x-correlation-id"] == "from-the-queen"
 
 
+@pytest.mark.S49
+@pytest.mark.P03
 def test_loading_progress_after_loading_is_ready_at_once(client: httpx.Client) -> None:
     with client.stream("GET", "/v1/loading/progress") as response:
         (event,) = events_of(response)
@@ -376,5 +393,5 @@ def test_info_and_metrics_show_what_is_loaded(worker: WorkerProcess, client: htt
 
 
 def _metric(client: httpx.Client, name: str) -> float:
-    (line,) = [li for li in client.get("/metrics").text.splitlines() if li.startswith(name + " ")]
-    return float(line.split()[1])
+    lines = [li for li in client.get("/metrics").text.splitlines() if li.startswith(name + " ")]
+    return float(lines[0].split()[1]) if lines else 0.0

@@ -117,6 +117,8 @@ def test_port_that_is_taken(tmp_path: Path, model_path: Path) -> None:
 # --- how it comes up --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.S48
+@pytest.mark.P03
 def test_port_answers_while_loading_and_ready_is_said_after(tmp_path: Path, model_path: Path) -> None:
     held = HeldLoad(tmp_path / "prefixes")
     with WorkerProcess(tmp_path, model_path, held.settings, environ={"WATCHDOG_USEC": "300000"}) as worker:

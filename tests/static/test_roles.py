@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jinja2 import Template
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = sorted(p.name for p in (ROOT / "roles").iterdir() if p.is_dir())
@@ -103,6 +104,21 @@ def test_roles_use_builtin_modules_and_our_own_alone() -> None:
     }
 
     assert foreign == set()
+
+
+def test_workers_look_for_models_where_the_machine_s_hive_keeps_them() -> None:
+    hive = load(ROOT / "roles/rbee_hive/defaults/main.yml")["rbee_hive_models_dir"]
+    worker = Template(str(load(ROOT / "roles/rbee_worker/defaults/main.yml")["rbee_worker_models_dir"]))
+
+    assert worker.render() == hive
+    assert worker.render(rbee_hive_models_dir="/data/models") == "/data/models"
+
+
+def test_a_runtime_is_switched_on_one_machine_after_the_other() -> None:
+    (task,) = yaml.safe_load((ROOT / "roles/rbee_hive/tasks/runtime_use.yml").read_text())
+
+    assert task["rbee_runtime"]["state"] == "used"
+    assert task["throttle"] == "{{ rbee_max_unavailable | default(1) }}"
 
 
 @pytest.mark.parametrize("inventory", ["example.yml", "local.yml"])

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from rbee_serve.contract import events
 from rbee_serve.contract.errors import RbeeError
@@ -20,6 +21,7 @@ class QueenStandIn:
 
     def __init__(self) -> None:
         self.workers: list[dict[str, Any]] = []
+        self.hives: list[dict[str, Any]] = []
         self.answers: list[RbeeError | list[Step]] = []
         self.bodies: list[dict[str, Any]] = []
         self.cancelled: list[str] = []
@@ -51,9 +53,12 @@ class QueenStandIn:
                     missing = {"error": {"code": "WORKER_NOT_FOUND", "message": "no such worker", "details": {}}}
                     self._json(200 if found else 404, found[0] if found else missing)
                 elif self.path.startswith("/v1/status"):
-                    self._json(200, {"queen": {"version": "0"}, "hives": [], "workers": queen.workers, "models": []})
+                    self._json(200, {"queen": {"version": "0"}, "hives": queen.hives, "workers": queen.workers, "models": []})
+                elif self.path.startswith("/v1/hives"):
+                    self._json(200, {"hives": queen.hives})
                 else:
-                    self._json(200, {"workers": queen.workers})
+                    node = parse_qs(urlsplit(self.path).query).get("node", [None])[0]
+                    self._json(200, {"workers": [w for w in queen.workers if node in (None, w.get("hive_id"))]})
 
             def do_DELETE(self) -> None:
                 queen.cancelled.append(self.path.rpartition("/")[2])

@@ -13,6 +13,7 @@ from rbee_serve.worker.engine.protocol import (
     Finished,
     GenerateRequest,
     LoadProgress,
+    Queued,
     Started,
     TokenOut,
 )
@@ -51,6 +52,7 @@ class ScriptedEngine:
         self.breaks_after: int | None = None
         self.requests: list[GenerateRequest] = []
         self.running: set[str] = set()
+        self.granted: asyncio.Event | None = None  # requests wait for it before they start
         self.closed = False
         self.age_s = 0.0
         self._progress = LoadProgress("starting")
@@ -110,6 +112,9 @@ class ScriptedEngine:
         self.requests.append(request)
         self.running.add(request.request_id)
         try:
+            if self.granted is not None:
+                yield Queued()
+                await self.granted.wait()
             yield Started(prompt_tokens=7, cached_tokens=3)
             done = len(request.generated_ids)
             for index, word in enumerate(self.words[: request.params.max_tokens]):

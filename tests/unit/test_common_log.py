@@ -14,7 +14,7 @@ import pytest
 
 from rbee_serve.common.log import LineFormatter, correlation, setup_logging
 from rbee_serve.contract.errors import ConfigInvalid
-from rbee_serve.contract.log_lines import readable
+from rbee_serve.contract.log_lines import from_journal, readable
 
 
 @pytest.fixture(autouse=True)
@@ -100,6 +100,21 @@ def test_the_journal_s_lines_are_readable_again() -> None:
     assert readable(f"{before}: {line('m', journal=False, a=1)}") == f"{before}: info rbee.test: m a=1"
     for other in ("-- Boot --", f"{before}: plain words", f'{before}: {{"time":1', f'{before}: {{"time":'):
         assert readable(other) == other
+
+
+def test_an_entry_of_the_journal_is_one_flat_object_for_programs() -> None:
+    entry = {"_SYSTEMD_UNIT": "rbee-worker@cpu0.service", "_PID": "7", "PRIORITY": "6", "SYSLOG_IDENTIFIER": "x"}
+    entry |= {"__REALTIME_TIMESTAMP": "1700000000123456"}
+    head = {"node": "lab1", "unit": "rbee-worker@cpu0.service", "pid": 7}
+    said = line("ready", journal=False, slots=4)
+    ours = from_journal(json.dumps(entry | {"MESSAGE": said}), "lab1")
+    assert ours == head | json.loads(said)
+    plain = from_journal(json.dumps(entry | {"MESSAGE": "Started."}), "lab1")
+    assert plain == head | {"time": "2023-11-14T22:13:20.123Z", "message": "Started.", "source": "x", "priority": 6}
+    assert from_journal(json.dumps(entry | {"MESSAGE": [104, 105, 255]}), "lab1")["message"] == "hi\ufffd"
+    assert from_journal(json.dumps(entry | {"MESSAGE": '{"time":'}), "lab1")["message"] == '{"time":'
+    for odd in ("no JSON", "[1]"):
+        assert from_journal(odd, "lab1") == {"node": "lab1", "message": odd}
 
 
 @pytest.mark.parametrize(("level", "priority"), [(10, 7), (20, 6), (30, 4), (40, 3), (50, 2)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGUFWriter
+from hub import Behaviour, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -155,6 +158,70 @@ def test_a_declared_model_is_taken_from_its_src_or_the_cache_and_its_digest_deci
     file.rename(cached)
     (model,) = bundle_parts.declared(inventory(src=str(file), sha256=digest), nothing)
     assert model.files == (cached,)
+
+
+def test_all_parts_of_a_split_model_go_in(tmp_path: Path) -> None:
+    parts = [tmp_path / f"m-Q8_0-0000{n}-of-00002.gguf" for n in (1, 2)]
+    parts[0].write_bytes(b"one")
+    with pytest.raises(InvalidRequest, match=r"not beside it: m-Q8_0-00002-of-00002\.gguf"):
+        bundle_parts.declared(inventory(src=str(parts[0])), nothing)
+    parts[1].write_bytes(b"two")
+    (model,) = bundle_parts.declared(inventory(src=str(parts[0])), nothing)
+    assert model.files == tuple(parts)
+    assert model.sha256 == bundle_parts.digest_of(tuple(parts))
+
+
+def test_a_bundle_asks_the_hub_of_the_inventory_with_its_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token in a template or a vault is not read; the environment's is there then, and a file's after it."""
+
+    def settings(**variables: Any) -> bundle_parts.HubSettings:
+        return bundle_parts.HubSettings.of(Inventory(tmp_path, {"a": Host("a", "a", frozenset({"rbee_hives"}), (), variables)}))
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert settings() == bundle_parts.HubSettings()
+    said = settings(rbee_hub_endpoint="http://hub", rbee_hub_tries=2, rbee_hub_bytes_per_s=1000, rbee_hub_token="hf_1")
+    assert set(said.flags) == {"--endpoint=http://hub", "--tries=2", "--bytes-per-s=1000"}
+    assert said.token == "hf_1"
+    (tmp_path / "token").write_text("hf_2\n")
+    assert settings(rbee_hub_token="{{ secret }}", rbee_hub_token_file=str(tmp_path / "token")).token == "hf_2"
+    monkeypatch.setenv("HF_TOKEN", "hf_3")
+    assert settings(rbee_hub_token="{{ secret }}", rbee_hub_token_file=str(tmp_path / "token")).token == "hf_3"
+
+
+def test_a_bundle_s_model_comes_from_that_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "m-Q8_0.gguf"
+    writer = GGUFWriter(model, arch="llama")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    monkeypatch.setenv("RBEE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "another")
+    with Hub(tmp_path / "hub", behaviour=Behaviour(token="hf_right")) as hub:
+        hub.add("org/m", model.name, model)
+        variables = {
+            "rbee_models": [{"id": "m", "reference": "hf:org/m"}],
+            "rbee_hub_endpoint": hub.url,
+            "rbee_hub_token": "hf_right",
+        }
+        said: list[str] = []
+        seen: list[bytes] = []  # arguments and environment of what downloads
+        hosts = {"a": Host("a", "a", frozenset({"rbee_hives"}), (), variables)}
+
+        def say(_: str, text: str) -> None:
+            said.append(text)
+            for child in Path("/proc/self/task").glob("*/children"):
+                for pid in child.read_text().split():
+                    with contextlib.suppress(OSError):
+                        seen.append(Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes())
+
+        hub.behaviour.bytes_per_s = 2_000  # long enough to be looked at
+        (found,) = bundle_parts.declared(Inventory(tmp_path, hosts), say)
+    assert any(b"rbee_serve.models.download" in words for words in seen)
+    assert not any(token in words for words in seen for token in (b"hf_right", b"another"))
+    assert (found.id, found.reference, len(hub.downloads)) == ("m", "hf:org/m:m-Q8_0.gguf", 1)
+    assert "hf_right" not in "".join(said)
 
 
 def test_a_bundle_fits_the_rbee_that_made_it_and_no_other() -> None:

@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +115,7 @@ def test_exit_codes_are_distinct_and_documented() -> None:
         "PORT_TAKEN": 12,
         "UNIT_MASKED": 13,
         "SELF_TEST": 14,
+        "TRY_LATER": 75,
         "CONFIG": 78,
         "INTERRUPTED": 130,
     }
@@ -128,7 +131,9 @@ def test_plain_table_is_aligned_text() -> None:
     assert table.plain() == "title\nA    LONG NAME\n1    2\n333\n"
 
 
-@pytest.mark.parametrize("args", [("--quiet", "hive", "list"), ("hive", "list", "--quiet"), ("--json", "hive", "list")])
+@pytest.mark.parametrize(
+    "args", [("--quiet", "hive", "list"), ("hive", "list", "--quiet"), ("hive", "list", "-q"), ("--json", "hive", "list")]
+)
 def test_flags_of_every_command_may_stand_before_it_and_quiet_after_it(args: tuple[str, ...]) -> None:
     result, out, _ = run(*args)
     assert (result.command, result.exit_code, [e.code for e in result.errors]) == ("hive list", 1, ["CONFIG_INVALID"])
@@ -154,6 +159,38 @@ def test_init_after_install_is_found_without_a_word_more(tmp_path: Path) -> None
     result, _, _ = run("init", "admin@192.0.2.10")
     assert result.exit_code == 0
     assert run("config", "show", "--json")[0].data["settings"]["inventory"]["value"] == str(tmp_path / "inventory.yml")
+
+
+@pytest.mark.parametrize(
+    ("args", "quiet"),
+    [
+        (("hive", "list"), False),
+        (("-q", "hive", "list"), True),
+        (("hive", "list", "-q"), True),
+        (("worker", "process", "list", "--node", "a", "--quiet"), True),
+        (("infer", "--node", "a", "-p", "-q"), False),  # the prompt
+        (("infer", "--node", "a", "-q", "-p", "x"), True),
+        (("logs", "--node", "a", "-q"), True),
+    ],
+)
+def test_quiet_stands_where_json_and_verbose_do(args: tuple[str, ...], quiet: bool) -> None:
+    ui = Ui(io.StringIO(), io.StringIO())
+    cli.run(args, ui)
+    assert ui.quiet is quiet
+
+
+def test_every_command_with_json_has_quiet_too() -> None:
+    def leaves(command: Any) -> Iterator[Any]:
+        below = getattr(command, "commands", None)
+        for found in below.values() if below is not None else ():
+            yield from leaves(found)
+        if below is None:
+            yield command
+
+    for name in command_table.TABLE:
+        for command in leaves(command_table.load(name)):
+            names = {p.name for p in command.params}
+            assert "json" not in names or "quiet" in names, command.name
 
 
 def test_quiet_drops_narration_and_keeps_errors() -> None:

@@ -54,6 +54,14 @@ def test_static_file_is_read_without_ansible(path: Path, monkeypatch: pytest.Mon
     assert found.get("lab-2-big").backends == ("cpu", "cuda")
 
 
+def test_where_a_secret_lies_and_how_many_tokens_are_no_secrets(path: Path) -> None:
+    shown = "rbee_hub_token_file: ~/hub-token, context_tokens: 4096"
+    path.write_text(path.read_text().replace("lab2:", f"lab2: {{{shown}, api_tokens: [hidden-1], rbee_hub_token: hidden-2}}"))
+    found = inventory.load(path).get("lab2").shown()
+    assert (found["rbee_hub_token_file"], found["context_tokens"]) == ("~/hub-token", 4096)
+    assert "hidden" not in str(found)
+
+
 def test_nothing_that_may_be_a_secret_is_shown_however_deep_it_lies(path: Path) -> None:
     secrets = "{user: u, db_password: hidden-1, list: [{api_token: hidden-2, port: 1}]}"
     path.write_text(path.read_text().replace("lab2:", f"lab2: {{app: {secrets}, become_pass: hidden-3}}"))

@@ -197,6 +197,7 @@ def inventories(draw: st.DrawFn) -> str:
 
 
 @settings(max_examples=120, deadline=None)
+@pytest.mark.P07
 @given(text=inventories(), data=st.data())
 @pytest.mark.N07
 def test_any_inventory_keeps_all_that_was_not_meant(text: str, data: st.DataObject) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import io
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
+from rbee_ctl import cli
 from rbee_ctl.client_keys import KeyList, expiry
+from rbee_ctl.render import Ui
 from rbee_serve.common.credentials import ClientKeys
 from rbee_serve.contract.errors import ConfigInvalid, InvalidRequest
 
@@ -73,6 +77,33 @@ def test_bad_names_are_refused_and_change_nothing(tmp_path: Path, name: str) -> 
         create(tmp_path, name)
 
     assert (tmp_path / "secrets/client-keys.json").read_bytes() == before
+
+
+def test_a_key_without_a_fleet_is_shown_and_brought_to_the_user_s_own_queen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [n for n in os.environ if n.startswith("RBEE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RBEE_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    out, err = io.StringIO(), io.StringIO()
+    ui = Ui(out, err)
+    result = cli.run(["key", "create", "laptop"], ui)
+    ui.finish(result)
+    assert (result.exit_code, result.data["delivered"]) == (0, False)
+    assert result.data["key"]["secret"] in out.getvalue()
+    assert "systemctl --user reload rbee-queen" in err.getvalue()
+    assert ClientKeys.load(tmp_path / "state/secrets/queen-keys", {}).find(result.data["key"]["secret"]) is not None
+
+    # Taken away without anybody to tell: the queen that has it would go on taking it, so that is no success.
+    done = cli.run(["key", "revoke", "laptop", "--yes"], ui)
+    assert (done.exit_code, done.data["delivered"]) == (1, False)
+    assert "key deliver" in str(done.errors[0].hint)
+    unit = tmp_path / ".config/systemd/user/rbee-queen.service"
+    unit.parent.mkdir(parents=True)
+    unit.touch()
+    assert cli.run(["key", "deliver"], ui).exit_code == 0
 
 
 def test_five_operators_at_once_lose_no_key(tmp_path: Path) -> None:

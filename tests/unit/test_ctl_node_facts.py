@@ -130,3 +130,21 @@ def test_import_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     hive = run("hive", "get", "--node", "ws")[1]["hive"]
     assert hive["variables"]["ansible_port"] == 2200  # type: ignore[index]
     assert run("hive", "get")[0] == 1  # which one?
+
+
+def test_a_name_that_no_machine_can_have_is_passed_over_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers' ids and the roles refuse it later."""
+    for name in [n for n in os.environ if n.startswith("RBEE_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RBEE_INVENTORY", str(tmp_path / "inventory.yml"))
+    (tmp_path / "inventory.yml").write_text("rbee_hives:\n  hosts:\n    plain: {}\n")
+    (tmp_path / "config").write_text("Host gpu_box\n  HostName 192.0.2.7\nHost gpu-2\n  HostName 192.0.2.8\n")
+    out, err = io.StringIO(), io.StringIO()
+    ui = Ui(out, err)
+    result = cli.run(["hive", "import-ssh", "--ssh-config", str(tmp_path / "config")], ui)
+    ui.finish(result)
+    assert (result.data["imported"], result.data["refused"]) == (["gpu-2"], ["gpu_box"])
+    assert "gpu_box is passed over: letters, digits, dots and hyphens" in err.getvalue()
+    assert "1 new, 0 there already, 1 passed over for their names (gpu_box)" in out.getvalue()
+    assert "gpu_box" not in (tmp_path / "inventory.yml").read_text()

@@ -14,6 +14,7 @@ import pytest
 from rbee_ctl import cli
 from rbee_ctl.playbook import HostOutcome, PlaybookResult
 from rbee_ctl.render import Ui
+from rbee_ctl.result import OperationResult
 from rbee_ctl.session import Session
 from rbee_serve.contract.errors import MissingDependency, SshTimeout
 from tests.unit.queen_stand_in import QueenStandIn, worker
@@ -72,7 +73,7 @@ def test_a_failed_unit_is_shown_with_its_last_words_and_only_its_machine_is_aske
     queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     outcome = HostOutcome("ok", {"hive": {"target": "active", "units": [FAILED]}})
-    asked, out, err = status(monkeypatch, outcome)
+    asked, out, err = status(monkeypatch, outcome, "--ask")
     assert asked == [("status", "lab2", True)]
     assert "declared and not heard: lab2-cuda1; asking lab2" in err
     assert "lab2-cuda1     lab2  failed (failed)  exit-code  5         active" in out
@@ -82,20 +83,76 @@ def test_a_failed_unit_is_shown_with_its_last_words_and_only_its_machine_is_aske
 
 def test_a_machine_that_is_away_and_one_that_is_stopped_say_so(queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     away = HostOutcome("unreachable", {}, SshTimeout("lab2: SSH did not answer in time", hint="is it up?"))
-    _, out, _ = status(monkeypatch, away)
+    _, out, _ = status(monkeypatch, away, "--ask")
     assert "lab2: SSH did not answer in time\n  next: is it up?" in out
-    _, out, _ = status(monkeypatch, HostOutcome("ok", {"hive": {"target": "inactive", "units": []}}))
+    _, out, _ = status(monkeypatch, HostOutcome("ok", {"hive": {"target": "inactive", "units": []}}), "--verbose")
     assert "lab2: the hive is stopped; next: rbee-ctl hive start --node lab2" in out
 
 
-def test_nobody_is_asked_without_need(queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_asked_unless_it_is_wanted_and_what_was_not_looked_at_is_said(
+    queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SPEC OP-14: in a second, from what the queen knows."""
     outcome = HostOutcome("ok", {})
-    assert status(monkeypatch, outcome, "--quick")[0] == []
+    asked, out, err = status(monkeypatch, outcome)
+    assert asked == []
+    assert "declared and not heard: lab2-cuda1; lab2 not asked; to ask: rbee-ctl status --ask" in err
+    assert "lab2-cuda1     lab2  not asked" in out
+    assert status(monkeypatch, outcome, "--quick", "--verbose")[0] == []
     queen.workers.append(worker("lab2-cuda1", backend="cuda", device=1))
-    assert status(monkeypatch, outcome)[0] == []
+    asked, _, err = status(monkeypatch, outcome, "--ask")
+    assert (asked, err) == ([], "")
 
 
 def test_without_ansible_the_queens_view_is_what_there_is(queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, out, err = status(monkeypatch, MissingDependency("ansible-runner is not installed"))
+    _, out, err = status(monkeypatch, MissingDependency("ansible-runner is not installed"), "--ask")
     assert "ansible-runner is not installed" in err
     assert "lab2-cuda1     lab2  not asked" in out
+
+
+def hives(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, Any]]:
+    return {h["name"]: h for h in json.loads(status(monkeypatch, HostOutcome("ok", {}), "--json")[1])["data"]["hives"]}
+
+
+def test_a_machine_s_status_is_the_queen_s_word_and_follows_her_rule_where_she_was_not_told(
+    queen: QueenStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"declared": True, "address": None, "models": ["m"], "slots": {"total": 2, "busy": 0}}
+    queen.hives = [
+        {"name": "lab1", "status": "asleep", "workers": ["lab1-cpu0"], **told},
+        {"name": "stray", "status": "up", "workers": ["stray-cpu0"], **told},
+    ]
+    found = hives(monkeypatch)
+    assert {name: (h["status"], h["address"]) for name, h in found.items()} == {
+        "lab1": ("asleep", "10.77.0.11"),
+        "lab2": ("silent", "10.77.0.12"),
+        "lab3": ("empty", "10.77.0.13"),
+        "stray": ("up", None),
+    }
+    assert found["lab1"] == {**queen.hives[0], "address": "10.77.0.11", "state": "asleep"}
+    assert all(h["state"] == h["status"] for h in found.values())
+
+
+@pytest.mark.parametrize("command", [("worker", "list"), ("workers", "list"), ("workers", "health")])
+def test_a_machine_that_nobody_knows_is_no_empty_list(queen: QueenStandIn, command: tuple[str, str]) -> None:
+    def ask(node: str) -> OperationResult:
+        return cli.run([*command, "--node", node], Ui(io.StringIO(), io.StringIO()))
+
+    queen.hives = [{"name": "stray", "declared": False}]
+    (error,) = ask("lab4").errors
+    assert (error.code, error.details["known"]) == ("NODE_NOT_FOUND", ["lab1", "lab2", "lab3"])
+    assert "did you mean lab" in (error.hint or "")
+    assert ask("lab3").data["workers"] == []
+    assert ask("stray").data["workers"] == []
+
+
+def test_without_an_inventory_the_queen_says_which_machines_there_are(
+    queen: QueenStandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "alone.toml").write_text(f'queen_url = "{queen.url}"\nstate_dir = "state"\n')
+    monkeypatch.setenv("RBEE_CONFIG", str(tmp_path / "alone.toml"))
+    ui = Ui(io.StringIO(), io.StringIO())
+    assert cli.run(["worker", "list", "--node", "ghost"], ui).data == {"workers": []}, "she was told of no machine: who knows?"
+    queen.hives = [{"name": "lab1", "declared": True}]
+    (error,) = cli.run(["worker", "list", "--node", "ghost"], ui).errors
+    assert (error.code, error.details["known"]) == ("NODE_NOT_FOUND", ["lab1"])

@@ -16,7 +16,7 @@ from rbee_serve.contract.errors import BackendUnavailable, ModelFileInvalid
 from rbee_serve.worker.engine import libs, scheduler
 from rbee_serve.worker.engine.blocks import KERNEL_ROWS, Blocks
 from rbee_serve.worker.engine.memory import oom_kills
-from rbee_serve.worker.engine.model_file import read_header
+from rbee_serve.worker.engine.model_file import fingerprint, read_header
 from rbee_serve.worker.engine.wire import Unpacker, pack
 
 sizes = st.integers(32, 600)
@@ -80,16 +80,35 @@ def gguf(version: int = 3) -> bytes:
     pairs += text("tokenizer.tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("bé")
     pairs += text("llama.block_count") + struct.pack("<II", 4, 30)
     pairs += text("general.file_type") + struct.pack("<II", 4, 2)
-    tensor = text("blk.0.w") + struct.pack("<IQQIQ", 2, 32, 32, 2, 0)
-    return b"GGUF" + struct.pack("<IQQ", version, 1, 4) + pairs + tensor
+    norm = text("blk.0.norm") + struct.pack("<IQIQ", 1, 32, 0, 0)
+    matrix = text("blk.0.w") + struct.pack("<IQQIQ", 2, 32, 32, 2, 128)
+    return b"GGUF" + struct.pack("<IQQ", version, 2, 4) + pairs + norm + matrix
 
 
 def test_gguf_header_is_read(tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(gguf())
     header = read_header(tmp_path / "m.gguf")
     assert (header.architecture, header.block_count, header.quantization) == ("llama", 30, "Q4_0")
-    assert header.tensor_types == {2}
+    assert header.matrix_types == {2}, "a norm is not multiplied with"
     assert header.values["tokenizer.tokens"] == {"length": 2}
+
+
+def test_gguf_header_of_a_split_model_has_the_matrices_of_all_parts(tmp_path: Path) -> None:
+    """The first part may have no tensors at all; what the others hold decides whether streams are continued exactly."""
+    first, second = tmp_path / "m-00001-of-00002.gguf", tmp_path / "m-00002-of-00002.gguf"
+    pairs = text("split.count") + struct.pack("<IH", 2, 2)
+    first.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + pairs)
+    with pytest.raises(ModelFileInvalid, match=r"m-00002-of-00002\.gguf"):
+        read_header(first)
+    second.write_bytes(gguf())
+    assert read_header(first).matrix_types == {2}
+
+
+def test_fingerprint_sees_what_differs_in_the_middle_alone(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.gguf", tmp_path / "other.gguf"
+    one.write_bytes(bytes(8 << 20))
+    other.write_bytes(bytes(4 << 20) + b"x" * (1 << 20) + bytes(3 << 20))
+    assert fingerprint(one) != fingerprint(other)
 
 
 def test_gguf_header_cut_anywhere_is_refused(tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import os
+import weakref
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +19,8 @@ from numpy.typing import NDArray
 
 from rbee_serve.worker.engine import scheduler
 from rbee_serve.worker.engine.blocks import Blocks
+from rbee_serve.worker.engine.constraint import Constraints
+from rbee_serve.worker.engine.prefix_store import PrefixStore
 from rbee_serve.worker.engine.protocol import GenerateRequest
 from rbee_serve.worker.engine.scheduler import Scheduler, look_up
 
@@ -34,34 +40,66 @@ class Model:
     """llama.Model's place: every call takes its time and is written down, every token is the same."""
 
     n_vocab, context_tokens = 8, 4096
-    causal = can_be_cut = True
+    causal = can_be_cut = state_settled = True
+    recurrent = False
+    copying_s = 0.01  # of any sequence, within the next call
     ll = None  # greedy tokens ask llama.cpp for nothing
 
     def __init__(self, clock: Clock) -> None:
         self.blocks = Blocks(128, two_kernels=True)
         self.calls: list[tuple[str, int]] = []  # ("prompt", tokens) or ("tokens", streams)
         self.began: list[float] = []
+        self.ended: list[float] = []
+        self.copied: list[tuple[int, int]] = []  # from, to
+        self.holds: dict[int, int] = {}  # positions of each sequence
+        self.owed_s = 0.0
         self._clock = clock
 
-    def _took(self, kind: str, size: int, seconds: float) -> int:
+    def took(self, kind: str, size: int, seconds: float) -> int:
         self.calls.append((kind, size))
         self.began.append(self._clock.now)
-        self._clock.now += seconds
+        self._clock.now += seconds + self.owed_s
+        self.ended.append(self._clock.now)
+        self.owed_s = 0.0
         return 0
 
     def prefill(self, tokens: NDArray[np.int32], start: int, seq: int, owner: str, *, logits: bool) -> int:
-        return self._took("prompt", len(tokens), TOKEN_S * len(tokens))
+        assert self.holds.get(seq, 0) == start, "a position is missing before those that are evaluated"
+        self.holds[seq] = start + len(tokens)
+        return self.took("prompt", len(tokens), TOKEN_S * len(tokens))
 
     def decode_step(self, rows: list[tuple[int, int, int]]) -> int:
         self.rows = rows
-        return self._took("tokens", len(rows), STEP_S)
+        for _, position, seq in rows:
+            assert self.holds[seq] == position
+            self.holds[seq] += 1
+        return self.took("tokens", len(rows), STEP_S)
 
     def logits(self, index: int) -> NDArray[np.float32]:
         return np.arange(self.n_vocab, dtype=np.float32)
 
     def cut(self, seq: int, keep: int) -> int:
         self.kept = keep
-        return keep
+        if self.holds.get(seq, 0) < keep or (self.recurrent and self.holds.get(seq, 0) != keep):
+            self.holds[seq] = 0
+        else:
+            self.holds[seq] = keep
+        return self.holds[seq]
+
+    def copy_s(self, held: int) -> float:
+        return self.copying_s
+
+    def copy(self, source: int, target: int, held: int) -> float:
+        self.copied.append((source, target))
+        self.holds[target] = self.holds[source]
+        self.owed_s += self.copying_s
+        return self.copying_s
+
+    def load_state(self, seq: int, state: memoryview) -> bool:
+        self.holds[seq] = len(state)
+        if bytes(state[:1]) == b"!":
+            self.holds[seq] = 0
+        return bool(self.holds[seq])
 
     def piece(self, token: int) -> bytes:
         return b"x"
@@ -138,6 +176,259 @@ def test_turns_a_burst_without_end_does_not_hold_up_for_ever(clock: Clock) -> No
         engine.submit(asked(f"r{n}", 64, 1 + n % 7, answer=1))
     run(engine, 180)
     assert ("tokens", 1) in model.calls
+
+
+def test_turns_who_waits_is_told_so_at_once(clock: Clock) -> None:
+    """For a prefix that another evaluates and for a slot: whoever asked knows that the worker lives, before any call is made."""
+    model = Model(clock)
+    engine = Scheduler(model, 2, gap_s=GAP_S)  # type: ignore[arg-type]
+
+    def kinds(request: GenerateRequest) -> list[str]:
+        return [kind for kind, _, _ in engine.submit(request)]
+
+    assert kinds(asked("leads", 600, 1)) == ["started"]
+    assert kinds(asked("follows", 600, 1)) == ["queued"]
+    assert kinds(asked("waits", 600, 2)) == ["queued"]
+    assert model.calls == []
+    events: list[Any] = []
+    while engine.has_work:
+        engine.step(events.extend)
+    assert {name: payload["cached_tokens"] for kind, name, payload in events if kind == "started"} == {
+        "follows": 536, "waits": 0
+    }  # fmt: skip
+
+
+# --- prefixes: where a prompt's beginning comes from ---------------------------------------------------------------------
+
+
+def serve(engine: Scheduler, *requests: GenerateRequest) -> dict[str, dict[str, Any]]:
+    """Submit, run to the end and return what each was told when it started."""
+    events: list[Any] = []
+    for request in requests:
+        events += engine.submit(request)
+    while engine.has_work:
+        engine.step(events.extend)
+    assert [payload for kind, _, payload in events if kind == "error"] == []
+    return {name: payload for kind, name, payload in events if kind == "started"}
+
+
+def stored(folder: Path, **states: int) -> PrefixStore:
+    """A store of prefixes of so many tokens, all 1; the model refuses those whose name begins with "bad"."""
+    store = PrefixStore(folder, "class", 1 << 20)
+    for name, count in states.items():
+        state = (b"!" if name.startswith("bad") else b"s") + b"s" * (count - 1)
+        store.save(np.ones(count, np.int32), count, state)
+    for entry in store.entries:
+        os.utime(entry.path, (1000, 1000))
+    return store
+
+
+def test_prefix_on_disk_that_is_refused_leaves_nothing_behind_that_counts(clock: Clock, tmp_path: Path) -> None:
+    """Trying it has emptied the slot: what the slot shared before must not be taken for what it holds now."""
+    model = Model(clock)
+    store = stored(tmp_path)
+    engine = Scheduler(model, 1, gap_s=GAP_S, store=store)  # type: ignore[arg-type]
+    serve(engine, asked("warm", 400, 1, answer=2))
+    store.entries = stored(tmp_path, bad=1000).entries
+    events = engine.submit(asked("next", 1200, 1, answer=2))
+    assert model.kept == 0
+    assert [payload["cached_tokens"] for kind, _, payload in events if kind == "started"] == [0]
+    run(engine, 20)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_prefix_on_disk_the_best_that_fits_and_is_good_is_taken(clock: Clock, tmp_path: Path) -> None:
+    """One that is longer than the context is not even read, one that is refused makes way for the next."""
+    store = stored(tmp_path, long=5000, bad=1000, good=900, short=300)
+    (long,) = (e.path for e in store.entries if len(e.tokens) == 5000)
+    engine = Scheduler(Model(clock), 2, gap_s=GAP_S, store=store)  # type: ignore[arg-type]
+    told = serve(engine, asked("one", 1200, 1, answer=2))
+    assert (told["one"]["cached_tokens"], told["one"]["cached_from"]) == (900, "disk")
+    assert sorted(len(e.tokens) for e in store.entries) == [300, 900, 5000]
+    assert long.stat().st_mtime == 1000
+
+
+@pytest.mark.parametrize(("copying_s", "copies"), [(0.01, 1), (0.3, 0)])
+def test_prefix_is_copied_where_that_is_faster_than_evaluating_it(clock: Clock, copying_s: float, copies: int) -> None:
+    """llama.cpp moves a slot's whole room, however little of it is shared: 128 tokens are evaluated in 0.128 s."""
+    model = Model(clock)
+    model.copying_s = copying_s
+    engine = Scheduler(model, 2, gap_s=GAP_S)  # type: ignore[arg-type]
+    request = asked("long", 2000, 1, answer=2)
+    serve(engine, request)
+    assert request.prompt_ids is not None
+    serve(engine, replace(request, request_id="fork", prompt_ids=[*request.prompt_ids[:128], *[2] * 500]))
+    assert len(model.copied) == copies
+
+
+def test_prefix_copies_keep_the_gap_of_running_streams(clock: Clock) -> None:
+    model = Model(clock)
+    model.copying_s = 0.1
+    engine = Scheduler(model, 7, gap_s=GAP_S)  # type: ignore[arg-type]
+    serve(engine, asked("warm", 2000, 1, answer=1))
+    engine.submit(asked("runs", 64, 7, answer=90))
+    run(engine, 4)
+    before = len(model.calls)
+    for n in range(5):  # the first takes the slot that has it
+        engine.submit(asked(f"r{n}", 1990 - n, 1, answer=1))
+    run(engine, 60)
+    assert len(model.copied) == 4
+    calls = list(zip(model.ended, model.calls, strict=True))[before - 1 :]
+    steps = [at for at, (kind, _) in calls if kind == "tokens"]
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= GAP_S + STEP_S + 1e-9
+
+
+def test_prefix_takes_the_slot_used_longest_ago_and_spoils_no_long_one(clock: Clock) -> None:
+    """A slot with much more than is shared stays as it is; without anything shared the least recently used one goes."""
+    model = Model(clock)
+    model.copying_s = 10.0  # nothing is worth a copy
+    engine = Scheduler(model, 3, gap_s=GAP_S)  # type: ignore[arg-type]
+    for name, length, first in (("a", 600, 1), ("b", 700, 2), ("c", 800, 3)):
+        clock.now += 1
+        serve(engine, asked(name, length, first, answer=1))
+    held = dict(model.holds)
+    clock.now += 1
+    request = replace(asked("fork", 0, 0, answer=1), prompt_ids=[3] * 200 + [5] * 100)
+    assert serve(engine, request)["fork"]["cached_tokens"] == 0
+    assert [seq for seq in held if model.holds[seq] != held[seq]] == [0], "a was used longest ago"
+    clock.now += 1
+    assert serve(engine, asked("again", 790, 3, answer=1))["again"]["cached_tokens"] == 726
+    clock.now += 1
+    serve(engine, asked("new", 100, 6, answer=1))
+    assert model.holds[1] == 100, "b was used longest ago by then"
+
+
+def test_prefix_of_a_recurrent_model_is_taken_whole_or_not_at_all(clock: Clock) -> None:
+    """Its state can not be cut: nobody waits for it, nothing of it is copied, and a conversation goes on where it was."""
+    model = Model(clock)
+    model.recurrent, model.can_be_cut, model.blocks = True, False, Blocks(128, two_kernels=False)
+    engine = Scheduler(model, 2, gap_s=GAP_S)  # type: ignore[arg-type]
+    told = serve(engine, asked("one", 600, 1, answer=1), asked("two", 600, 1, answer=1))
+    assert [t["cached_tokens"] for t in told.values()] == [0, 0]
+    told = serve(engine, asked("goes-on", 900, 1, answer=1), asked("shorter", 500, 1, answer=1))
+    assert {name: t["cached_tokens"] for name, t in told.items()} == {"goes-on": 600, "shorter": 0}
+    assert model.copied == []
+
+
+# --- beside the streams: embeddings, and what grammars need ---------------------------------------------------------------
+
+
+def embed_beside(engine: Scheduler, model: Model, clock: Clock, steps: int, token_s: float = TOKEN_S) -> list[int | None]:
+    """Do as the engine's loop does while embeddings are asked for without end; return how many tokens each time."""
+    given = []
+    for _ in range(steps):
+        if engine.has_work:
+            engine.step(lambda events: None)
+        rows = engine.spare(32, token_s)
+        given.append(rows)
+        if rows != 0:
+            size = 191 if rows is None else min(rows, 191)
+            model.took("embed", size, size * TOKEN_S)
+    return given
+
+
+def pauses(model: Model) -> list[float]:
+    steps = [at for at, (kind, _) in zip(model.ended, model.calls, strict=True) if kind == "tokens"]
+    return [b - a for a, b in itertools.pairwise(steps)]
+
+
+@pytest.mark.parametrize("pace", [0.2, 1.0, 10.0], ids=["quick", "usual", "slow"])
+def test_turns_embeddings_keep_the_gap_of_running_streams(clock: Clock, monkeypatch: pytest.MonkeyPatch, pace: float) -> None:
+    """They get what a gap has room for, on a slow machine their smallest block; without streams as much as they like."""
+    monkeypatch.setitem(globals(), "TOKEN_S", TOKEN_S * pace)
+    model = Model(clock)
+    engine = Scheduler(model, 2, gap_s=GAP_S)  # type: ignore[arg-type]
+    assert embed_beside(engine, model, clock, 2, TOKEN_S) == [None, None]
+    engine.submit(asked("runs", 64, 7, answer=90))
+    embed_beside(engine, model, clock, 30, TOKEN_S)
+    assert max(pauses(model)) <= max(GAP_S, 32 * TOKEN_S) + STEP_S + 1e-9
+    assert ("embed", 32) in model.calls or pace < 10
+    assert sum(kind == "embed" for kind, _ in model.calls) > 8
+
+
+def test_turns_embeddings_and_a_long_prompt_take_turns(clock: Clock) -> None:
+    """With a gap in which either fits, but not both: neither starves, and the streams wait for one of them at a time."""
+    model = Model(clock)
+    engine = Scheduler(model, 2, gap_s=0.07)  # type: ignore[arg-type]
+    engine.submit(asked("runs", 64, 7, answer=90))
+    run(engine, 3)
+    engine.submit(asked("long", 3000, 1))
+    embed_beside(engine, model, clock, 60)
+    kinds = [kind for kind, _ in model.calls[4:]]
+    assert kinds.count("prompt") > 10
+    assert kinds.count("embed") > 10
+    assert max(pauses(model)[3:]) <= 0.07 + STEP_S + 1e-9
+
+
+def test_turns_embeddings_without_end_do_not_keep_a_prefix_from_being_copied(clock: Clock) -> None:
+    model = Model(clock)
+    model.copying_s = 0.06
+    engine = Scheduler(model, 4, gap_s=0.07)  # type: ignore[arg-type]
+    engine.submit(asked("runs", 2000, 1, answer=200))
+    embed_beside(engine, model, clock, 40)
+    for n in range(2):
+        engine.submit(asked(f"r{n}", 1990 - n, 1, answer=1))
+    embed_beside(engine, model, clock, 40)
+    assert len(model.copied) == 2
+
+
+class Spelling(Model):
+    """Has words, and says which were read between two calls."""
+
+    n_vocab = 20_000
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.read: list[int] = []
+
+    def piece(self, token: int) -> bytes:
+        self.read.append(len(self.calls))
+        self._clock.now += 0.00002  # 0.4 s for all
+        return b"%d" % token
+
+    @property
+    def eog_ids(self) -> NDArray[np.int64]:
+        return np.zeros(0, np.int64)
+
+
+def test_turns_the_first_grammar_is_prepared_between_the_tokens_of_running_streams(clock: Clock) -> None:
+    """All tokens are read and sorted before its first draw, a part at a time: at no time do streams wait for all of them."""
+    model = Spelling(clock)
+    engine = Scheduler(model, 2, gap_s=GAP_S)  # type: ignore[arg-type]
+    engine.submit(asked("runs", 64, 7, answer=200))
+    run(engine, 4)
+    request = asked("constrained", 64, 6, answer=3)
+    request.params.grammar = 'root ::= "12" "3"*'
+    events: list[Any] = engine.submit(request)
+    while ("finished", "constrained") not in [(kind, name) for kind, name, _ in events]:
+        engine.step(events.extend)
+    assert (
+        b"".join(payload[2].encode() for kind, name, payload in events if (kind, name) == ("token", "constrained"))[:3] == b"123"
+    )
+    assert len(model.read) >= model.n_vocab
+    a_call = [model.read.count(n) for n in range(len(model.calls))]
+    assert max(a_call) < model.n_vocab / 5
+    assert max(pauses(model)) <= GAP_S + STEP_S + 1e-9
+
+
+def test_automata_that_are_worn_or_too_many_bytes_are_forgotten(clock: Clock) -> None:
+    constraints = Constraints(Spelling(clock))  # type: ignore[arg-type]
+    params = asked("one", 1, 1).params
+    made = []
+    for n in range(3):
+        params.grammar = f'root ::= "{n}"'
+        constraint = constraints.of(params)
+        assert constraint is not None
+        made.append(weakref.ref(constraint._matcher._automaton))
+    del constraint
+    automata = [automaton() for automaton in made]
+    assert None not in automata
+    automata[0].work = 10**9  # type: ignore[union-attr]
+    automata[1].masks[0] = np.zeros(10_000_000, np.int64)  # type: ignore[union-attr]
+    automata.clear()
+    constraints.tidy()
+    gc.collect()
+    assert [automaton() is not None for automaton in made] == [False, False, True]
 
 
 class Counting(Model):

@@ -30,6 +30,7 @@ def test_facts_equal_those_of_the_reference_reader(model_path: Path) -> None:
     assert facts["eos_id"] == reader.fields["tokenizer.ggml.eos_token_id"].contents()
     assert facts["parameters"] == sum(int(t.n_elements) for t in reader.tensors)
     assert facts["quantization"] == "Q4_1"
+    assert facts["tokenizer"] == reader.fields["tokenizer.ggml.model"].contents()
     assert facts["has_chat_template"] is True
 
 

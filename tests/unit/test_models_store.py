@@ -127,6 +127,10 @@ def test_the_parts_of_a_split_model_are_one_model() -> None:
         assert store.choose_files(store.parse_ref(text), names) == sorted(names[:3]), text
     with pytest.raises(errors.InvalidModelRef, match=r"could be 2 files: model-Q4_K_M.gguf, x-Q8_0.gguf"):
         catalog.choose_files(store.parse_ref("hf:o/r"), names)
+    twins = ["a/x-Q8_0.gguf", "b/x-Q8_0.gguf"]
+    with pytest.raises(errors.InvalidModelRef) as e:
+        catalog.choose_files(store.parse_ref("hf:o/r:Q8_0"), twins)
+    assert str(e.value.hint).endswith("for example hf:o/r:a/x-Q8_0.gguf"), "what is named must be one file"
     with pytest.raises(errors.ModelNotFound, match="missing: 2"):
         catalog.choose_files(store.parse_ref("hf:o/r:Q8_0"), names[:2])
 
@@ -199,7 +203,7 @@ def test_an_address_needs_a_gguf_and_a_digest(text: str) -> None:
 def test_an_address_with_a_digest_is_a_reference() -> None:
     ref = store.parse_ref(f"https://example.org:8443/a/m-Q8_0.gguf?v=1#sha256={'a' * 64}")
     assert (ref.kind, ref.path, ref.file) == ("https", "https://example.org:8443/a/m-Q8_0.gguf?v=1", "a" * 64)
-    assert (ref.org, ref.repo) == ("web", "example.org-8443")
+    assert (ref.org, ref.repo) == ("web", "example.org-8443-aaaaaaaaaaaa")
 
 
 def test_default_id_is_the_stem_and_avoids_an_id_that_another_reference_has() -> None:
@@ -207,6 +211,9 @@ def test_default_id_is_the_stem_and_avoids_an_id_that_another_reference_has() ->
     taken = {"m": "hf:other/r:M.gguf"}
     assert store.default_id("M.gguf", taken, reference="hf:Org/r:M.gguf", org="Org") == "m-org"
     assert store.default_id("M.gguf", taken, reference="hf:other/r:M.gguf", org="other") == "m"
+    taken |= {"m-org": "hf:Org/r:M.gguf"}
+    assert store.default_id("M.gguf", taken, reference="hf:Org/s:M.gguf", org="Org") == "m-org-2"
+    assert store.default_id("M.gguf", taken, reference="hf:Org/r:M.gguf", org="Org") == "m-org"
 
 
 def test_what_is_put_is_read_and_found(tmp_path: Path) -> None:

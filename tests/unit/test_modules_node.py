@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import node_modules
@@ -28,6 +30,20 @@ LoadState=not-found
 ActiveState=inactive
 SubState=dead
 """
+
+
+def test_a_socket_without_an_address_is_not_loaded_by_looking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its name is given as a pattern, for which systemd looks at what is loaded."""
+    asked: list[str] = []
+    monkeypatch.setattr(rbee_node, "UNIT_DIR", str(tmp_path))
+    monkeypatch.setattr(rbee_node, "run", lambda *argv, **_: (0, asked.extend(argv[argv.index("--") + 1 :]) or SHOW, ""))
+    (tmp_path / "rbee-worker@cpu1.socket.d").mkdir()
+    (tmp_path / "rbee-worker@cpu2.socket").symlink_to("/dev/null")  # masked
+    sockets = [f"rbee-worker@cpu{n}.socket" for n in range(3)]
+    found = rbee_node.show("rbee-worker@*.socket", "rbee-worker@cpu0.service", *sockets)
+    assert asked == ["rbee-worker@*.socket", "rbee-worker@cpu0.service", "rbee-worker@cpu0.[s]ocket", *sockets[1:]]
+    assert (found[sockets[0]]["LoadState"], found[sockets[0]]["ActiveState"]) == ("bad-setting", "inactive")
+    assert found["rbee-worker@cpu0.service"]["MainPID"] == "364"
 
 
 def test_systemctl_show_is_parsed_with_all_its_units() -> None:
@@ -95,16 +111,13 @@ def test_a_runtime_counts_only_with_its_metadata_and_an_interpreter(tmp_path: Pa
     assert rbee_node.any_runtime_python(str(tmp_path)) == str(tmp_path / "runtimes" / "cpu" / "1" / "bin" / "python")
 
 
-def test_memory_and_ports_are_read() -> None:
-    meminfo = "MemTotal:       24000000 kB\nMemAvailable:   12000000 kB\nHugePages_Total:       0\n"
-    assert rbee_node.parse_meminfo(meminfo) == {"MemTotal": 24_576_000_000, "MemAvailable": 12_288_000_000}
+def test_ports_are_read() -> None:
     tcp = (
         "  sl  local_address rem_address   st tx_queue\n"
         "   0: 0100007F:1F41 00000000:0000 0A 00000000:00000000\n"
         "   1: 0100007F:1F42 0100007F:0016 01 00000000:00000000\n"
     )
     assert rbee_node.parse_listening(tcp) == {8001}
-    assert rbee_node.mem_available() > 0
 
 
 def test_a_program_that_fails_is_named_with_what_it_said() -> None:
@@ -115,6 +128,27 @@ def test_a_program_that_fails_is_named_with_what_it_said() -> None:
 
 def test_every_backend_name_of_the_contract_is_known() -> None:
     assert rbee_devices.BACKENDS == BACKEND_NAMES
+
+
+NVIDIA_SMI = """#!/bin/sh
+case "$*" in
+*=uuid,memory.total*) echo "GPU-1, 143771" ;;
+*) echo "0, GPU-1, NVIDIA H200, 143771, 2000, 570.86.15, 9.0, 40" ;;
+esac
+"""
+
+
+def test_nvidia_devices_are_what_the_driver_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real one where there is one; else one that says what a real one said."""
+    if shutil.which("nvidia-smi") is None:
+        (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+        (tmp_path / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    query = ["nvidia-smi", "--query-gpu=uuid,memory.total", "--format=csv,noheader,nounits"]
+    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = [d for d in rbee_devices.devices() if d["backend"] == "cuda"]
+    assert [f"{d['uuid']}, {d['memory_bytes'] >> 20}" for d in found] == told
+    assert all(0 < d["memory_free_bytes"] <= d["memory_bytes"] for d in found)
 
 
 def test_nvidia_devices_with_and_without_free_memory() -> None:
@@ -214,6 +248,46 @@ def test_a_disk_without_room_is_told_with_both_figures(tmp_path: Path) -> None:
         room.check(tmp_path, 10**15, "a runtime")
     assert e.value.code == "DISK_FULL"
     assert e.value.details["required_bytes"] == 10**15
+
+
+@pytest.mark.S44
+def test_a_runtime_that_is_gone_when_its_unit_starts_is_told_by_exit_status_203(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd's 203/EXEC: the link leads to no program. The process wrote nothing; systemd's own line stands in the journal."""
+    line = "rbee-worker@cpu0.service: Failed to locate executable /etc/rbee/workers/cpu0.runtime/bin/rbee-worker: No such file"
+    monkeypatch.setattr(rbee_node, "journal", lambda *_, own=False, **__: [] if own else [line])
+    failed = {"ActiveState": "failed", "Result": "exit-code", "ExecMainStatus": "203"}
+    error = rbee_node.start_failure("rbee-worker@cpu0.service", failed)
+    assert error.code == "WORKER_BINARY_NOT_FOUND"
+    assert error.message == f"rbee-worker@cpu0.service did not start: its program is not there (203/EXEC): {line}"
+    assert (error.hint, error.details["exit_status"]) == ("journalctl -u rbee-worker@cpu0.service -n 50", "203")
+    other = rbee_node.start_failure("rbee-worker@cpu0.service", {**failed, "ExecMainStatus": "1"})
+    assert (other.code, "203" in other.message) == ("UNIT_START_FAILED", False)
+
+
+@pytest.mark.E40
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        (
+            "out of memory, nothing was loaded: the model needs 900 MB of memory (weights 800 MB)",
+            "INSUFFICIENT_RAM",
+        ),
+        ("out of memory, nothing was loaded: the model needs 900 MB of memory of CUDA0 (...)", "VRAM_EXHAUSTED"),
+        ("out of memory, nothing was loaded: llama.cpp could not allocate memory of CUDA0, though it seemed", "VRAM_EXHAUSTED"),
+        ("out of memory, nothing was loaded: llama.cpp could not allocate memory, though it seemed", "INSUFFICIENT_RAM"),
+        ("the device CUDA0 failed while the model was being loaded: ggml_cuda_init: failed to initialize", "CUDA_DEVICE_FAILED"),
+        ("killed by SIGABRT; its last words: llama.cpp: CUDA error: unspecified launch failure | ...", "CUDA_DEVICE_FAILED"),
+        ("killed by SIGABRT; its last words: llama.cpp: CUDA error: out of memory | x.cu:109: CUDA error", "UNIT_START_FAILED"),
+        ("model file invalid", "UNIT_START_FAILED"),
+    ],
+)
+def test_a_worker_that_did_not_start_is_told_by_what_it_said_itself(
+    said: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rbee_node, "journal", lambda *_, **__: [said])
+    error = rbee_node.start_failure("rbee-worker@cuda0.service", {"Result": "exit-code", "ExecMainStatus": "1"})
+    assert (error.code, error.details["journal"]) == (code, [said])
+    assert error.message.endswith(said)
 
 
 def test_what_a_service_said_is_told_in_words() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import node_modules
 import pytest
+from ansible.module_utils import rbee_ledger
+from ansible.module_utils.rbee_fit import check_memory, parse_size
+from ansible.module_utils.rbee_ledger import Ledger
 from ansible.module_utils.rbee_node import NodeError
 from ansible.module_utils.rbee_plan import (
     check_device,
-    check_memory,
     check_runtime,
     check_temperature,
     check_version,
@@ -54,11 +58,13 @@ def test_what_the_machine_does_not_have_is_refused(wanted: dict[str, Any], code:
     assert words in error.message
 
 
+@pytest.mark.E40
 def test_no_accelerator_request_falls_back_to_the_cpu() -> None:
     assert check_device(request(backend="cuda", device=1), [GPU, CPU]) is GPU
     assert refusal(check_device, request(backend="cuda", device=0), [GPU, CPU]).details == {"device": 0, "available": [1]}
 
 
+@pytest.mark.E12
 def test_a_request_without_a_device_gets_the_one_with_most_free_memory() -> None:
     """SPEC E-12."""
     small, large = {**GPU, "device": 0, "memory_free_bytes": 1}, {**GPU, "device": 3, "memory_free_bytes": 9}
@@ -71,6 +77,21 @@ def test_a_request_without_a_device_gets_the_one_with_most_free_memory() -> None
     assert preferred_device(request(backend="cuda", device=None), there, "other") is None
 
 
+@pytest.mark.E12
+@pytest.mark.E14
+def test_a_device_that_is_too_hot_is_chosen_for_nobody_while_another_is_cool() -> None:
+    hot = {**GPU, "device": 0, "memory_free_bytes": 9, "temperature_celsius": 87}
+    cooler = {**GPU, "device": 2, "memory_free_bytes": 5, "temperature_celsius": 86}
+    unknown = {**GPU, "device": 3, "memory_free_bytes": 4}
+    wanted = request(backend="cuda", device=None)
+    assert check_device(wanted, [hot, cooler, unknown, CPU], 87) is cooler
+    assert check_device(wanted, [hot, unknown, CPU], 87) is unknown
+    assert check_device(wanted, [hot, {**cooler, "temperature_celsius": 90}, CPU], 87) is hot, "which is then refused by name"
+    assert check_device(wanted, [hot, cooler, CPU], 88) is hot
+    assert check_device(request(backend="cuda", device=0), [hot, cooler, CPU], 87) is hot, "never another than the one asked for"
+
+
+@pytest.mark.E14
 def test_a_device_over_the_limit_takes_no_new_worker() -> None:
     """SPEC E-14."""
     error = refusal(check_temperature, {**GPU, "temperature_celsius": 90}, 87)
@@ -89,6 +110,7 @@ def test_a_model_without_figures_needs_one_point_two_times_the_file() -> None:
         "available_bytes": 1_199_999_999,
         "model_size_bytes": 1_000_000_000,
         "elsewhere": [],
+        "needs": {"ram": 1_200_000_000, "device": 0},
     }
 
 
@@ -144,28 +166,152 @@ def test_a_refusal_names_only_what_would_work() -> None:
     assert "stop another worker" in str(nothing.hint)
 
 
+@pytest.mark.E13
 def test_the_second_look_right_before_the_start_says_that_less_is_free() -> None:
     """SPEC E-13."""
     preflight = node_modules.load("library", "rbee_preflight")
     params = {"mem_available_bytes": 2_000_000_000, "elsewhere": [], "previous_available_bytes": None}
     found: dict[str, Any] = {"model": MODEL}
-    first = preflight.memory(params, found, {}, CPU, [])
+    free = Ledger(2_000_000_000, [CPU], {})
+    first = preflight.memory(params, found, {}, CPU, [], free)
     assert first.startswith("RAM: needs 1200 MB")
     assert (found["required_bytes"], found["available_bytes"]) == (1_200_000_000, 2_000_000_000)
-    again = preflight.memory(params | {"previous_available_bytes": 2_500_000_000}, found, {}, CPU, [])
+    again = preflight.memory(params | {"previous_available_bytes": 2_500_000_000}, found, {}, CPU, [], free)
     assert again.startswith("500 MB less are free than at the first look; RAM: needs 1200 MB")
-    same = preflight.memory(params | {"previous_available_bytes": 2_000_000_000}, found, {}, CPU, [])
+    same = preflight.memory(params | {"previous_available_bytes": 2_000_000_000}, found, {}, CPU, [], free)
     assert same == first
-    shrunk = params | {"previous_available_bytes": 2_500_000_000, "mem_available_bytes": 1_000_000_000}
-    assert refusal(preflight.memory, shrunk, found, {}, CPU, []).code == "INSUFFICIENT_RAM"
+    shrunk = params | {"previous_available_bytes": 2_500_000_000}
+    assert refusal(preflight.memory, shrunk, found, {}, CPU, [], Ledger(1_000_000_000, [CPU], {})).code == "INSUFFICIENT_RAM"
+
+
+def test_a_peer_that_has_not_got_the_model_needs_room_for_its_file_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight = node_modules.load("library", "rbee_preflight")
+    monkeypatch.setattr(rbee_ledger, "mapped", dict)
+    needs = {"ram": 10**9, "device": 0, "disk": 5 * 10**9}
+    params = {"mem_available_bytes": 10**9, "ask_only": needs, "models_dir": "/var/lib/rbee/models", "gpu_max_celsius": 87}
+    for free, room in ((5 * 10**9 + (1 << 20), True), (5 * 10**9, False)):  # a download leaves 1 MiB free
+        monkeypatch.setattr(preflight, "disk_free", lambda folder, free=free: free if folder == "/var/lib/rbee/models" else 0)
+        assert preflight.fits(params, {"model": None, "device": CPU}) is room
+        assert preflight.fits(params, {"model": MODEL, "device": CPU}) is True, "nothing is to be fetched"
+    assert preflight.fits(params | {"mem_available_bytes": 10**9 - 1}, {"model": None, "device": CPU}) is False
+    monkeypatch.setattr(preflight, "disk_free", lambda _: 10**10)
+    for celsius, room in ((86, True), (87, False)):
+        assert preflight.fits(params, {"model": None, "device": {**GPU, "temperature_celsius": celsius}}) is room
+
+
+def test_the_disk_is_that_of_the_folder_above_where_a_folder_is_not_there_yet(tmp_path: Path) -> None:
+    preflight = node_modules.load("library", "rbee_preflight")
+    assert preflight.disk_free(str(tmp_path / "not/yet")) > 0
 
 
 @pytest.mark.S37
 @pytest.mark.S59
 def test_an_accelerator_is_judged_by_its_own_memory() -> None:
-    assert "2000 MB available" in check_memory(MODEL, GPU, 1)[0]
+    assert "2000 MB available" in check_memory(MODEL, GPU, 10**10)[0]
     assert refusal(check_memory, {**MODEL, "size_bytes": 3_000_000_000}, GPU, 10**12).code == "VRAM_EXHAUSTED"
-    assert "does not tell" in check_memory(MODEL, {**GPU, "memory_free_bytes": None}, 1)[0]
+    assert "does not tell" in check_memory(MODEL, {**GPU, "memory_free_bytes": None}, 10**10)[0]
+
+
+@pytest.mark.S37
+def test_an_accelerator_s_worker_needs_a_share_of_the_machine_s_own_memory_too() -> None:
+    """Processes, the driver's libraries and the token embedding stay in RAM, however much room the device has."""
+    roomy = {**GPU, "memory_free_bytes": 10**12}
+    said, required, free = check_memory(REAL, roomy, 10**10)
+    assert (required > 600_000_000, free) == (True, 10**12), "the device's figures come first"
+    assert "; RAM: needs " in said
+    short = refusal(check_memory, REAL, roomy, 450_000_000)
+    assert short.code == "INSUFFICIENT_RAM"
+    assert 500_000_000 < short.details["required_bytes"] == short.details["needs"]["ram"] < 700_000_000
+    assert short.details["needs"]["device"] == required
+    assert check_memory(REAL, roomy, short.details["required_bytes"])
+    small = {**REAL, "metadata": {**FIGURES, "memory": {**FIGURES["memory"], "embedding_bytes": 0}}}  # type: ignore[dict-item]
+    assert check_memory(small, roomy, short.details["required_bytes"] - 30_000_000)
+
+
+def test_a_limit_on_the_unit_counts_like_memory_that_is_not_there() -> None:
+    _, four, _ = check_memory(REAL, CPU, 10**10)
+    error = refusal(lambda: check_memory(REAL, CPU, 10**10, {}, limit=four - 1))
+    assert (error.code, error.details["available_bytes"]) == ("INSUFFICIENT_RAM", four - 1)
+    assert "memory_max" in error.message
+    assert "--slots 3 fits" in str(error.hint)
+    assert [parse_size(t) for t in ("12G", "900M", "1048576", "infinity", "50%", None, "")] == [
+        12 << 30, 900 << 20, 1 << 20, None, None, None, None,
+    ]  # fmt: skip
+
+
+#: As REAL, of a type that llama.cpp maps.
+MAPPED = {
+    **REAL,
+    "path": "/m/q8.gguf",
+    "metadata": {**FIGURES, "memory": {**FIGURES["memory"], "matrix_types": [0, 8]}},  # type: ignore[dict-item]
+}
+
+
+def test_weights_that_are_mapped_already_are_shared_by_those_that_map_them_and_by_nobody_else() -> None:
+    _, four, _ = check_memory(MAPPED, CPU, 10**10)
+    there = {"/m/q8.gguf": 140_000_000, "/m/other.gguf": 10**9}
+    assert check_memory(MAPPED, CPU, four - 140_000_000, shared=there)
+    assert refusal(lambda: check_memory(MAPPED, CPU, four - 140_000_001, shared=there)).code == "INSUFFICIENT_RAM"
+    copied = {**MAPPED, "metadata": {**FIGURES, "memory": {**FIGURES["memory"], "matrix_types": [0, 2]}}}  # type: ignore[dict-item]
+    assert refusal(lambda: check_memory(copied, CPU, four - 1, shared=there)).code == "INSUFFICIENT_RAM"
+
+
+def test_a_device_needs_what_the_model_s_figures_say_and_no_multiple_of_its_file() -> None:
+    """A model of 9/10 of a card's memory fits it; of RAM there must be 1.2 times the file at least."""
+    large = {**REAL, "size_bytes": 10**12}
+    _, needed, _ = check_memory(large, {**GPU, "memory_free_bytes": 10**12}, 10**12)
+    assert needed < 10**12
+    assert refusal(lambda: check_memory(large, CPU, 10**12)).details["required_bytes"] == 1.2 * 10**12
+    words, _, _ = check_memory(large, CPU, 10**12, {"memory_check": False})
+    assert "loaded all the same (memory_check = false)" in words
+
+
+def test_two_workers_that_fit_one_by_one_do_not_fit_together() -> None:
+    _, need_, _ = check_memory(REAL, CPU, 10**10)
+    ledger = Ledger(2 * need_ - 1, [CPU], {})
+    ledger.take(REAL, "cpu:0", {})
+    error = refusal(ledger.take, REAL, "cpu:0", {}, [REAL, SMALLER])
+    assert (error.code, error.details["available_bytes"]) == ("INSUFFICIENT_RAM", need_ - 1)
+    assert str(error.hint).startswith("slots: 3 fits; or context_tokens: 2048 fits; or model: q4 (Q4_0, 90 MB) fits")
+    enough = Ledger(2 * need_, [CPU], {})
+    enough.take(REAL, "cpu:0", {})
+    enough.take(REAL, "cpu:0", {})
+    # A file that both map is there once; who leaves makes room.
+    shared = Ledger(2 * need_ - 140_000_000, [CPU], {})
+    shared.take(MAPPED, "cpu:0", {})
+    shared.take(MAPPED, "cpu:0", {})
+    ledger.give_back(1, paths=["/m/none.gguf"])
+    ledger.take(REAL, "cpu:0", {})
+
+
+def test_each_device_has_an_account_of_its_own() -> None:
+    _, gpu, _ = check_memory(REAL, {**GPU, "memory_free_bytes": 10**12}, 10**12)
+    two = [{**GPU, "id": f"cuda:{n}", "device": n, "memory_free_bytes": gpu + 1} for n in (0, 1)]
+    ledger = Ledger(10**12, [*two, CPU], {})
+    ledger.take(REAL, "cuda:0", {})
+    error = refusal(ledger.take, REAL, "cuda:0", {})
+    assert (error.code, error.details["available_bytes"]) == ("VRAM_EXHAUSTED", 1)
+    assert "device: 1 (H200) has room" in str(error.hint)
+    ledger.take(REAL, "cuda:1", {})
+    ledger.give_back(0, REAL, "cuda:0", {})
+    ledger.take(REAL, "cuda:0", {})
+
+
+def test_every_remedy_that_is_named_is_one_that_the_check_lets_through() -> None:
+    """For every amount of memory between nothing and enough: take the words at their word."""
+    _, four, _ = check_memory(REAL, CPU, 10**10)
+    seen = set()
+    for free in range(0, four, 5_000_000):
+        error = refusal(lambda free=free: check_memory(REAL, CPU, free, {}, [REAL, SMALLER]))
+        for words in str(error.hint).split("; or "):
+            found = dict(re.findall(r"--(slots|context-tokens|model) (\S+)", words))
+            if not found:
+                assert words.startswith("stop another worker")
+                continue
+            seen.add(tuple(sorted(found)))
+            wanted = {k.replace("-", "_"): int(v) for k, v in found.items() if k != "model"}
+            assert check_memory(SMALLER if found.get("model") == "q4" else REAL, CPU, free, wanted)
+    assert seen == {("slots",), ("context-tokens",), ("model",), ("context-tokens", "slots")}
 
 
 def test_a_missing_runtime_names_the_path_that_was_expected() -> None:

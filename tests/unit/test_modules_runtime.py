@@ -20,6 +20,8 @@ class Node:
         self.install, self.etc = base / "opt", base / "etc"
         (self.etc / "workers").mkdir(parents=True)
         self.broken: set[str] = set()
+        self.fails: set[str] = set()  # workers that do not come up on runtime 2
+        self.breaks: set[str] = set()  # runtimes that no worker comes up on again once it has left them
         self.running: set[str] = set()
         self.restarted: list[str] = []
         monkeypatch.setattr(runtime, "show", lambda *units: {u: self._state(u) for u in units})
@@ -30,12 +32,14 @@ class Node:
 
     def _state(self, unit: str) -> dict[str, str]:
         name = unit.split("@")[1].removesuffix(".service")
-        up = name in self.running and self.link(name).name not in self.broken
+        failing = name in self.fails and self.link(name).name == "2"
+        up = name in self.running and self.link(name).name not in self.broken and not failing
         return {"Id": unit, "ActiveState": "active" if up else "failed" if name in self.running else "inactive"}
 
     def _run(self, *argv: str, **_: Any) -> tuple[int, str, str]:
         if "restart" in argv:
             self.restarted.append(argv[-1])
+            self.broken |= self.breaks
         return 0, "", ""
 
     def add(self, version: str, kind: str = "cpu") -> Path:
@@ -85,6 +89,15 @@ def test_a_record_tells_size_users_and_what_the_metadata_says(node: Node) -> Non
     assert 1000 < record["size_bytes"] < 2000
 
 
+def test_a_record_tells_what_its_build_was_compiled_from(node: Node) -> None:
+    home = node.add("1")
+    assert runtime.record(node.params("get"), home)["build"] is None  # somebody else's wheel
+    info = home / "lib/python3.11/site-packages/llama_cpp_python-0.3.36.dist-info"
+    info.mkdir(parents=True)
+    (info / "rbee-build.json").write_text('{"backend": "cpu", "source_sha256": "ab"}')
+    assert runtime.record(node.params("get"), home)["build"] == {"backend": "cpu", "source_sha256": "ab"}
+
+
 def test_a_switch_moves_what_runs_and_what_does_not_and_is_kept(node: Node) -> None:
     old, new = node.add("1"), node.add("2")
     node.worker("cpu0", old)
@@ -114,6 +127,20 @@ def test_a_runtime_that_does_not_come_up_is_left_again_by_all(node: Node) -> Non
     assert "runs 1 again" in e.value.message
     assert (node.link("cpu0"), node.link("cpu0-b"), runtime.current_of(new.parent)) == (old, old, old)
     assert node.restarted == ["rbee-worker@cpu0.service"] * 2
+
+
+def test_one_that_does_not_come_back_keeps_no_other_on_the_new_runtime(node: Node) -> None:
+    old, new, older = node.add("1"), node.add("2"), node.add("0")
+    for name in ("cpu0", "cpu0-b", "cpu0-c"):
+        node.worker(name, older if name == "cpu0" else old)
+    node.worker("cpu0-d", old)
+    runtime.point(node.install / "runtimes/cpu/current", old)
+    node.fails, node.breaks = {"cpu0-c"}, {"0"}
+    with pytest.raises(NodeError, match=r"^rbee-worker@cpu0-c\.service did not start") as e:
+        runtime.use(node.params("used", version="2"), False)
+    assert "; all of cpu0-b, cpu0-c runs 1 again; cpu0 did not come back on 0 either: rbee-worker@cpu0." in e.value.message
+    assert [node.link(name) for name in ("cpu0", "cpu0-b", "cpu0-c", "cpu0-d")] == [older, old, old, old]
+    assert runtime.current_of(new.parent) == old
 
 
 def test_one_that_is_used_or_current_is_not_deleted(node: Node) -> None:
@@ -174,3 +201,12 @@ def test_a_deployment_of_what_is_not_whole_is_refused(node: Node) -> None:
     with pytest.raises(NodeError) as e:
         runtime.deploy(node.params("deployed", version="7"), False)
     assert e.value.code == "WORKER_BINARY_NOT_FOUND"
+
+
+def test_the_newest_wheel_of_a_folder_is_the_one_with_the_highest_version() -> None:
+    newest = node_modules.load("filter_plugins", "rbee_wheels").rbee_newest_wheel
+    names = ["llama_cpp_python-0.3.9-py3-none-any.whl", "llama_cpp_python-0.3.10-py3-none-any.whl", "llama_cpp_python-x.whl"]
+    folder = [f"/w/{name}" for name in names]
+    assert newest(folder) == newest(reversed(folder)) == f"/w/{names[1]}"
+    assert newest(folder[2:]) == folder[2]
+    assert newest([]) == ""

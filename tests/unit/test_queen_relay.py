@@ -360,6 +360,18 @@ def test_worker_that_dies_between_last_token_and_end_needs_no_other() -> None:
     assert bench.workers == ["lab0-cpu0"]
 
 
+def test_worker_that_dies_at_the_end_of_its_context_needs_no_other() -> None:
+    """7 tokens of prompt and 3 of the answer: one more than the context holds, and the last needs no room."""
+    bench = Bench(breaks_after(3), whole)
+    for worker in bench.registry:
+        worker.record.context_tokens = 9
+
+    seen = bench.run()
+
+    assert (seen[-1]["stop_reason"], seen[-1]["tokens_out"]) == ("MAX_TOKENS", 3)
+    assert bench.workers == ["lab0-cpu0"]
+
+
 def test_worker_whose_context_is_too_small_to_go_on_is_passed_over() -> None:
     too_long = refuses(PromptTooLong("5000 > 4096", prompt_tokens=5000, context_tokens=4096))
 
@@ -372,6 +384,16 @@ def test_continuation_is_exact_only_up_to_the_context_that_the_workers_state(hol
     bench = Bench(breaks_after(3), whole)  # 7 tokens of prompt + at most 10
     for worker in bench.registry:
         worker.record.model_info["exact_context_tokens"] = holds_to
+
+    assert [e["mode"] for e in bench.run() if e["type"] == "resumed"] == [mode]
+
+
+@pytest.mark.parametrize(("contexts", "mode"), [((16, 16), "exact"), ((16, 17), "approximate"), ((17, 17), "approximate")])
+def test_stream_can_not_be_longer_than_equal_contexts(contexts: tuple[int, int], mode: str) -> None:
+    bench = Bench(breaks_after(3), whole)  # 7 tokens of prompt + at most 10
+    for worker, context in zip(bench.registry, contexts, strict=True):
+        worker.record.context_tokens = context
+        worker.record.model_info["exact_context_tokens"] = 16
 
     assert [e["mode"] for e in bench.run() if e["type"] == "resumed"] == [mode]
 

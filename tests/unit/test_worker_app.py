@@ -16,6 +16,7 @@ from scripted_engine import ScriptedEngine, until
 
 from rbee_serve.contract.api import WorkerState
 from rbee_serve.contract.errors import ModelFileInvalid, PromptTooLong
+from rbee_serve.contract.events import PING
 from rbee_serve.contract.settings import WorkerSettings
 from rbee_serve.worker.app import create_app
 from rbee_serve.worker.engine.protocol import LoadProgress
@@ -310,6 +311,55 @@ def test_header_and_timeout_can_only_shorten_each_other() -> None:
             assert answer.events()[-2]["code"] == "REQUEST_TIMEOUT"
 
     with_front(check, endless)
+
+
+def waiting() -> ScriptedEngine:
+    engine = ScriptedEngine()
+    engine.granted = asyncio.Event()
+    return engine
+
+
+def test_headers_and_pings_come_while_a_stream_waits_for_its_slot() -> None:
+    """Whoever has limits on the first byte must be able to tell a wait from a worker that is dead."""
+
+    async def check(front: Front) -> None:
+        one = front.ask("POST", "/v1/inference", P)
+        await until(lambda: one.sent and PING in one.body)
+        assert (one.status, one.events(), len(front.worker.active)) == (200, [], 1)
+        assert front.engine.granted is not None
+        front.engine.granted.set()
+        await one.finish()
+        assert [e["type"] for e in one.events()[:-1]] == ["started", "token", "token", "token", "end"]
+        assert one.events()[0]["cached_tokens"] == 3
+
+    with_front(check, waiting, ping_interval_s=0.01)
+
+
+@pytest.mark.parametrize("how", ["deadline", "cancel", "leave"])
+def test_stream_that_waits_for_its_slot_can_end_before_it_has_one(how: str) -> None:
+    async def check(front: Front) -> None:
+        one = front.ask("POST", "/v1/inference", P | ({"timeout_s": 0.05} if how == "deadline" else {}), X_Request_Id="r1")
+        await until(lambda: one.sent)
+        if how == "cancel":
+            assert (await front.ask("DELETE", "/v1/inference/r1").finish()).status == 204
+        if how == "leave":
+            one.leave()
+        await one.finish()
+        last = one.events()[:1]
+        assert [e.get("code", e.get("stop_reason")) for e in last] == {
+            "deadline": ["REQUEST_TIMEOUT"], "cancel": ["CANCELLED"], "leave": []
+        }[how]  # fmt: skip
+        assert (front.engine.running, front.worker.active) == (set(), {})
+
+    with_front(check, waiting)
+
+
+def test_answer_that_is_not_streamed_has_the_status_of_what_ended_its_wait() -> None:
+    async def check(front: Front) -> None:
+        late = await front.infer(P | {"stream": False, "timeout_s": 0.05})
+        assert (late.status, late.error()["code"]) == (408, "REQUEST_TIMEOUT")
+
+    with_front(check, waiting)
 
 
 @pytest.mark.parametrize("value", ["soon", "nan", "inf", ""])

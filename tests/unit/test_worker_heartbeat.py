@@ -88,6 +88,30 @@ def test_beats_repeat_at_the_interval() -> None:
     asyncio.run(run())
 
 
+def test_beats_that_end_for_any_reason_begin_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        queen, endings = QueenStandIn(), [RuntimeError("a library's own"), asyncio.CancelledError(), None]
+        worker, sender = make(ScriptedEngine(), queen, heartbeat_interval_s=0.01)
+        record = worker.record
+
+        def ends() -> Any:
+            if endings and (ending := endings.pop(0)) is not None:
+                raise ending
+            return record()
+
+        worker.record = ends  # type: ignore[method-assign]
+        task = asyncio.create_task(sender.run())
+        await until(lambda: len(queen.beats) >= 3)
+        task.cancel()
+        await asyncio.wait((task,))
+        assert asyncio.all_tasks() == {asyncio.current_task()}, "beats go on after the end"
+
+    with caplog.at_level("ERROR", logger="rbee_serve.worker.heartbeat"):
+        asyncio.run(run())
+    reasons = [vars(r)["reason"] for r in caplog.records]
+    assert reasons == ['RuntimeError("a library\'s own")', "cancelled"]
+
+
 def test_queen_that_is_away_is_one_warning_an_outage_and_found_again(caplog: pytest.LogCaptureFixture) -> None:
     async def run() -> None:
         queen = QueenStandIn()

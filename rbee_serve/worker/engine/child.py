@@ -1,13 +1,15 @@
 """The engine process: loads the model, then one loop of reading messages and stepping. Started by process.py.
 
 Everything happens in one thread, so what it reports (a tick at least once a second) is proof that generation moves. A second
-one only reads: it hears of a cancellation while llama.cpp computes and ends the evaluation of that prompt.
+one only reads: it hears of a cancellation while llama.cpp computes and ends the evaluation of that prompt. At the start a third
+one imports what is needed after the weights, numpy first of all, while they are loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import queue
 import signal
@@ -15,24 +17,28 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, RbeeError
-from rbee_serve.worker.engine import llama
-from rbee_serve.worker.engine.embedding import Embedder
+from rbee_serve.worker.engine import room
 from rbee_serve.worker.engine.interrupt import Interrupt
 from rbee_serve.worker.engine.model_file import read_header
-from rbee_serve.worker.engine.prefix_store import PrefixStore
 from rbee_serve.worker.engine.protocol import EngineConfig, GenerateRequest
-from rbee_serve.worker.engine.scheduler import Event, Scheduler
+from rbee_serve.worker.engine.weights import Weights, bindings
 from rbee_serve.worker.engine.wire import Unpacker, pack
 
 if TYPE_CHECKING:
     from rbee_serve.contract.api import SamplingParams
+    from rbee_serve.worker.engine import llama
+    from rbee_serve.worker.engine.embedding import Embedder
+    from rbee_serve.worker.engine.scheduler import Event, Scheduler
 
 TICK_S = 0.5
+#: How soon the interpreter's lock is passed on during the start: llama.cpp tells its progress of each matrix, and would wait.
+_SWITCH_S = 1e-4
 _PR_SET_PDEATHSIG = 1
 
 
@@ -65,6 +71,7 @@ class EngineLoop:
         self._ticked = 0.0
         self._timed = 0.0
         self._busy_s = 0.0
+        self._imports = threading.Thread(target=import_rest, name="imports")
 
     def send(self, message: Any) -> None:
         """Send; ends the process when the front is gone."""
@@ -98,18 +105,35 @@ class EngineLoop:
         try:
             while data := self._connection.recv(1 << 20):
                 for message in unpacker.feed(data):
-                    self._messages.put(message)  # first, so that whoever is interrupted finds the reason
                     if (request_id := message.get("cancel")) is not None:
-                        self._interrupt.cancel(request_id)
+                        self._interrupt.cancel(request_id, partial(self._messages.put, message))
+                    else:
+                        self._messages.put(message)
         except OSError:
             pass
         finally:
             self._messages.put(None)
             self._interrupt.cancel_watched()
 
-    def load(self, config: EngineConfig) -> tuple[llama.Model, Scheduler]:
-        """Load and prove that a token can be generated; progress goes to the front as it happens."""
+    def configuration(self) -> tuple[EngineConfig, bool]:
+        """Wait for the first message: what to load, and whether that was said early."""
+        first: Any = None
+        if self._messages.empty():  # else loading comes first
+            self._imports.start()
+        while first is None:
+            with contextlib.suppress(queue.Empty):
+                first = self._messages.get(timeout=60.0)
+                if first is None:
+                    raise FrontGone
+        return EngineConfig(**first["config"]), first.get("early", False)
+
+    def load(self, config: EngineConfig, *, early: bool = False) -> tuple[llama.Model, Scheduler]:
+        """Load and prove that a token can be generated; progress goes to the front as it happens.
+
+        ``early``: the front has not read its settings yet. Weights are loaded, and nothing else before it has.
+        """
         header = read_header(Path(config.model_path))
+        room.check(config, header)
         layers, seen = header.block_count, -1
 
         def progress(value: float) -> None:
@@ -120,7 +144,17 @@ class EngineLoop:
                 self.send({"load": {"stage": "loading_to_vram", "layers_loaded": loaded, "layers_total": layers}})
 
         progress(0.0)
-        model = llama.Model(config, header, progress, self._interrupt)
+        if self._imports.ident is None:
+            self._imports.start()
+        weights = Weights(config, header, progress)
+        while early:
+            early = not any("settled" in message for message in self.receive(60.0))
+
+        from rbee_serve.worker.engine import llama
+        from rbee_serve.worker.engine.prefix_store import PrefixStore
+        from rbee_serve.worker.engine.scheduler import Scheduler
+
+        model = llama.Model(config, header, progress, self._interrupt, weights)
         store = None
         if config.prefix_store_dir is not None:
             store = PrefixStore(Path(config.prefix_store_dir), model.state_fingerprint, config.prefix_store_max_bytes)
@@ -132,6 +166,8 @@ class EngineLoop:
 
     def run(self, model: llama.Model, scheduler: Scheduler) -> None:
         """Step for ever: as fast as possible while there is work, else wait for a message."""
+        from rbee_serve.worker.engine.embedding import LEAST_ROWS, Embedder
+
         embedder = Embedder(model)
         model.decode_s = 0.0  # the self test does not count
         while True:
@@ -148,8 +184,8 @@ class EngineLoop:
             if scheduler.has_work:
                 scheduler.step(self.give_out)
             self._busy_s += time.perf_counter() - began
-            if embedder.has_work:
-                for number, answer in embedder.step():
+            if embedder.has_work and (rows := scheduler.spare(LEAST_ROWS, embedder.token_s)) != 0:
+                for number, answer in embedder.step(rows):
                     self._reply(number, answer)
             if time.monotonic() - self._timed >= TICK_S:
                 self._timed = time.monotonic()
@@ -195,6 +231,8 @@ def detokenize(model: llama.Model, ids: list[int], *, special: bool) -> str | Rb
 def self_test(model: llama.Model, scheduler: Scheduler) -> None:
     """Generate one token, or embed one text where that is what the model does; raises InferenceFailed when it does not work."""
     if not model.causal:
+        from rbee_serve.worker.engine.embedding import Embedder
+
         embedder = Embedder(model)
         embedder.submit(0, ["a"])
         answers: list[Any] = []
@@ -213,9 +251,20 @@ def self_test(model: llama.Model, scheduler: Scheduler) -> None:
         raise InferenceFailed(f"self test of one token failed: {events}")
 
 
+def import_rest() -> None:
+    """Import what comes after the weights; what is missing is said by who needs it."""
+    with contextlib.suppress(ImportError):
+        from rbee_serve.worker.engine import embedding, llama, prefix_store, scheduler  # noqa: F401
+
+
 def main() -> None:
     """Entry: ``child FD PARENT_PID``; the first message is the configuration."""
+    gc.disable()
+    usual_s = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # else an assert starts gdb first
+    # Device numbers are nvidia-smi's, as everywhere in rbee; CUDA by itself puts the fastest first.
+    os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     die_with(int(sys.argv[2]))
     # Ctrl+C in a terminal and systemd's SIGTERM reach the whole group: the front decides, streams may still be draining.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -224,16 +273,16 @@ def main() -> None:
     loop = EngineLoop(socket.socket(fileno=int(sys.argv[1])))
     loop.listen()
     with contextlib.suppress(RbeeError):  # loading says it again, to somebody who listens
-        llama.bindings()
-    config: EngineConfig | None = None
-    while config is None:
-        for message in loop.receive(60.0):
-            config = EngineConfig(**message["config"])
+        bindings()
+    config, early = loop.configuration()
     try:
-        model, scheduler = loop.load(config)
+        model, scheduler = loop.load(config, early=early)
     except RbeeError as e:
         loop.send({"failed": e.envelope()["error"]})
         raise SystemExit(1) from None
+    sys.setswitchinterval(usual_s)
+    gc.freeze()  # modules stay: no collection looks at them again
+    gc.enable()
     try:
         loop.run(model, scheduler)
     except FrontGone:

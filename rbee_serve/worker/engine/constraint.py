@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,15 +19,15 @@ if TYPE_CHECKING:
     from rbee_serve.contract.api import SamplingParams
     from rbee_serve.worker.engine.llama import Model
 
-#: Automata kept: what one request has worked out helps the next with the same grammar.
-_KEPT_MAX = 16
+#: Automata kept, and their bytes together: what one request has worked out helps the next with the same grammar.
+_KEPT_MAX, _KEPT_BYTES = 16, 64 << 20
 
 
 class Constraint:
     """What one text must follow, in tokens."""
 
-    def __init__(self, constraints: Constraints, automaton: Automaton) -> None:
-        self._constraints, self._model = constraints, constraints.model
+    def __init__(self, model: Model, automaton: Automaton, vocabulary: Vocabulary) -> None:
+        self._model, self._vocabulary = model, vocabulary
         self._matcher = Matcher(automaton)
 
     @property
@@ -50,7 +51,7 @@ class Constraint:
 
     def allowed(self) -> NDArray[np.int64]:
         """Return all tokens that may come next."""
-        ids = self._matcher.allowed(self._constraints.vocabulary)
+        ids = self._matcher.allowed(self._vocabulary)
         return np.concatenate([ids, self._model.eog_ids]) if self._matcher.may_end else ids
 
 
@@ -64,12 +65,35 @@ class Constraints:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """All tokens that are text; built when first asked for."""
+        """All tokens that are text, as a tree; begun when first asked for, whole when it has grown enough."""
         if self._vocabulary is None:
-            model = self.model
-            pieces = ((i, model.piece(i)) for i in range(model.n_vocab) if not model.is_eog(i))
-            self._vocabulary = Vocabulary((i, piece) for i, piece in pieces if piece)
+            self._vocabulary = Vocabulary(self._pieces())
         return self._vocabulary
+
+    def _pieces(self) -> Iterator[tuple[int, bytes]]:
+        model = self.model
+        for token in range(model.n_vocab):
+            if not model.is_eog(token) and (piece := model.piece(token)):
+                yield token, piece
+
+    @property
+    def prepared(self) -> bool:
+        """Whether a draw finds the vocabulary complete."""
+        return self._vocabulary is not None and self._vocabulary.whole
+
+    def prepare(self, steps: int) -> bool:
+        """Go on with the vocabulary by so many steps; return whether a request needs more of it (0.4 s for 49,000 tokens)."""
+        if self._vocabulary is None or self._vocabulary.whole:
+            return False
+        self._vocabulary.grow(steps)
+        return not self._vocabulary.whole
+
+    def tidy(self) -> None:
+        """Forget automata that no text should begin with, and the least recently used where they are too many or too large."""
+        for key in [key for key, automaton in self._automata.items() if automaton.worn]:
+            del self._automata[key]
+        while len(self._automata) > _KEPT_MAX or sum(a.size for a in self._automata.values()) > _KEPT_BYTES:
+            self._automata.popitem(last=False)
 
     def of(self, params: SamplingParams) -> Constraint | None:
         """Return the constraint that a request asks for.
@@ -93,6 +117,5 @@ class Constraints:
             # A schema is any JSON that a client sends: a keyword's value of a type that nobody thought of ends up here.
             raise InvalidRequest(f"{name}: a keyword has a value of the wrong type ({e})", field=name) from e
         self._automata[key] = automaton
-        while len(self._automata) > _KEPT_MAX:
-            self._automata.popitem(last=False)
-        return Constraint(self, automaton)
+        self.tidy()
+        return Constraint(self.model, automaton, self.vocabulary)

@@ -7,6 +7,7 @@ a block holds as many texts as fit, and none in part.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from rbee_serve.contract.errors import (
     RbeeError,
 )
 from rbee_serve.worker.engine.batch import Batch
+from rbee_serve.worker.engine.scheduler import EngineBroken
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 #: Texts evaluated in one call at most; llama.cpp reserves something for each.
 _SEQUENCES = 16
+#: Fewer tokens in a call cost nearly as much as so many.
+LEAST_ROWS = 32
 # enum llama_pooling_type, as ``<architecture>.pooling_type`` has it.
 _UNSPECIFIED, _NONE, _MEAN, _CLS, _LAST = -1, 0, 1, 2, 3
 
@@ -68,6 +72,7 @@ class Embedder:
         self._waiting: deque[tuple[_Job, int]] = deque()
         self._running: list[_Text] = []
         self._free = list(range(_SEQUENCES))
+        self.token_s = 0.0  # seconds that a token takes, measured; 0: not yet
 
     @property
     def has_work(self) -> bool:
@@ -92,18 +97,24 @@ class Embedder:
         for text in [t for t in self._running if t.job.number == number]:
             self._leave(text)
 
-    def step(self) -> list[tuple[int, dict[str, Any] | RbeeError]]:
-        """Evaluate one block; return (number, answer) of requests that it completed or that failed.
+    def step(self, rows_max: int | None = None) -> list[tuple[int, dict[str, Any] | RbeeError]]:
+        """Evaluate one block, of ``rows_max`` tokens at most; return (number, answer) of requests that it completed or that
+        failed.
 
-        An answer is ``{"vectors": [[float]], "tokens": [int]}``; vectors have length one.
+        An answer is ``{"vectors": [[float]], "tokens": [int]}``; vectors have length one. A limit is for causal models alone:
+        the others take a text whole. Raises EngineBroken.
         """
-        rows = self._fill()
+        capacity = self._batch.capacity
+        rows, began = self._fill(capacity if rows_max is None else min(rows_max, capacity)), time.monotonic()
         code = self._model.ll.llama_decode(self._ctx, self._batch.struct)
         if code != 0:
             return self._failed(code)
         pointer = self._model.ll.llama_get_embeddings(self._ctx)
         if not pointer:
             return self._failed(code)
+        if self._batch.size >= LEAST_ROWS:
+            pace = (time.monotonic() - began) / self._batch.size
+            self.token_s = pace if not self.token_s else 0.7 * self.token_s + 0.3 * pace
         vectors = np.ctypeslib.as_array(pointer, shape=(self._batch.size, self._size))
         done: list[tuple[int, dict[str, Any] | RbeeError]] = []
         for text, first, count in rows:
@@ -166,14 +177,15 @@ class Embedder:
 
     # --- one step -----------------------------------------------------------------------------------------------
 
-    def _fill(self) -> list[tuple[_Text, int, int]]:
-        """Fill the batch; return (text, first row, rows): what runs goes on, then new ones come in while there is room."""
+    def _fill(self, capacity: int) -> list[tuple[_Text, int, int]]:
+        """Fill up to ``capacity`` rows of the batch; return (text, first row, rows): what runs goes on, new ones come in while
+        there is room."""
         batch, at, rows = self._batch, 0, []
         while self._waiting and self._free and self._has_room(len(self._waiting[0][0].tokens[self._waiting[0][1]])):
             job, index = self._waiting.popleft()
             self._running.append(_Text(job, index, self._free.pop()))
         for text in self._running:
-            count = min(len(text.tokens) - text.done, batch.capacity - at)
+            count = min(len(text.tokens) - text.done, capacity - at)
             if count == 0:
                 break
             batch.tokens[at : at + count] = text.tokens[text.done : text.done + count]
@@ -215,6 +227,8 @@ class Embedder:
         self._free.append(text.seq)
 
     def _failed(self, code: int) -> list[tuple[int, dict[str, Any] | RbeeError]]:
+        if code < -1:
+            raise EngineBroken(f"llama_decode returned {code} for embeddings")
         error = InferenceFailed(f"llama_decode returned {code} for embeddings", llama_code=code)
         numbers = {text.job.number for text in self._running}
         for number in numbers:

@@ -7,9 +7,10 @@ a token costs a dictionary look-up a character.
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,8 @@ _WORK_CHAR, _WORK_MASK, _WORK_TOTAL = 4 * STACKS_MAX, 150_000, 2_000_000
 #: An automaton that has needed this much is not used for further texts: they begin with an empty one.
 _WORK_SHARED = 500_000
 _MASKS_MAX = 64
+#: Memory for each place looked at, about.
+_WORK_BYTES = 50
 _DEAD = -1
 
 
@@ -38,43 +41,57 @@ def too_ambiguous() -> InvalidRequest:
 
 
 class Vocabulary:
-    """The tokens of a model as a tree of characters, for finding all that may follow. Built once, when first needed."""
+    """The tokens of a model as a tree of characters, for finding all that may follow. Grows in parts: see `grow`."""
 
     def __init__(self, pieces: Iterable[tuple[int, bytes]]) -> None:
-        """``pieces``: (id, bytes) of all tokens that have bytes and do not end a generation."""
-        words: dict[str, list[int]] = {}
+        """``pieces``: (id, bytes) of all tokens that have bytes and do not end a generation; read as it grows."""
+        self.whole = False
         self.partial: list[tuple[int, bytes]] = []  # not whole characters
-        for token, piece in pieces:
-            try:
-                words.setdefault(piece.decode(), []).append(token)
-            except UnicodeDecodeError:
-                self.partial.append((token, piece))
         # The tree, written down in the order of a walk: ``end`` is where the walk goes on when a branch is dead.
         self.chars: list[str] = []
         self.depth: list[int] = []
         self.end: list[int] = []
         self.tokens: list[list[int] | None] = []
+        self._building = self._build(pieces)
+
+    def grow(self, steps: int | None) -> None:
+        """Do so many steps, two for each token; None: all that are left."""
+        for _ in itertools.islice(self._building, steps):
+            pass
+
+    def _build(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[None]:
+        words: dict[str, dict[str, list[int]]] = {}  # by first character: so no sorting takes long
+        for token, piece in pieces:
+            try:
+                word = piece.decode()
+                words.setdefault(word[0], {}).setdefault(word, []).append(token)
+            except UnicodeDecodeError:
+                self.partial.append((token, piece))
+            yield
         path: list[int] = []
         before = ""
-        for word in sorted(words):
-            common = 0
-            for a, b in zip(word, before, strict=False):
-                if a != b:
-                    break
-                common += 1
-            for node in path[common:]:
-                self.end[node] = len(self.chars)
-            del path[common:]
-            for depth in range(common, len(word)):
-                path.append(len(self.chars))
-                self.chars.append(word[depth])
-                self.depth.append(depth)
-                self.end.append(0)
-                self.tokens.append(None)
-            self.tokens[path[-1]] = words[word]
-            before = word
+        for first in sorted(words):
+            for word, ids in sorted(words[first].items()):
+                common = 0
+                for a, b in zip(word, before, strict=False):
+                    if a != b:
+                        break
+                    common += 1
+                for node in path[common:]:
+                    self.end[node] = len(self.chars)
+                del path[common:]
+                for depth in range(common, len(word)):
+                    path.append(len(self.chars))
+                    self.chars.append(word[depth])
+                    self.depth.append(depth)
+                    self.end.append(0)
+                    self.tokens.append(None)
+                self.tokens[path[-1]] = ids
+                before = word
+                yield
         for node in path:
             self.end[node] = len(self.chars)
+        self.whole = True
 
 
 class Automaton:
@@ -111,6 +128,11 @@ class Automaton:
     def worn(self) -> bool:
         """Whether a new text had better begin with an automaton of its own."""
         return self.work > _WORK_SHARED
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes: what was worked out, and the tokens allowed in its states."""
+        return self.work * _WORK_BYTES + sum(mask.nbytes for mask in self.masks.values())
 
     def step(self, state: int, char: str) -> int:
         """Return the state after one more character, negative when the grammar has no such text."""
@@ -245,6 +267,7 @@ class Matcher:
         automaton, key = self._automaton, self._state
         whole = automaton.masks.get(key) if not self._open else None
         if whole is None:
+            vocabulary.grow(None)
             found = [] if self._open else automaton.allowed(self._state, vocabulary)
             found += [token for token, piece in vocabulary.partial if self._after(piece) is not None]
             whole = np.array(sorted(found), np.int64)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Callable
 
 #: strlen's address: a function of a pointer whose answer, 0 or 1, llama.cpp reads as a boolean.
 CALLBACK = ctypes.cast(ctypes.CDLL(None).strlen, ctypes.c_void_p).value
@@ -38,9 +39,13 @@ class Interrupt:
         with self._lock:
             self._watched, self._flag[0] = None, b"\0"
 
-    def cancel(self, request_id: str) -> None:
-        """End the watched call if it is this request's, and those that would still be made for it."""
+    def cancel(self, request_id: str, tell: Callable[[], None]) -> None:
+        """End the watched call if it is this request's, and those that would still be made for it.
+
+        ``tell`` lets the loop know: before the call ends, so that it finds the reason, and not before it can be `heard`.
+        """
         with self._lock:
+            tell()
             self._cancelled.add(request_id)
             if request_id == self._watched:
                 self._flag[0] = b"x"

@@ -33,6 +33,17 @@ def library_dir() -> Path:
     return Path(next(iter(spec.submodule_search_locations))) / "lib"
 
 
+def version() -> str:
+    """Return llama-cpp-python's version, from the name of the folder in which pip keeps what it knows of it.
+
+    ``importlib.metadata`` would say the same; importing it takes 20 ms of a start. Raises BackendUnavailable.
+    """
+    site = library_dir().parents[1]
+    for folder in site.glob("llama_cpp_python-*.dist-info"):
+        return folder.name.removeprefix("llama_cpp_python-").removesuffix(".dist-info")
+    raise BackendUnavailable(f"{site} has llama_cpp, but not llama-cpp-python's metadata", python=sys.executable)
+
+
 def _load_backend(ll: Any, path: Path) -> bool:
     load = ll._lib.ggml_backend_load
     load.argtypes, load.restype = [ctypes.c_char_p], ctypes.c_void_p
@@ -113,6 +124,15 @@ def select_device(ll: Any, backend: str, index: int) -> tuple[int | None, str]:
     return seen[fitting[index]], fitting[index]
 
 
+def device_free(ll: Any, device: int) -> int:
+    """Return the bytes that are free on a device; 0 where its driver does not tell."""
+    ask = ll._lib.ggml_backend_dev_memory
+    ask.argtypes, ask.restype = [ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.POINTER(ctypes.c_size_t)], None
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    ask(device, ctypes.byref(free), ctypes.byref(total))
+    return free.value if total.value else 0
+
+
 def cpu_limit() -> int:
     """Return how many threads can compute at once: CPUs this process may use, and its control group's quota.
 
@@ -138,6 +158,7 @@ class LoadLog:
 
     buffers_mib: dict[str, float] = field(default_factory=dict)  # all buffers by the device's name
     weights_mib: dict[str, float] = field(default_factory=dict)  # weights alone
+    cache_mib: float = 0.0  # of the slots: keys and values, states of recurrent layers
     offloaded: tuple[int, int] | None = None  # layers on the GPU, of
     errors: list[str] = field(default_factory=list)
     _line: str = ""
@@ -156,6 +177,7 @@ class LoadLog:
         if match := re.search(r"(\S+)\s+(model|KV|compute|output|RS) buffer size\s*=\s*([\d.]+) MiB", line):
             name, mib = match[1], float(match[3])
             self.buffers_mib[name] = round(self.buffers_mib.get(name, 0.0) + mib, 2)
+            self.cache_mib += mib if match[2] in ("KV", "RS") else 0.0
             if match[2] == "model":
                 self.weights_mib[name] = round(self.weights_mib.get(name, 0.0) + mib, 2)
         elif match := re.search(r"offloaded (\d+)/(\d+) layers", line):
@@ -163,6 +185,13 @@ class LoadLog:
         if self._level == _GGML_ERROR and line:
             self.errors = [*self.errors[-3:], line]
             print(f"llama.cpp: {line}", file=sys.stderr, flush=True)
+
+    def count_once(self) -> None:
+        """Note that what was repacked does not stay in memory as a mapping of the file as well."""
+        copied = self.weights_mib.get("CPU_REPACK", 0.0)
+        for figures in (self.buffers_mib, self.weights_mib):
+            if "CPU_Mapped" in figures:
+                figures["CPU_Mapped"] = round(max(0.0, figures["CPU_Mapped"] - copied), 2)
 
     @property
     def reason(self) -> str:

@@ -1,4 +1,4 @@
-"""The only place that knows llama.cpp: loading, batches, KV cache, tokens. Runs in the engine process alone.
+"""The only place that knows llama.cpp, with weights.py: batches, KV cache, tokens. Runs in the engine process alone.
 
 Bound to llama-cpp-python's low-level module. A C++ exception or a failed assert ends the process, so nothing unchecked
 is passed on: pointers are tested for NULL (a NULL pointer object is not None), lengths are computed here.
@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.metadata
-import importlib.util
-import sys
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rbee_serve.contract.errors import BackendUnavailable, ConfigInvalid, InsufficientRam, InsufficientVram, ModelFileInvalid
-from rbee_serve.worker.engine import guards, interrupt, libs
+from rbee_serve.contract.errors import ConfigInvalid, InsufficientRam, InsufficientVram, ModelFileInvalid
+from rbee_serve.worker.engine import failures, interrupt, libs
 from rbee_serve.worker.engine.batch import Batch
 from rbee_serve.worker.engine.blocks import Blocks
 from rbee_serve.worker.engine.model_file import fingerprint
+from rbee_serve.worker.engine.weights import Weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,33 +29,21 @@ if TYPE_CHECKING:
     from rbee_serve.worker.engine.protocol import EngineConfig
 
 _KV_TYPES = {"f16": 1, "q8_0": 8}  # enum ggml_type
-#: F32, Q4_0, Q4_1, Q8_0 (enum ggml_type): their matmul kernels give the same bits whatever the batch, those of K-quants,
-#: Q5 and 16-bit floats do not or were not measured.
-_BATCH_INVARIANT = frozenset({0, 2, 3, 8})
-_TYPE_NAMES = {1: "F16", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
+#: Q4_0, Q4_1, Q8_0 (enum ggml_type): their matmul kernels give the same bits whatever the batch, those of K-quants, Q5 and
+#: floats do not (one row takes another way than several) or were not measured.
+_BATCH_INVARIANT = frozenset({2, 3, 8})
+_TYPE_NAMES = {0: "F32", 1: "F16", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
 #: An f16 cache of this many positions and more is read by another kernel when exactly one stream decodes.
 _F16_EXACT_TOKENS = 256
-#: Formats that llama.cpp repacks at load (AVX): mapping the file as well would keep both copies in memory.
-_REPACKED = frozenset({2, 12, 20})  # Q4_0, Q4_K, IQ4_NL
 
+#: Bytes a second, for reckoning what a copy costs: of a slot's whole room by llama.cpp, of a saved state in and out again, and of
+#: a slot's room on an accelerator. Measured 2.6 and 0.4 GB/s on a busy Zen 4 with one thread.
+_STREAM_BYTES_S, _STATE_BYTES_S, _DEVICE_BYTES_S = 2e9, 0.3e9, 1e11
+#: A saved state needs its size in memory: larger ones are copied by llama.cpp, room and all.
+_STATE_BYTES_MAX = 64 << 20
 
 #: What `prefill` returns when it was interrupted (llama_decode's "aborted").
 INTERRUPTED = 2
-
-
-def bindings() -> Any:
-    """Import the ctypes module without the package's ``__init__``, which pulls in jinja2, diskcache and more (80 ms)."""
-    if "llama_cpp" not in sys.modules:
-        spec = importlib.util.find_spec("llama_cpp")
-        if spec is None or spec.submodule_search_locations is None:
-            raise BackendUnavailable("llama-cpp-python is not installed in this runtime", python=sys.executable)
-        package = types.ModuleType("llama_cpp")
-        package.__path__ = list(spec.submodule_search_locations)
-        package.__spec__ = spec
-        sys.modules["llama_cpp"] = package
-    import llama_cpp.llama_cpp as ll
-
-    return ll
 
 
 class Model:
@@ -73,25 +58,20 @@ class Model:
         header: gguf.Header,
         on_progress: Callable[[float], None],
         interrupt_: interrupt.Interrupt | None = None,
+        weights: Weights | None = None,
     ) -> None:
-        """Load; ``on_progress`` gets 0..1; ``interrupt_`` can end the evaluation of a prompt.
+        """Make the context; ``interrupt_`` can end the evaluation of a prompt; ``weights``: where they are loaded already, else
+        they are now, and ``on_progress`` gets 0..1.
 
-        Raises BackendUnavailable (device not there, weights not on it), ModelFileInvalid (llama.cpp refused the file),
-        InsufficientRam or InsufficientVram (no room for the context).
+        Raises what loading them does, BackendUnavailable (weights not on the device), InsufficientRam or InsufficientVram (no
+        room for the context).
         """
-        ll = self.ll = bindings()
-        self.config, self.header, self.log = config, header, libs.LoadLog()
+        weights = self._weights = weights or Weights(config, header, on_progress)
+        ll = self.ll = weights.ll
+        self.config, self.header, self.log = config, header, weights.log
+        self.variant, self.isa, self.device, self.threads = weights.variant, weights.isa, weights.device, weights.threads
+        self.model, self.vocab = weights.model, weights.vocab
         self._interrupt = interrupt_ or interrupt.Interrupt()
-        self._log_callback = ll.llama_log_callback(lambda level, text, _: self.log.feed(level, text))
-        ll.llama_log_set(self._log_callback, ctypes.c_void_p())
-        guards.check_abi(ll, importlib.metadata.version("llama-cpp-python"))
-        self.variant = libs.load_cpu_variant(ll, config.cpu_variant)
-        guards.check_instructions(ll.llama_print_system_info().decode())
-        ll.llama_backend_init()
-        self.isa = libs.isa_class(ll)
-        device, self.device = libs.select_device(ll, config.backend, config.device)
-        self.threads = config.threads or libs.cpu_limit()
-        self._load_model(device, on_progress)
         self._load_adapters()
         self.batch_invariant = self._is_batch_invariant()
         self._check_deterministic()
@@ -108,45 +88,26 @@ class Model:
 
     # --- loading ------------------------------------------------------------------------------------------------
 
-    def _load_model(self, device: int | None, on_progress: Callable[[float], None]) -> None:
-        ll, path = self.ll, self.config.model_path
-        params = ll.llama_model_default_params()
-        # An explicit list, empty for the CPU: nothing is offloaded by itself, nothing falls back by itself.
-        self._devices = (ctypes.c_void_p * 2)(device, None)
-        params.devices = ctypes.cast(self._devices, ctypes.c_void_p)
-        params.n_gpu_layers = 0 if device is None else -1
-        params.split_mode, params.main_gpu = ll.LLAMA_SPLIT_MODE_NONE, 0
-        repacked = device is None and bool(self.header.tensor_types & _REPACKED)
-        params.load_mode = ll.LLAMA_LOAD_MODE_NONE if repacked else ll.LLAMA_LOAD_MODE_MMAP
-
-        def progress(value: float, _: Any) -> bool:
-            on_progress(value)
-            return True
-
-        self._progress_callback = ll.llama_progress_callback(progress)
-        params.progress_callback = self._progress_callback
-        self.model = ll.llama_model_load_from_file(path.encode(), params)
-        if not self.model:
-            raise ModelFileInvalid(f"llama.cpp could not load {path}: {self.log.reason}", path=path)
-        self.vocab = ll.llama_model_get_vocab(self.model)
-
     @property
     def can_be_cut(self) -> bool:
         """Whether the last positions of a sequence can be taken back: not with recurrent layers or sliding windows."""
-        ll, model = self.ll, self.model
-        recurrent = ll.llama_model_is_recurrent(model) or ll.llama_model_is_hybrid(model)
-        return not recurrent and ll.llama_model_n_swa(model) == 0
+        return not self.recurrent and self.ll.llama_model_n_swa(self.model) == 0
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether layers carry one state through the text: it stands for all positions, and none of them can be taken back."""
+        return bool(self.ll.llama_model_is_recurrent(self.model) or self.ll.llama_model_is_hybrid(self.model))
 
     def _is_batch_invariant(self) -> bool:
         """Whether a stream's bits are known not to depend on what else is in the batch (CPU, dense, full attention)."""
         experts = self.header.values.get(f"{self.header.architecture}.expert_count", 0)
         usual = self.config.backend == "cpu" and self.can_be_cut and not experts and not self.config.lora
-        return usual and self.header.tensor_types <= _BATCH_INVARIANT
+        return usual and self.header.matrix_types <= _BATCH_INVARIANT
 
     def _check_deterministic(self) -> None:
         if not self.config.deterministic or self.batch_invariant:
             return
-        others = sorted(_TYPE_NAMES.get(t, str(t)) for t in self.header.tensor_types - _BATCH_INVARIANT)
+        others = sorted(_TYPE_NAMES.get(t, str(t)) for t in self.header.matrix_types - _BATCH_INVARIANT)
         reason = f"weights of type {', '.join(others)}" if others else "its architecture, LoRA adapters or a GPU"
         raise ConfigInvalid(
             f"deterministic: this model can not be evaluated so that a stream's tokens do not depend on the others: {reason}",
@@ -193,7 +154,8 @@ class Model:
         params.abort_callback_data = self._interrupt.data
         self.ctx = ll.llama_init_from_model(self.model, params)
         if not self.ctx:
-            error = InsufficientRam if config.backend == "cpu" else InsufficientVram
+            found = failures.cause(self.log.errors, self.device)
+            error = found[0] if found else InsufficientRam if config.backend == "cpu" else InsufficientVram
             raise error(
                 f"llama.cpp could not make a context of {config.slots} slots x {self.context_tokens} tokens: {self.log.reason}",
                 hint='fewer slots, a smaller context_tokens or kv_type = "q8_0" take less memory',
@@ -201,6 +163,7 @@ class Model:
                 context_tokens=self.context_tokens,
             )
         self.context_tokens = min(self.context_tokens, ll.llama_n_ctx_seq(self.ctx))
+        self.stream_bytes = self.log.cache_mib * (1 << 20) / config.slots  # of the cache, the part of one slot
         self.apply_adapters(self.ctx)
         self.memory = ll.llama_get_memory(self.ctx)
         #: Whether a token may see those before it alone; else a text must be evaluated in one call.
@@ -258,35 +221,69 @@ class Model:
     # --- KV cache -----------------------------------------------------------------------------------------------
 
     def cut(self, seq: int, keep: int) -> int:
-        """Keep the first ``keep`` positions of a sequence; return how many really are left (0 where the model can not
-        be cut in part: sliding windows, recurrent layers)."""
-        if self.ll.llama_memory_seq_rm(self.memory, seq, keep if keep else -1, -1):
+        """Keep the first ``keep`` positions of a sequence; return how many really are left: all, or none where they are not
+        there (llama.cpp removes nothing of an empty sequence and says so with success) or the model can not be cut in part
+        (recurrent layers, sliding windows that have moved on)."""
+        if keep and self.ll.llama_memory_seq_rm(self.memory, seq, keep, -1) and self._holds(seq, keep):
             return keep
         self.ll.llama_memory_seq_rm(self.memory, seq, -1, -1)
         return 0
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy a whole sequence (with separate streams llama.cpp copies no part of one)."""
+    def _holds(self, seq: int, keep: int) -> bool:
+        """Whether a sequence has the positions before ``keep`` and no others, as far as they are still looked at."""
+        ll = self.ll
+        if ll.llama_memory_seq_pos_max(self.memory, seq) != keep - 1:
+            return False
+        if self.recurrent:  # one state stands for all positions
+            return True
+        window = ll.llama_model_n_swa(self.model)
+        first = max(0, keep - window) if window else 0
+        return bool(ll.llama_memory_seq_pos_min(self.memory, seq) <= first)
+
+    def copy_s(self, held: int) -> float:
+        """Return the seconds that copying a sequence of ``held`` positions takes, reckoned from the bytes that are moved."""
+        if self.config.backend != "cpu":
+            return self.stream_bytes / _DEVICE_BYTES_S
+        return self._state_bytes(held) / _STATE_BYTES_S if self._as_state(held) else self.stream_bytes / _STREAM_BYTES_S
+
+    def _state_bytes(self, held: int) -> float:
+        return self.stream_bytes * held / self.context_tokens
+
+    def _as_state(self, held: int) -> bool:
+        """Whether the positions that are there are copied by themselves: cheaper where they are few, and takes memory."""
+        few = self._state_bytes(held) / _STATE_BYTES_S < self.stream_bytes / _STREAM_BYTES_S
+        return few and self.config.backend == "cpu" and self._state_bytes(held) <= _STATE_BYTES_MAX
+
+    def copy(self, source: int, target: int, held: int) -> float:
+        """Copy a sequence of ``held`` positions; return the seconds that it will still take, within the next call.
+
+        With separate streams llama.cpp copies no part of one: it moves the whole room of a slot, however little is in it, and
+        not before the next call. A saved state has only what is there.
+        """
+        if self._as_state(held) and self.state_settled and (state := self.save_state(source)) and self.load_state(target, state):
+            return 0.0
         self.ll.llama_memory_seq_rm(self.memory, target, -1, -1)
         self.ll.llama_memory_seq_cp(self.memory, source, target, -1, -1)
         self._copies_pending = True
+        return self.copy_s(self.context_tokens)
 
     @property
     def state_settled(self) -> bool:
         """Whether states may be saved and loaded: llama.cpp moves the data of a copy only with the next call."""
         return not self._copies_pending
 
-    def save_state(self, seq: int) -> bytes:
+    def save_state(self, seq: int) -> memoryview:
         """Return what llama.cpp keeps of a sequence; empty when it refuses."""
         size = self.ll.llama_state_seq_get_size(self.ctx, seq)
-        buffer = (ctypes.c_uint8 * size)()
-        return bytes(memoryview(buffer)[: self.ll.llama_state_seq_get_data(self.ctx, buffer, size, seq)])
+        buffer = np.empty(size, np.uint8)
+        pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        return buffer.data[: self.ll.llama_state_seq_get_data(self.ctx, pointer, size, seq)]
 
-    def load_state(self, seq: int, state: bytes) -> bool:
+    def load_state(self, seq: int, state: memoryview) -> bool:
         """Replace a sequence by a saved one of the same `state_fingerprint`; False, and the sequence empty, when refused."""
         self.cut(seq, 0)
-        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
-        if self.ll.llama_state_seq_set_data(self.ctx, buffer, len(state), seq) == len(state):
+        pointer = np.frombuffer(state, np.uint8).ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+        if self.ll.llama_state_seq_set_data(self.ctx, pointer, len(state), seq) == len(state):
             return True
         self.cut(seq, 0)
         return False
@@ -346,8 +343,7 @@ class Model:
         """Return digest of the model, engine build, and the class of workers that compute the same bits."""
         config = self.config
         digest = config.model_sha256 or fingerprint(Path(config.model_path))
-        version = importlib.metadata.version("llama-cpp-python")
-        build = f"llama-cpp-python {version} (llama.cpp {self.ll.llama_version().decode()})"
+        build = f"llama-cpp-python {libs.version()} (llama.cpp {self.ll.llama_version().decode()})"
         same = [digest, build, config.backend, self.isa, self.header.quantization, config.kv_type, self.blocks.kind]
         same += [f"{fingerprint(Path(path))} {scale}" for path, scale in config.lora]
         return digest, build, hashlib.sha256("\n".join(same).encode()).hexdigest()[:16]

@@ -10,13 +10,16 @@ Layout: magic, SHA-256 of all that follows, length of the header, header (JSON),
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
+import mmap
 import os
+import secrets
 import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import orjson
@@ -59,7 +62,7 @@ class PrefixStore:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for path in sorted(folder.iterdir()):
                 if path.suffix == ".part":
-                    path.unlink(missing_ok=True)  # of a process that was killed while it wrote
+                    _remove_left(path)
                 elif path.suffix == _SUFFIX:
                     self._take(path)
         except OSError as e:
@@ -83,22 +86,26 @@ class PrefixStore:
             header = orjson.loads(f.read(length))
             if not isinstance(header, dict) or header.get("fingerprint") != self._fingerprint:
                 raise _Unusable("it is of another model, build or number of slots")
-            count, state = int(header.get("tokens", 0)), int(header.get("state_bytes", 0))
-            canonical = int(header.get("canonical", 0))
+            figures = [header.get(name) for name in ("tokens", "state_bytes", "canonical")]
+            count, state, canonical = (value if isinstance(value, int) else -1 for value in figures)
             stat = os.fstat(f.fileno())
             if count < 1 or state < 1 or not 0 <= canonical <= count or stat.st_size != _FIXED + length + 4 * count + state:
                 raise _Unusable("its length is not what its header says")
             tokens = np.frombuffer(f.read(4 * count), np.int32)
         return StoredPrefix(path, tokens, canonical, stat.st_mtime, stat.st_size)
 
-    def load(self, entry: StoredPrefix) -> bytes | None:
-        """Return the state after checking every byte, and note the use; None, and the file gone, when it is not whole."""
+    def load(self, entry: StoredPrefix) -> memoryview | None:
+        """Return the state after checking every byte, and note the use; None, and the file gone, when it is not whole.
+
+        The file is mapped and not read into memory: states are as large as a slot's part of the cache.
+        """
         try:
-            data = entry.path.read_bytes()
-            if hashlib.sha256(memoryview(data)[len(_MAGIC) + _DIGEST :]).digest() != data[len(_MAGIC) : len(_MAGIC) + _DIGEST]:
+            with entry.path.open("rb") as f:
+                data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+            if hashlib.sha256(data[len(_MAGIC) + _DIGEST :]).digest() != data[len(_MAGIC) : len(_MAGIC) + _DIGEST]:
                 raise _Unusable("its digest is wrong")
             os.utime(entry.path)
-        except (_Unusable, OSError) as e:
+        except (_Unusable, OSError, ValueError) as e:  # ValueError: it is empty
             self.drop(entry, str(e))
             return None
         (length,) = _LENGTH.unpack_from(data, len(_MAGIC) + _DIGEST)
@@ -109,7 +116,7 @@ class PrefixStore:
         self.entries = [e for e in self.entries if e is not entry]
         self._remove(entry.path, reason)
 
-    def save(self, tokens: NDArray[np.int32], canonical: int, state: bytes) -> None:
+    def save(self, tokens: NDArray[np.int32], canonical: int, state: bytes | memoryview) -> None:
         """Write one file, whole or not at all. Failing is told on stderr: the store is a help, not a duty."""
         header = orjson.dumps(
             {"fingerprint": self._fingerprint, "tokens": len(tokens), "canonical": canonical, "state_bytes": len(state)}
@@ -122,18 +129,35 @@ class PrefixStore:
         for piece in rest:
             digest.update(piece)
         name = hashlib.sha256(self._fingerprint.encode() + rest[2]).hexdigest()[:32]
-        part, path = self._folder / f"{name}.part", self._folder / f"{name}{_SUFFIX}"
+        path = self._folder / f"{name}{_SUFFIX}"
+        try:
+            part, f = self._new_part(name)
+        except OSError as e:
+            _say(f"{path}: {e.strerror}")
+            return
         try:
             # After a crash of the machine a renamed file may be empty; its digest then tells, so no fsync is waited for.
-            with open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as f:  # noqa: PTH123 -- mode at creation
+            with f:
                 for piece in (_MAGIC, digest.digest(), *rest):
                     f.write(piece)
-            part.replace(path)
+                f.flush()
+                part.replace(path)
             self._take(path)
         except OSError as e:
             _say(f"{path}: {e.strerror}")
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
+
+    def _new_part(self, name: str) -> tuple[Path, BinaryIO]:
+        """Return a file to write to, of a name of its own and locked: another process of the instance may be writing the same
+        prefix at this moment, or be removing what a dead one has left."""
+        while True:
+            part = self._folder / f"{name}.{secrets.token_hex(4)}.part"
+            f = open(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")  # noqa: PTH123, SIM115 -- mode at creation
+            fcntl.flock(f, fcntl.LOCK_EX)
+            if part.exists():
+                return part, f
+            f.close()  # taken for left behind before it was locked
 
     def touch(self, entry: StoredPrefix) -> None:
         """Note a use."""
@@ -161,6 +185,13 @@ class PrefixStore:
         _say(f"{path} is removed: {reason}")
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
+
+
+def _remove_left(part: Path) -> None:
+    """Remove what a process that was killed has left of a file; what another one is writing now stays."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), part.open("rb") as f:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        part.unlink(missing_ok=True)
 
 
 def _mtime(entry: StoredPrefix) -> float:

@@ -18,6 +18,7 @@ from typing import Any
 from rbee_serve.contract.api import SamplingParams
 from rbee_serve.contract.errors import (
     AllSlotsBusy,
+    CudaDeviceFailed,
     InferenceFailed,
     InvalidRequest,
     LoadingTimeout,
@@ -26,6 +27,7 @@ from rbee_serve.contract.errors import (
     WorkerLoading,
     from_envelope,
 )
+from rbee_serve.worker.engine import failures
 from rbee_serve.worker.engine.memory import oom_kills
 from rbee_serve.worker.engine.protocol import (
     Embeddings,
@@ -35,6 +37,7 @@ from rbee_serve.worker.engine.protocol import (
     Finished,
     GenerateRequest,
     LoadProgress,
+    Queued,
     Started,
     TokenOut,
 )
@@ -97,7 +100,7 @@ class ProcessEngine:
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._embedding = 0
         self._numbers = itertools.count(1)
-        self._last_words: deque[str] = deque(maxlen=3)  # of the engine's stderr: an assert says there what it found
+        self._last_words: deque[str] = deque(maxlen=4)  # of the engine's stderr: an assert says there what it found
         self._heard = time.monotonic()
         self._times = (0.0, 0.0)
         self._child = child
@@ -191,7 +194,7 @@ class ProcessEngine:
     # --- requests -----------------------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
-        """Submit and yield Started, TokenOut*, Finished; see protocol.Engine."""
+        """Submit and yield what comes of it; see protocol.Engine."""
         self._require_ready()
         total = self._config.slots
         if len(self._streams) >= total + self._queue_max:
@@ -287,7 +290,13 @@ class ProcessEngine:
 
     async def _listen(self, errors: asyncio.StreamReader) -> None:
         """Log what the engine writes on stderr and keep its last lines: they tell why it died."""
-        while line := await errors.readline():
+        while True:
+            try:
+                line = await errors.readline()
+            except ValueError:  # longer than the reader's buffer, and dropped; unread, the pipe would hold up the engine
+                continue
+            if not line:
+                return
             if text := line.decode("utf-8", "replace").strip():
                 _log.warning("%s", text, extra={"source": "engine"})
                 self._last_words.append(text)
@@ -308,7 +317,8 @@ class ProcessEngine:
             total = message["layers_total"]
             self._set_progress(LoadProgress("ready", total, total))
         elif (failed := message.get("failed")) is not None:
-            self._set_progress(self._failure(failed["message"], failed["code"]))
+            required = failed.get("details", {}).get("required_bytes", 0)
+            self._set_progress(dataclasses.replace(self._failure(failed["message"], failed["code"]), required_bytes=required))
         elif (number := message.get("number")) is not None:
             future = self._answers.get(number)
             if future is None or future.done():
@@ -326,6 +336,8 @@ class ProcessEngine:
             stream.put(TokenOut(*payload))
         elif kind == "started":
             stream.put(Started(**payload))
+        elif kind == "queued":
+            stream.put(Queued())
         elif kind == "finished":
             stream.put(Finished(**payload))
         else:
@@ -375,9 +387,14 @@ class ProcessEngine:
         else:
             if self._last_words:
                 reason += f"; its last words: {' | '.join(self._last_words)}"
-            self._set_progress(self._failure(reason, WorkerCrashed.code))
+            self._set_progress(self._failure(reason, self._obituary()))
         self._dead.set_result(reason)
         self._fail_all(WorkerCrashed(reason))
+
+    def _obituary(self) -> str:
+        """Return the code of a process that ended without a word of its own: ggml answers a device's error with abort()."""
+        found = failures.cause(self._last_words, self._config.backend) if self._config.backend != "cpu" else None
+        return CudaDeviceFailed.code if found and found[0] is CudaDeviceFailed else WorkerCrashed.code
 
     def _fail_all(self, error: RbeeError) -> None:
         for stream in self._streams.values():

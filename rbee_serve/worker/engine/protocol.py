@@ -30,6 +30,7 @@ class EngineConfig:
     prompt_block_tokens: int
     kv_type: str
     cpu_variant: str | None = None
+    memory_check: bool = True  # refuse to load what has no room
     deterministic: bool = False  # refuse to load what can not be made exact
     lora: list[tuple[str, float]] = field(default_factory=list)  # adapter file, scale
     stream_gap_s: float = 0.25  # longest pause that prompts make in running streams
@@ -73,6 +74,7 @@ class LoadProgress:
     layers_total: int = 0
     error: str | None = None  # when failed: reason for a person
     error_code: str | None = None  # code of contract.errors
+    required_bytes: int = 0  # when failed for want of memory: what must be free
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ class GenerateRequest:
     params: SamplingParams  # seed is set
     generated_ids: list[int] = field(default_factory=list)  # continuation: ids already delivered elsewhere
     prompt_ids: list[int] | None = None  # the prompt itself; ``text`` is then not used
+
+
+@dataclass(frozen=True)
+class Queued:
+    """The request is taken and nothing is wrong with it; it waits for a slot, or for the beginning of its prompt that another
+    request evaluates or that is being copied. Comes first or not at all."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +137,7 @@ class Embeddings:
     tokens: list[int]
 
 
-EngineEvent = Started | TokenOut | Finished
+EngineEvent = Queued | Started | TokenOut | Finished
 
 
 class Engine(Protocol):
@@ -163,7 +171,7 @@ class Engine(Protocol):
         """Seconds that the engine has worked, and of these in llama.cpp's decode; reported twice a second."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
-        """Submit and yield Started, TokenOut*, Finished.
+        """Submit and yield perhaps Queued, then Started, TokenOut*, Finished (alone after a cancellation).
 
         Closing the iterator cancels the request and frees its slot within one engine step. Raises PromptTooLong,
         AllSlotsBusy (admission is atomic and happens before the first event), InferenceFailed, WorkerCrashed.

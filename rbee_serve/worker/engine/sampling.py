@@ -52,7 +52,8 @@ class Sampler:
         self._ban_eog, self._random = params.ignore_eos, params.temperature > 0
         self._reported = params.logprobs
         self._bias = np.array(list(params.logit_bias), np.int64), np.array(list(params.logit_bias.values()), np.float32)
-        self._seed, self._position = params.seed or 0, len(generated)
+        # llama.cpp takes 2**32 - 1 for "choose a seed yourself": neither repeatable nor continued exactly.
+        self._seed, self._position = min(params.seed or 0, 2**32 - 2), len(generated)
         # llama.cpp's typical sampling makes nothing but NaN of a token whose probability is zero: such are left out.
         self._by_hand = constraint is not None or params.typical_p < 1
         self._chain: Any = None
@@ -169,7 +170,7 @@ class Sampler:
             return self._draw(logits, self._last)
         ll = self._model.ll
         mixed = (self._seed * 0x9E3779B1 + self._position * 0x85EBCA6B + attempt * 0xC2B2AE35) & 0xFFFFFFFF
-        dist = ll.llama_sampler_init_dist(mixed if mixed != 0xFFFFFFFF else 0)  # that one means: choose a seed yourself
+        dist = ll.llama_sampler_init_dist(min(mixed, 2**32 - 2))
         try:
             return self._draw(logits, dist)
         finally:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rbee_serve.worker.engine.llama import Model
-    from rbee_serve.worker.engine.prefix_store import PrefixStore
+    from rbee_serve.worker.engine.prefix_store import PrefixStore, StoredPrefix
     from rbee_serve.worker.engine.protocol import GenerateRequest
 
 # Values of contract.api.StopReason; that module is not imported here because pydantic costs a cold start 0.15 s.
@@ -37,6 +37,9 @@ _INTERRUPTED = 2
 _WORTH_COPYING = 32
 #: Reading a prefix from disk pays from this many tokens on; shorter ones are not written either.
 _WORTH_STORING = 128
+#: Steps of the vocabulary's tree that grammars need (a few ms; each token takes two) between two looks at the clock, and the
+#: part of a gap that they may take between two calls.
+_VOCABULARY_STEPS, _VOCABULARY_GAPS = 1024, 0.2
 #: Every so many blocks the prompt that has waited longest comes first, however long it is.
 _FAIR_TURN = 4
 #: Streams of which none has a second token yet yield for so many gaps to prompts that one block completes.
@@ -66,7 +69,13 @@ class Generation:
     decode_began: float = 0.0
 
     leader: tuple[Slot, Generation, int] | None = None  # it evaluates so many leading positions of ours: we wait and copy
+    copies: bool = False  # a slot holds so much of the prompt that a copy pays: we wait until there is time for it
     cached_from: str = ""  # where the reused part of the prompt came from: "", "memory" or "disk"
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has its slot, but its beginning is to come from elsewhere."""
+        return self.copies or self.leader is not None
 
     @property
     def filling(self) -> bool:
@@ -121,7 +130,9 @@ class Scheduler:
         self._gap_s, self._store = gap_s, store
         self._token_s = 0.0  # seconds that a prompt token takes, measured; 0: not yet
         self._decoded = time.monotonic()  # when running streams last got their tokens
-        self._filled_since = False  # whether a block was evaluated since then
+        self._filled_since = False  # whether a block was evaluated or a prefix copied since then
+        self._prompts_next = False  # whether what is evaluated beside has had the last turn that a gap allows in any case
+        self._owed_s = 0.0  # what the next call will do beside: copies
         self._constraints = Constraints(model)
         self._slots = [Slot(i) for i in range(slots)]
         self._waiting: deque[Generation] = deque()
@@ -133,17 +144,21 @@ class Scheduler:
         return bool(self._waiting) or any(s.generation for s in self._slots)
 
     def submit(self, request: GenerateRequest) -> list[Event]:
-        """Take a request; the answer is ``started`` when it gets a slot at once, or an error."""
+        """Take a request; the answer is ``started`` when it gets a slot at once, ``queued`` when it has to wait, or an error."""
         try:
             generation = self._prepare(request)
+            reason = self._ended_elsewhere(generation)
         except RbeeError as e:
             return [("error", request.request_id, e.envelope()["error"])]
-        if reason := self._ended_elsewhere(generation):
+        if reason:
             n = len(generation.prompt)
             started: Event = ("started", request.request_id, {"prompt_tokens": n, "cached_tokens": n})
             return [started, self._finished(generation, reason)]
         self._waiting.append(generation)
-        return self._admit()
+        events = [*self._admit(), *self._catch_up()]
+        if ("started", request.request_id) not in [(kind, owner) for kind, owner, _ in events]:
+            events.append(("queued", request.request_id, None))
+        return events
 
     def _prepare(self, request: GenerateRequest) -> Generation:
         model = self._model
@@ -189,7 +204,10 @@ class Scheduler:
         return Generation(request, ids[: len(prompt)], ids, text, len(request.generated_ids), constraint)
 
     def _ended_elsewhere(self, generation: Generation) -> str | None:
-        """Why a continuation has nothing left to generate: the other worker went away between its last token and its end."""
+        """Why a continuation has nothing left to generate: the other worker went away between its last token and its end.
+
+        Raises PromptTooLong where that one had a larger context: another worker can go on, this one can not.
+        """
         ids, params = generation.request.generated_ids, generation.request.params
         if not ids:
             return None
@@ -198,8 +216,18 @@ class Scheduler:
         ended = generation.constraint is not None and generation.constraint.must_end
         if ended or (self._model.is_eog(ids[-1]) and not params.ignore_eos):
             return EOS
-        full = len(generation.ids) >= self._model.context_tokens
-        return MAX_TOKENS if full or generation.generated >= params.max_tokens else None
+        if generation.generated >= params.max_tokens:
+            return MAX_TOKENS
+        if len(generation.ids) > self._model.context_tokens:
+            raise PromptTooLong(
+                f"continue_from: prompt and generated ids are {len(generation.ids)} tokens, the context holds "
+                f"{self._model.context_tokens}",
+                hint="continue it at a worker with a larger context_tokens",
+                field="continue_from.generated_ids",
+                prompt_tokens=len(generation.ids),
+                context_tokens=self._model.context_tokens,
+            )
+        return None
 
     def cancel(self, request_id: str) -> list[Event]:
         """End a request between two calls to llama.cpp; unknown ids are ignored (it has just ended)."""
@@ -221,16 +249,18 @@ class Scheduler:
             give_out(events)
         running = [(s, s.generation) for s in self._slots if s.generation is not None]
         decoding = [(s, g) for s, g in running if not g.filling]
-        filling = [(s, g) for s, g in running if g.filling and g.leader is None]
+        self._prepare_grammars(bool(decoding))
+        filling = [(s, g) for s, g in running if g.filling and not g.waits and self._may_draw(g)]
         if filling:
             slot, generation = self._next_to_fill(filling)
             total = len(generation.ids)
             end = self._blocks.end(generation.done, len(generation.prompt), total, self._wanted(bool(decoding)))
             gap_s = self._gap_s
-            if end == total and all(g.generated == 1 for _, g in decoding):
+            if end == total and self._burst(decoding):
                 gap_s *= _BURST_GAPS
-            if not decoding or not self._filled_since or self._has_time_for(end - generation.done, gap_s):
+            if not decoding or not self._filled_since or self._has_time_for((end - generation.done) * self._token_s, gap_s):
                 events = self._fill(slot, generation, end)
+                self._owed_s, self._prompts_next = 0.0, False
                 # The first streams to run have just got a token: their gap begins here.
                 self._filled_since = bool(decoding)
                 if not decoding:
@@ -240,15 +270,51 @@ class Scheduler:
                 return
         if decoding:
             events = self._decode_alone(*decoding[0]) if self._draft_tokens and len(running) == 1 else self._decode(decoding)
-            self._decoded, self._filled_since = time.monotonic(), False
+            self._decoded, self._filled_since, self._owed_s = time.monotonic(), False, 0.0
             give_out(events)
+
+    def spare(self, least: int, token_s: float) -> int | None:
+        """Return how many tokens may be evaluated beside the streams now (embeddings), at ``token_s`` seconds each; None: any
+        number, since no stream waits for its next token.
+
+        They share with prompts: what the gap has room for, and where it has none ``least`` in every other gap.
+        """
+        running = [s.generation for s in self._slots if s.generation is not None]
+        if all(g.filling for g in running):
+            return None
+        if self._prompts_next and any(g.filling for g in running):
+            return 0
+        left_s = self._gap_s - (time.monotonic() - self._decoded) - self._owed_s
+        fitting = int(left_s / token_s) if token_s else 0
+        if fitting < least and self._filled_since:
+            return 0
+        self._filled_since = self._prompts_next = True
+        return max(fitting, least)
+
+    def _prepare_grammars(self, decoding: bool) -> None:
+        """Go on with what the first grammar needs: all of it takes longer than running streams may wait."""
+        part_s = self._gap_s * _VOCABULARY_GAPS
+        if decoding and self._filled_since and not self._has_time_for(part_s, self._gap_s):
+            return
+        until = time.monotonic() + part_s
+        while self._constraints.prepare(_VOCABULARY_STEPS) and time.monotonic() < until:
+            pass
+
+    def _may_draw(self, generation: Generation) -> bool:
+        """Whether what its grammar needs is there: made for all grammars once, a part in each step, so that no stream waits."""
+        return generation.constraint is None or self._constraints.prepared
 
     def _wanted(self, decoding: bool) -> int | None:
         """Return how many tokens fill the gap, where streams wait and the pace is known."""
         return int(self._gap_s / self._token_s) if decoding and self._token_s else None
 
-    def _has_time_for(self, tokens: int, gap_s: float) -> bool:
-        return time.monotonic() - self._decoded + tokens * self._token_s <= gap_s
+    @staticmethod
+    def _burst(decoding: list[tuple[Slot, Generation]]) -> bool:
+        """Whether none of the running streams has a second token yet."""
+        return all(g.generated == 1 for _, g in decoding)
+
+    def _has_time_for(self, seconds: float, gap_s: float) -> bool:
+        return time.monotonic() - self._decoded + self._owed_s + seconds <= gap_s
 
     # --- admission and prefix reuse ---------------------------------------------------------------------------
 
@@ -260,37 +326,49 @@ class Scheduler:
 
     def _reusable(self, slot: Slot, prompt: NDArray[np.int32]) -> int:
         common = common_prefix(slot.cached, prompt)
-        return self._blocks.reusable(common, len(prompt), evaluated_as_prompt=slot.canonical)
+        share = self._blocks.reusable(common, len(prompt), evaluated_as_prompt=slot.canonical)
+        return share if self._whole_or_cut(share, len(slot.cached)) else 0
+
+    def _whole_or_cut(self, share: int, held: int) -> bool:
+        """Whether ``share`` of ``held`` positions can be had: of recurrent layers' state all or nothing."""
+        return share == held or not self._model.recurrent
 
     def _place(self, generation: Generation, free: list[Slot]) -> list[Event]:
         """Give a slot and what a cache has of the prompt.
 
         The free slot that shares most is taken as it is when that costs its cache little; else the least recently used
-        one gets a copy, also from a slot that is busy, or what is on disk.
+        one gets what is on disk, or a copy, also from a slot that is busy: in `_catch_up`, when there is time for it.
         """
         prompt = generation.prompt
-        shares = {s.seq: self._reusable(s, prompt) for s in self._slots}
-        slot = max(free, key=lambda s: (shares[s.seq], -s.last_used))
-        donor = max(self._slots, key=lambda s: shares[s.seq])
-        keep = shares[slot.seq]
         oldest = min(free, key=lambda s: s.last_used)
-        spoils = len(slot.cached) - keep > keep  # more would be lost than is used
-        if keep and spoils and oldest is not slot:
-            donor = max((slot, donor), key=lambda s: shares[s.seq])
-            slot, keep = oldest, shares[oldest.seq]
         generation.cached_from = "memory"
-        if restored := self._restore(prompt, oldest, shares[donor.seq]):
+        if restored := self._restore(prompt, oldest):
             slot, keep, generation.cached_from = oldest, restored, "disk"
-        elif shares[donor.seq] - keep >= _WORTH_COPYING:
-            slot, keep = oldest, shares[donor.seq]
-            if donor is not slot:
-                self._model.copy(donor.seq, slot.seq)
+        else:  # now, and not before: what could not be restored has emptied its slot
+            shares = {s.seq: self._reusable(s, prompt) for s in self._slots}
+            slot = max(free, key=lambda s: (shares[s.seq], -s.last_used))
+            keep = shares[slot.seq]
+            spoils = len(slot.cached) - keep > keep  # more would be lost than is used
+            if keep and spoils and oldest is not slot and self._model.can_be_cut:
+                slot, keep = oldest, shares[oldest.seq]
+            donor = max(self._slots, key=lambda s: shares[s.seq])
+            if donor is not slot and self._pays(len(donor.cached), shares[donor.seq] - keep):
+                slot, keep, generation.copies = oldest, shares[oldest.seq], True
         self._keep(slot, generation, self._model.cut(slot.seq, keep))
         slot.generation, generation.began = generation, time.monotonic()
         request = generation.request
         generation.sampler = Sampler(self._model, request.params, prompt.tolist(), request.generated_ids, generation.constraint)
         generation.leader = self._leader_for(slot, generation)
-        return [] if generation.leader else [self._started(generation)]
+        return [] if generation.waits else [self._started(generation)]
+
+    def _pays(self, held: int, gained: int) -> bool:
+        """Whether copying a sequence of ``held`` positions takes less time than evaluating the ``gained`` ones of them.
+
+        Either way gives the same bits (blocks.py), so time may decide.
+        """
+        if gained < _WORTH_COPYING or not self._model.can_be_cut:
+            return False
+        return not self._token_s or self._model.copy_s(held) <= gained * self._token_s
 
     def _keep(self, slot: Slot, generation: Generation, keep: int) -> None:
         """Note that the slot holds the first ``keep`` tokens of the prompt and nothing else."""
@@ -315,51 +393,70 @@ class Scheduler:
             common = common_prefix(busy.ids, generation.prompt)
             canonical = self._blocks.canonical(len(busy.prompt), len(busy.prompt))
             share = self._blocks.reusable(common, len(generation.prompt), evaluated_as_prompt=canonical)
-            if share >= least:
+            if share >= least and self._pays(share, share - generation.done):
                 best, least = (other, busy, share), share + 1
         return best
 
     def _catch_up(self) -> list[Event]:
-        """Give those who wait for somebody's evaluation of their prefix a copy once it is there, or has ended early."""
+        """Give those who wait for a prefix a copy of it: when it is evaluated, or as much as there is when that has ended early.
+
+        As many copies are made in one gap of the running streams as fit into it, and one in any case.
+        """
         events: list[Event] = []
         for slot in self._slots:
             generation = slot.generation
-            if generation is None or generation.leader is None:
+            if generation is None or not generation.waits:
                 continue
-            other, leader, share = generation.leader
-            if other.generation is leader and leader.filling and leader.done < share:
-                continue
-            generation.leader = None
+            if generation.leader is not None:
+                other, leader, share = generation.leader
+                if other.generation is leader and leader.filling and leader.done < share:
+                    continue
+                generation.leader, generation.copies = None, True
             donor = max((s for s in self._slots if s is not slot), key=lambda s: self._reusable(s, generation.prompt))
             share = self._reusable(donor, generation.prompt)
-            if share - generation.done >= _WORTH_COPYING:
-                self._model.copy(donor.seq, slot.seq)
+            if self._pays(len(donor.cached), share - generation.done):
+                if not self._may_copy(len(donor.cached)):
+                    continue
+                self._owed_s += self._model.copy(donor.seq, slot.seq, len(donor.cached))
+                self._filled_since, self._prompts_next = True, False
                 self._keep(slot, generation, self._model.cut(slot.seq, share))
+            generation.copies = False
             events.append(self._started(generation))
         return events
 
+    def _may_copy(self, held: int) -> bool:
+        decoding = [(s, s.generation) for s in self._slots if s.generation is not None and not s.generation.filling]
+        if not decoding or not self._filled_since:
+            return True
+        return self._has_time_for(self._model.copy_s(held), self._gap_s * (_BURST_GAPS if self._burst(decoding) else 1))
+
     # --- prefixes on disk ---------------------------------------------------------------------------------------
 
-    def _restore(self, prompt: NDArray[np.int32], slot: Slot, warm: int) -> int:
-        """Read the prefix that shares most into a slot, if that is much more than ``warm``; return how much it shares."""
-        if self._store is None or not self._store.entries or not self._model.state_settled:
+    def _restore(self, prompt: NDArray[np.int32], slot: Slot) -> int:
+        """Read the prefix that shares most into a slot, if that is much more than is warm; return how much it shares.
+
+        0 where nothing is, or nothing of it could be read: the slot may be empty then.
+        """
+        store, model = self._store, self._model
+        if store is None or not model.state_settled:
             return 0
-        shares = [
-            self._blocks.reusable(common_prefix(e.tokens, prompt), len(prompt), evaluated_as_prompt=e.canonical)
-            for e in self._store.entries
-        ]
-        share = max(shares)
-        if share - warm < _WORTH_STORING:
-            return 0
-        entry = self._store.entries[shares.index(share)]
-        state = self._store.load(entry)
-        if state is None or len(entry.tokens) > self._model.context_tokens:
-            return 0
-        slot.cached, slot.canonical = slot.cached[:0], 0
-        if not self._model.load_state(slot.seq, state):
-            self._store.drop(entry, "llama.cpp refused it")
-            return 0
-        return share
+        while fitting := [e for e in store.entries if len(e.tokens) <= model.context_tokens]:
+            share, entry = max(((self._stored_share(e, prompt), e) for e in fitting), key=lambda pair: pair[0])
+            if share - max(self._reusable(s, prompt) for s in self._slots) < _WORTH_STORING:
+                return 0
+            state = store.load(entry)
+            if state is None:  # it is not among the entries any more
+                continue
+            slot.cached, slot.canonical = slot.cached[:0], 0
+            if model.load_state(slot.seq, state):
+                return share
+            store.drop(entry, "llama.cpp refused it")
+        return 0
+
+    def _stored_share(self, entry: StoredPrefix, prompt: NDArray[np.int32]) -> int:
+        common = common_prefix(entry.tokens, prompt)
+        share = self._blocks.reusable(common, len(prompt), evaluated_as_prompt=entry.canonical)
+        return share if self._whole_or_cut(share, len(entry.tokens)) else 0
 
     def park(self) -> None:
         """Write what the slots hold to disk, for the next process: the part that it could reuse. Nothing runs any more."""
@@ -407,7 +504,8 @@ class Scheduler:
             return []
         if code != 0:
             return self._failed([(slot, generation)], code)
-        if end - start >= _WORTH_COPYING:  # a token alone takes several times as long as one of a block
+        # A token alone takes several times as long as one of a block; a call that copies as well says nothing.
+        if end - start >= _WORTH_COPYING and not self._owed_s:
             pace = (time.monotonic() - began) / (end - start)
             self._token_s = pace if not self._token_s else 0.7 * self._token_s + 0.3 * pace
         generation.done = end
@@ -486,6 +584,8 @@ class Scheduler:
         """Free the slot; its cache stays for whoever shares the beginning."""
         slot.generation, slot.last_used = None, time.monotonic()
         slot.cached = np.concatenate([generation.ids, np.array(generation.made, np.int32)])[: generation.done]
+        if generation.constraint is not None:
+            self._constraints.tidy()
         return self._finished(generation, reason)
 
     @staticmethod

@@ -26,6 +26,15 @@ def configuration(config: EngineConfig) -> bytes:
     return pack({"config": dataclasses.asdict(config)})
 
 
+def early_configuration(fields: dict[str, Any]) -> bytes:
+    """Return the first message to an engine process where it is not certain yet: weights are loaded, then SETTLED is awaited."""
+    return pack({"config": fields, "early": True})
+
+
+#: Says that the settings mean what the engine was told early.
+SETTLED = pack({"settled": True})
+
+
 class Unpacker:
     """Turns a byte stream back into messages."""
 

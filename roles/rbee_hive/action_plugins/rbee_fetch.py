@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
@@ -24,7 +26,7 @@ class ActionModule(ActionBase):
     _requires_connection = False
     _supports_check_mode = True
     _VALID_ARGS = frozenset(
-        ("ref", "models_dir", "sha256", "endpoint", "token", "tries", "pause_s", "stall_timeout_s", "bytes_per_s")
+        ("ref", "models_dir", "sha256", "endpoint", "token", "token_file", "tries", "pause_s", "stall_timeout_s", "bytes_per_s")
     )
 
     def run(self, tmp=None, task_vars=None):
@@ -36,23 +38,37 @@ class ActionModule(ActionBase):
         )
         if self._task.check_mode:
             return {"changed": True, "skipped": True}
-        token = args.pop("token")
+        token, file = args.pop("token") or os.environ.get("HF_TOKEN"), args.pop("token_file")
+        if not token and file:
+            token = self._token(Path(file).expanduser())
         with tempfile.TemporaryDirectory(prefix="rbee-fetch-") as folder:
-            environ = {k: v for k, v in os.environ.items() if k != "CREDENTIALS_DIRECTORY"}
-            if token:  # a file that nobody else can read, as a unit's credential is
-                Path(folder, "hf-token").write_text(token, encoding="utf-8")
-                environ["CREDENTIALS_DIRECTORY"] = folder
+            environ = {k: v for k, v in os.environ.items() if k not in ("CREDENTIALS_DIRECTORY", "HF_TOKEN")}
             progress = Path(folder, "progress.jsonl")
             flags = [f"--{k.replace('_', '-')}={v}" for k, v in args.items() if v is not None]
             command = [task_vars["ansible_playbook_python"], "-m", "rbee_serve.models.download", *flags]
             with tempfile.TemporaryFile() as said:
                 process = subprocess.Popen(
-                    [*command, f"--progress-file={progress}"], env=environ, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+                    [*command, f"--progress-file={progress}", "--token-stdin"],
+                    env=environ,
+                    stdin=subprocess.PIPE,
+                    stdout=said,
+                    stderr=said,
                 )
+                # By a pipe: in no file, no argument, no environment.
+                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+                    pipe.write((token or "").encode())
                 last = self._follow(process, progress)
                 said.seek(0)
                 words = said.read().decode(errors="replace").strip().splitlines()[-1:]
         return self._result(args, last, process.returncode, words)
+
+    @staticmethod
+    def _token(path):
+        """Return what the file with the hub's token holds; raises AnsibleActionFail."""
+        try:
+            return path.read_text(encoding="utf-8").strip()
+        except OSError as e:
+            raise AnsibleActionFail(f"rbee_hub_token_file: {path}: {e.strerror}; next: correct it, or set HF_TOKEN") from e
 
     def _follow(self, process, progress):
         """Show lines until the process has ended; returns the last one."""

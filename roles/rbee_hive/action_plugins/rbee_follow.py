@@ -35,7 +35,7 @@ class ActionModule(ActionBase):
 
     _requires_connection = True
     _supports_check_mode = True
-    _VALID_ARGS = frozenset(("unit", "progress_file", "label", "timeout_s", "interval_s", "lost_timeout_s"))
+    _VALID_ARGS = frozenset(("unit", "progress_file", "joined", "label", "timeout_s", "interval_s", "lost_timeout_s"))
 
     def run(self, tmp=None, task_vars=None):
         """Return the result; see the documentation in library/rbee_follow.py."""
@@ -44,6 +44,7 @@ class ActionModule(ActionBase):
             {
                 "unit": {"type": "str", "required": True},
                 "progress_file": {"type": "path"},
+                "joined": {"type": "bool", "default": False},
                 "label": {"type": "str", "default": ""},
                 "timeout_s": {"type": "float", "default": 86400.0},
                 "interval_s": {"type": "float", "default": 1.0},
@@ -52,6 +53,8 @@ class ActionModule(ActionBase):
         )
         if self._task.check_mode:
             return {"changed": False, "active_state": "unknown", "skipped": True}
+        if args["joined"]:
+            display.display(f"rbee: another run has begun this already ({args['unit']}); it goes on for both")
         return self._follow(args)
 
     def _follow(self, args):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from ansible.plugins.action import ActionBase
+from ansible.plugins.loader import action_loader
 from ansible.utils.display import Display
 
 display = Display()
@@ -54,6 +55,17 @@ def dead(record):
     return record.get("machine") == machine() and started(record.get("pid")) != record.get("started")
 
 
+def quickly(action, args, task_vars):
+    """Run the action's module by ``rbee_quick``; without that, as Ansible does."""
+    # In the Ansible collection it is known under the collection's name alone: that of the play, or of the task itself.
+    quick = action_loader.get("rbee_quick", class_only=True, collection_list=action._task.collections)
+    if quick is None and (home := (action._task.resolved_action or action._task.action).rpartition(".")[0]):
+        quick = action_loader.get(f"{home}.rbee_quick", class_only=True)
+    if quick is None:
+        return action._execute_module(module_args=args, task_vars=task_vars)
+    return quick.execute(action, args, task_vars)
+
+
 class ActionModule(ActionBase):
     """The action of all modules that are linked to it."""
 
@@ -71,9 +83,9 @@ class ActionModule(ActionBase):
         me = identity(os.getppid())
         # By this the next run knows what is left working on the node when this one dies.
         self._task.environment = [*(self._task.environment or []), {"RBEE_RUN": me["id"]}]
-        result = self._execute_module(module_args={**args, "run": me}, task_vars=task_vars)
+        result = quickly(self, {**args, "run": me}, task_vars)
         error = result.get("rbee_error") or {}
         record = (error.get("details") or {}).get("lock")
         if error.get("code") == "NODE_LOCKED" and record and dead(record):
-            result = self._execute_module(module_args={**args, "run": {**me, "dead": record["id"]}}, task_vars=task_vars)
+            result = quickly(self, {**args, "run": {**me, "dead": record["id"]}}, task_vars)
         return result

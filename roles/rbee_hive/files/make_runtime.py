@@ -5,11 +5,16 @@ The build comes from a wheel (``--wheel``), from a package index (``--index``) o
 wheels of everything else lie in ``--wheels`` already. Progress goes to ``--progress-file`` as JSON lines, the compiler's
 output line by line; the last one is ``complete`` or ``failed``. ``metadata.yaml`` is written last and a failure removes
 the directory: there is no half of a runtime. Standard library only, run by the system's Python in a transient unit.
+
+A wheel that is compiled carries what it was made from and how, in ``*.dist-info/rbee-build.json``: whoever has the wheel,
+or a runtime with it, can tell. With ``--wheel-to DIR`` the wheel is all that is made; so comes the one of every release
+(build_llama_wheel.py).
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import hashlib
 import json
 import os
@@ -38,6 +43,8 @@ TOOL_PATHS = "/usr/local/cuda/bin:/opt/rocm/bin:/usr/local/bin:/usr/bin:/bin"
 #: Library that a wheel of the type must hold beside libllama.so; one that only seemed to be built is refused.
 LIBRARIES = {"cuda": "libggml-cuda", "rocm": "libggml-hip", "vulkan": "libggml-vulkan"}
 TAIL_LINES = 25
+#: In a wheel's .dist-info: how it was compiled.
+BUILD_RECORD = "rbee-build.json"
 #: ninja's count, the compiler, and the source file with its folder.
 COMPILER_LINE = re.compile(r"\s*(\[\d+/\d+\]) (?:\S*/)?(\S+) .* -c (?:\S*/)?([^/\s]+/[^/\s]+)$")
 #: Where headers are looked for, and the first Vulkan headers with all that llama.cpp uses (VK_EXT_layer_settings).
@@ -147,28 +154,92 @@ def build(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
             f"install {', '.join(lacking.values())}; or build elsewhere and use rbee-ctl runtime download",
             missing=sorted(lacking),
         )
-    out = work / "out"
-    out.mkdir()
-    for owned in (work, out):
-        shutil.chown(owned, options.user, options.user)
+    out, source = work / "out", work / "source"
+    for owned in (work, out, source):
+        owned.mkdir(exist_ok=True)
+        if options.user:
+            shutil.chown(owned, options.user, options.user)
+    user, home = options.user or None, {"HOME": str(work), "TMPDIR": str(work)}
+    package = source_package(options, work, progress)
+    progress.line("building", f"compiling {package.name} for {options.type}")
+    unpack = ["tar", "--extract", "--no-same-owner", "--strip-components=1", f"--directory={source}", f"--file={package}"]
     hook = work / "hook.cmake"
     hook.write_text(options.cmake_hook, encoding="utf-8")
-    flags = [*options.cmake_args.split(), *TYPES[options.type][0], f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={hook}"]
-    where = ["--index-url", options.index] if options.index else ["--no-index", "--find-links", options.wheels]
-    what = options.sdist or f"llama-cpp-python=={options.llama_version}"
-    command = ["-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python", *where]
-    temp = {"HOME": str(work), "TMPDIR": str(work), "CMAKE_ARGS": " ".join(flags)}
-    code, tail = run([pip_python(work), *command, "--wheel-dir", str(out), what], progress, "building", user=options.user, **temp)
+    flags = [*options.cmake_args.split(), *TYPES[options.type][0]]
+    # The folders of the build have the same names each time, seen from each other: a compiler cache knows the files again.
+    home["SKBUILD_BUILD_DIR"] = str(work / "compiled")
+    if options.ccache:
+        home |= {"CCACHE_DIR": options.ccache, "CCACHE_BASEDIR": str(work), "CCACHE_NOHASHDIR": "1"}
+    home["CMAKE_ARGS"] = " ".join([*flags, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={hook}"])
+    pip = [pip_python(work), "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir", *where(options)]
+    code, tail = run(unpack, progress, "building", user=user, **home)
+    if code == 0:
+        code, tail = run([*pip, "--wheel-dir", str(out), str(source)], progress, "building", user=user, **home)
     wheels = sorted(out.glob("llama_cpp_python-*.whl"))
     if code != 0 or not wheels:
         raise FailError(
             "BUILD_FAILED",
-            f"the {options.type} build of {what} ended with exit code {code}",
+            f"the {options.type} build of {package.name} ended with exit code {code}",
             "read the compiler's last lines above; all of them: journalctl -u 'rbee-runtime-*' on the node",
             exit_code=code,
             journal=tail,
         )
-    return wheels[0]
+    compiler = subprocess.run(["g++", "--version"], env=environment(), capture_output=True, text=True, check=False).stdout
+    record = {
+        "backend": options.type,
+        "source": package.name,
+        "source_sha256": sha256(package),
+        "cmake_args": flags,
+        "cmake_hook": options.cmake_hook,
+        "compiler": compiler.split("\n", 1)[0],
+    }
+    return with_record(wheels[0], work / wheels[0].name, record)
+
+
+def where(options: argparse.Namespace) -> list[str]:
+    """Return pip's arguments for where packages come from."""
+    return ["--index-url", options.index] if options.index else ["--no-index", "--find-links", options.wheels]
+
+
+def source_package(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
+    """Return the file with llama.cpp's source: the one that is named or lies with the wheels, else the index's."""
+    beside = Path(options.wheels, f"llama_cpp_python-{options.llama_version}.tar.gz")
+    if options.sdist or beside.is_file():
+        return Path(options.sdist or beside)
+    what, folder = f"llama-cpp-python=={options.llama_version}", work / "package"
+    folder.mkdir()
+    if options.user:
+        shutil.chown(folder, options.user, options.user)
+    command = ["-m", "pip", "download", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python", *where(options)]
+    home = {"HOME": str(work), "TMPDIR": str(work)}
+    arguments = [pip_python(work), *command, "--dest", str(folder), what]
+    code, tail = run(arguments, progress, "downloading", user=options.user or None, **home)
+    found = sorted(folder.glob("llama_cpp_python-*.tar.gz"))
+    if code != 0 or not found:
+        raise FailError(
+            "DOWNLOAD_FAILED",
+            f"{options.index or options.wheels} gave no source of {what}: {tail[-1] if tail else 'it said nothing'}",
+            "check --source, and that this machine reaches it; or build elsewhere and use rbee-ctl runtime download",
+            exit_code=code,
+        )
+    return found[0]
+
+
+def with_record(wheel: Path, target: Path, record: dict[str, Any]) -> Path:
+    """Write ``wheel`` to ``target`` with the record of its making, as installers want it: named in RECORD, with its digest."""
+    text = json.dumps(record, indent=2).encode() + b"\n"
+    digest = base64.urlsafe_b64encode(hashlib.sha256(text).digest()).rstrip(b"=").decode()
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as new:
+        listing = next(n for n in old.namelist() if n.endswith(".dist-info/RECORD"))
+        name = f"{listing.rpartition('/')[0]}/{BUILD_RECORD}"
+        for item in old.infolist():
+            if item.filename != listing:
+                new.writestr(item, old.read(item), item.compress_type)
+        epoch = (1980, 1, 1, 0, 0, 0)  # the same contents are the same file
+        new.writestr(zipfile.ZipInfo(name, epoch), text)
+        rows = old.read(listing).decode().rstrip("\n")
+        new.writestr(zipfile.ZipInfo(listing, epoch), f"{rows}\n{name},sha256={digest},{len(text)}\n", zipfile.ZIP_DEFLATED)
+    return target
 
 
 def pip_python(work: Path) -> str:
@@ -182,6 +253,13 @@ def pip_python(work: Path) -> str:
 def fetch(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
     """Return the wheel from a path, an address or an index."""
     if options.wheel.startswith(("http://", "https://")):
+        if not re.fullmatch(r"[0-9a-f]{64}", options.sha256):
+            raise FailError(
+                "INVALID_REQUEST",
+                f"{options.wheel} comes without a digest: what lies there could be anything",
+                "give --sha256 DIGEST (rbee_runtime_sha256), or append #sha256=DIGEST to the address",
+                field="sha256",
+            )
         return download(options.wheel, work, progress)
     if options.wheel:
         return Path(options.wheel)
@@ -258,6 +336,8 @@ def install(options: argparse.Namespace, wheel: Path, home: Path, progress: Prog
     steps = [
         [sys.executable, "-m", "venv", str(home)],
         [python, "-m", "pip", "install", *quiet, *others, str(wheel)],
+        # Nobody who runs it may write there: without this each start would compile numpy and the engine again.
+        [python, "-m", "compileall", "-q", "--invalidation-mode=unchecked-hash", str(home / "lib")],
         [python, "-c", LOADS],
     ]
     for step in steps:
@@ -286,6 +366,9 @@ def make(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     try:
         wheel = build(options, work, progress) if options.build else fetch(options, work, progress)
         digest, libraries = check(options, wheel)
+        if options.wheel_to:
+            shutil.copyfile(wheel, Path(options.wheel_to, wheel.name))
+            return {"worker_type": f"{options.type}-llm-worker", "version": wheel.name, "sha256": digest, "made": True}
         version = f"{options.rbee_version}-{hashlib.sha256((options.base + digest).encode()).hexdigest()[:8]}"
         home = root / version
         if (home / "metadata.yaml").is_file():
@@ -320,25 +403,22 @@ def make(options: argparse.Namespace, progress: Progress) -> dict[str, Any]:
 def main() -> int:
     """Parse, make, say what came of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    required = (
-        "--type",
-        "--install-path",
-        "--wheels",
-        "--work",
-        "--progress-file",
-        "--rbee-version",
-        "--base",
-        "--llama-version",
-    )
-    for name in required:
+    for name in ("--type", "--wheels", "--work", "--progress-file", "--llama-version"):
         parser.add_argument(name, required=True, choices=list(TYPES) if name == "--type" else None)
-    parser.add_argument("--user", default="rbee", help="who compiles")
+    parser.add_argument("--user", default="rbee", help="who compiles; empty: who runs this")
+    parser.add_argument("--wheel-to", default="", metavar="DIR", help="put the wheel there, and make no runtime")
+    parser.add_argument("--ccache", default="", metavar="DIR", help="what ccache keeps, where that is installed")
     parser.add_argument("--build", action="store_true")
     parser.add_argument("--tool-path", default=TOOL_PATHS, help="where compilers are looked for")
     parser.add_argument("--include-path", default=INCLUDE_PATHS, help="where headers are looked for")
-    for name in ("--cmake-args", "--cmake-hook", "--sdist", "--wheel", "--index", "--sha256"):
+    of_runtime = ("--install-path", "--rbee-version", "--base")
+    for name in (*of_runtime, "--cmake-args", "--cmake-hook", "--sdist", "--wheel", "--index", "--sha256"):
         parser.add_argument(name, default="")
     options = parser.parse_args()
+    if not options.wheel_to and not (options.install_path and options.rbee_version and options.base):
+        parser.error(f"a runtime needs {', '.join(of_runtime)}; a wheel alone: --wheel-to DIR")
+    address, _, digest = options.wheel.partition("#sha256=")
+    options.wheel, options.sha256 = address, (options.sha256 or digest).lower()
     os.umask(0o022)
     progress = Progress(Path(options.progress_file))
     try:

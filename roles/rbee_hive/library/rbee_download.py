@@ -8,7 +8,7 @@ import hashlib
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rbee_node import SANDBOX, NodeError, any_runtime_python, fail, run, show
+from ansible.module_utils.rbee_node import SANDBOX, NodeError, alone, any_runtime_python, begin, fail, show
 from ansible.module_utils.rbee_store import READY, CatalogError, find, parse_ref, read
 
 DOCUMENTATION = r"""
@@ -34,6 +34,12 @@ options:
     description: Address of a machine of the fleet that shares the model (module rbee_share); the hub is not asked then.
     type: str
   sha256: {type: str, description: Digest that the model must have.}
+  sent:
+    description: Files that the action C(rbee_send) has laid into I(sent_to); nothing is fetched, they are checked and catalogued.
+    type: list
+    elements: dict
+    default: []
+  sent_to: {type: path, description: The folder of the files that were sent.}
   user: {type: str, default: rbee, description: Who downloads and owns the files.}
   tries: {type: int, default: 6, description: Tries in all.}
   pause_s: {type: float, default: 0.1, description: "Pause after the first failed try, seconds; doubled with each."}
@@ -70,6 +76,10 @@ progress_file:
   description: Its progress, JSON lines.
   returned: success
   type: str
+joined:
+  description: Whether another run has begun this download.
+  returned: sometimes
+  type: bool
 rbee_result:
   description: Only when the model is there already.
   returned: sometimes
@@ -81,13 +91,12 @@ rbee_result:
 PROGRESS_DIR = "rbee-downloads"
 
 
-def begin(params, python, unit, progress_file):
+def begin_download(params, python, unit, progress_file):
+    """Start the transient unit that downloads."""
     properties = [
         *SANDBOX,
         f"User={params['user']}",
         f"ReadWritePaths={params['models_dir']}",
-        f"RuntimeDirectory={PROGRESS_DIR}",
-        "RuntimeDirectoryPreserve=yes",  # the last line must be there after the end
         f"Description=rbee: download of {params['ref']}",
     ]
     if params["token_file"]:
@@ -106,25 +115,20 @@ def begin(params, python, unit, progress_file):
         "--endpoint": params["endpoint"] or None,
         "--sha256": params["sha256"] or None,
         "--peer": params["peer"] or None,
+        "--home": params["sent_to"] or None,
     }
-    with contextlib.suppress(FileNotFoundError):
-        Path(progress_file).unlink()  # of an earlier run: whoever follows would take its end for ours
-    run(
-        "systemd-run",
-        "--quiet",
-        "--collect",
-        f"--unit={unit}",
-        "--slice=rbee.slice",
-        "--service-type=exec",
-        *[f"--property={p}" for p in properties],
-        *[f"--setenv={k}={v}" for k, v in environment.items()],
-        "--",
+    sent = [f"{f['name']}:{f['size_bytes']}:{f.get('sha256') or ''}" for f in params["sent"]]
+    begin(
+        unit,
+        progress_file,
+        properties,
         python,
         "-m",
         "rbee_serve.models.download",
         *[str(x) for pair in arguments.items() if pair[1] is not None for x in pair],
         *[str(x) for root in params["roots"] for x in ("--root", root)],
-        check=True,
+        *[x for told in sent for x in ("--sent", told)],
+        environment=environment,
     )
 
 
@@ -133,11 +137,11 @@ def work(params, check):
     ref = parse_ref(params["ref"])
     entries, _ = read(params["models_dir"], python)
     entry = find(entries, ref)
-    if entry and entry["status"] == READY and params["sha256"] in (None, "", entry.get("sha256")):
+    if entry and entry["status"] == READY and params["sha256"] in (None, "", entry.get("sha256")) and not params["sent"]:
         return {"changed": False, "unit": None, "progress_file": None, "rbee_result": {"model": entry, "downloaded": False}}
     if entry and ref.kind == "id":
         params["ref"] = entry["reference"]  # a download that broke, asked for by its id
-    elif ref.kind == "id" and not params["peer"]:
+    elif ref.kind == "id" and not params["peer"] and not params["sent"]:
         raise NodeError(
             "MODEL_NOT_FOUND",
             f"no model {ref.text!r} in the catalog, and only hf: and https:// references can be downloaded",
@@ -154,9 +158,13 @@ def work(params, check):
             params["install_hint"],
             expected_path=expected,
         )
-    if not check and show(unit)[unit]["ActiveState"] not in ("active", "activating"):
-        begin(params, python, unit, progress_file)
-    return {"changed": True, "unit": unit, "progress_file": progress_file}
+    joined = False
+    if not check:
+        with alone(unit):  # a second caller in the same moment joins the first (SPEC E-04)
+            joined = show(unit)[unit]["ActiveState"] in ("active", "activating")
+            if not joined:
+                begin_download(params, python, unit, progress_file)
+    return {"changed": True, "unit": unit, "progress_file": progress_file, "joined": joined}
 
 
 def main():
@@ -167,6 +175,8 @@ def main():
             "endpoint": {"type": "str"},
             "peer": {"type": "str"},
             "sha256": {"type": "str"},
+            "sent": {"type": "list", "elements": "dict", "default": []},
+            "sent_to": {"type": "path"},
             "user": {"type": "str", "default": "rbee"},
             "tries": {"type": "int", "default": 6},
             "pause_s": {"type": "float", "default": 0.1},

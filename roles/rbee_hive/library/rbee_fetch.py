@@ -15,6 +15,7 @@ options:
   sha256: {type: str, description: Digest that the model must have.}
   endpoint: {type: str, description: Address of the hub; by default the public one.}
   token: {type: str, description: "The hub's token; by default HF_TOKEN."}
+  token_file: {type: str, description: "File on the controller with the hub's token, where there is neither."}
   tries: {type: str, description: Tries in all.}
   pause_s: {type: str, description: "Pause after the first failed try, seconds; doubled with each."}
   stall_timeout_s: {type: str, description: "Longest time without a byte, seconds."}

@@ -19,6 +19,10 @@ options:
       File of JSON lines that the unit writes. The action then ends with its last line: C(complete) gives C(rbee_result),
       C(failed) fails with C(rbee_error). Without it, the unit's status text is shown until the unit is up or down.
     type: path
+  joined:
+    description: Whether another run has begun it, which is said first.
+    type: bool
+    default: false
   label:
     description: What to put before status texts.
     type: str

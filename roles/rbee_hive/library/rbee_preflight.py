@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_devices import devices
-from ansible.module_utils.rbee_gguf import GgufError, facts
+from ansible.module_utils.rbee_fit import check_memory, mb, parse_size, with_figures
+from ansible.module_utils.rbee_ledger import Ledger
 from ansible.module_utils.rbee_lock import ARGUMENTS, take, taken_over
 from ansible.module_utils.rbee_node import (
     TARGET,
@@ -16,7 +18,6 @@ from ansible.module_utils.rbee_node import (
     fail,
     instances,
     listening_ports,
-    mem_available,
     read_toml,
     require_hive,
     runtimes,
@@ -27,20 +28,19 @@ from ansible.module_utils.rbee_node import (
 from ansible.module_utils.rbee_plan import (
     BY_HAND,
     check_device,
-    check_memory,
     check_runtime,
     check_temperature,
     check_version,
     choose_name,
     choose_port,
+    cool,
     declared_extras,
     declared_names,
     instance,
     is_identical,
-    mb,
     preferred_device,
 )
-from ansible.module_utils.rbee_store import READY, CatalogError, find, parse_ref, parts, read
+from ansible.module_utils.rbee_store import READY, CatalogError, find, parse_ref, read
 
 DOCUMENTATION = r"""
 module: rbee_preflight
@@ -73,7 +73,7 @@ options:
     type: bool
     default: false
   mem_available_bytes:
-    description: Memory to reckon with instead of MemAvailable.
+    description: Memory to reckon with instead of what is free (MemAvailable without the model files that workers have mapped).
     type: int
   previous_available_bytes:
     description: What an earlier check found free; that it shrank is said.
@@ -84,9 +84,13 @@ options:
     default: 87
   ask_only:
     description: >-
-      Return C(fits) instead of refusing, and tell nothing: asked by another machine that has no room. The value is the
-      memory, in bytes, that a model needs which is not here.
-    type: int
+      Return C(fits) instead of refusing, and tell nothing: asked by another machine that has no room. The value is what
+      a model needs, in bytes, which is not here.
+    type: dict
+    suboptions:
+      ram: {type: int, required: true, description: Of the machine's own memory.}
+      device: {type: int, default: 0, description: Of an accelerator.}
+      disk: {type: int, default: 0, description: Of the file system of I(models_dir).}
   elsewhere:
     description: Machines that could take the worker; named in a refusal for want of memory.
     type: list
@@ -142,6 +146,10 @@ narration:
 """
 
 
+#: A download leaves this free (rbee_serve/models/download.py).
+DISK_RESERVE_BYTES = 1 << 20
+
+
 def find_model(params, entries):
     """Return (entry, reference to download): one of them is None."""
     ref = parse_ref(params["request"]["model"])
@@ -173,20 +181,13 @@ def by_hand(etc_dir, names):
     return found
 
 
-def with_figures(entry):
-    """Return an entry that has its header's figures: one that was catalogued before they were kept gets them now."""
-    if (entry.get("metadata") or {}).get("memory"):
-        return entry
-    try:
-        return {**entry, "metadata": {**(entry.get("metadata") or {}), **facts(*[p["path"] for p in parts(entry)])}}
-    except (OSError, GgufError):
-        return entry
-
-
-def memory(params, found, wanted, device, entries):
+def memory(params, found, wanted, device, entries, ledger, limit=None):
     """Return the narration of the memory check and note the figures in ``found``; raises NodeError."""
-    available = params["mem_available_bytes"] or mem_available()
-    words, required, free = check_memory(found["model"], device, available, wanted, entries, params["elsewhere"])
+    devices_now = list(ledger.devices.values())
+    device = ledger.devices.get(device["id"], device)
+    words, required, free = check_memory(
+        found["model"], device, ledger.ram, wanted, entries, params["elsewhere"], ledger.shared, limit, devices_now
+    )
     found["required_bytes"], found["available_bytes"] = required, free
     before = params["previous_available_bytes"]
     if before is not None and free is not None and free < before:
@@ -218,10 +219,13 @@ def plan(params):
     chosen = request["device"] is None
     if chosen and model:
         request["device"] = preferred_device(request, known, model["id"])
-    device = check_device(request, present)
+    device = check_device(request, present, params["gpu_max_celsius"])
     say = [f"{device['id']}: {device['name']}"]
-    if chosen and sum(d["backend"] == device["backend"] for d in present) > 1:
+    same = [d for d in present if d["backend"] == device["backend"]]
+    if chosen and len(same) > 1:
         why = "has the model already" if request["device"] is not None else "has the most free memory"
+        if request["device"] is None and not all(cool(d, params["gpu_max_celsius"]) for d in same):
+            why += " of those that are cool enough"
         say = [f"{device['id']} ({device['name']}) chosen: it {why} ({mb(device.get('memory_free_bytes') or 0)} free)"]
     request["device"] = device["device"]
     found = {
@@ -248,19 +252,30 @@ def plan(params):
     if not (found["identical"] and up(unit)):  # one that runs has its memory already
         say += [w for w in [check_temperature(device, params["gpu_max_celsius"])] if w]
         asked = {k: v for k, v in request.items() if v is not None}
-        say.append(memory(params, found, {**(settings or {}), **extras.get("settings", {}), **asked}, device, entries))
+        wanted = {**(settings or {}), **extras.get("settings", {}), **asked}
+        ledger = Ledger.of_machine(present, params["mem_available_bytes"])
+        if up(unit) and settings and int(unit["MainPID"] or 0):
+            ledger.end(int(unit["MainPID"]), name, known, entries)  # it is restarted
+        say.append(memory(params, found, wanted, device, entries, ledger, parse_size(extras.get("memory_max"))))
     port, warning = choose_port(request, settings, known, listening_ports(), declared)
     found["instance"] = extras | instance(request, model, settings, name, port, declared)
     return found, [*say, *([warning] if warning else [])]
 
 
+def disk_free(folder):
+    """Return the bytes that are free where a folder is, or would be."""
+    return shutil.disk_usage(next(p for p in (Path(folder), *Path(folder).parents) if p.is_dir())).free
+
+
 def fits(params, found):
-    """Return whether there is room; a model that is not here needs what the asking machine says."""
+    """Return whether there is room; a model that is not here needs what the asking machine says, and room on the disk."""
     if found["model"] is not None:
         return True
-    device = found["device"]
-    free = device.get("memory_free_bytes") if device["backend"] != "cpu" else params["mem_available_bytes"] or mem_available()
-    return free is not None and free >= params["ask_only"]
+    device, needs, ledger = found["device"], params["ask_only"], Ledger.of_machine([], params["mem_available_bytes"])
+    free = device.get("memory_free_bytes")
+    on_device = device["backend"] == "cpu" or (free is not None and free >= needs["device"])
+    on_device = on_device and cool(device, params["gpu_max_celsius"])
+    return on_device and ledger.ram >= needs["ram"] and disk_free(params["models_dir"]) >= needs["disk"] + DISK_RESERVE_BYTES
 
 
 def main():
@@ -283,7 +298,14 @@ def main():
             "mem_available_bytes": {"type": "int"},
             "previous_available_bytes": {"type": "int"},
             "gpu_max_celsius": {"type": "int", "default": 87},
-            "ask_only": {"type": "int"},
+            "ask_only": {
+                "type": "dict",
+                "options": {
+                    "ram": {"type": "int", "required": True},
+                    "device": {"type": "int", "default": 0},
+                    "disk": {"type": "int", "default": 0},
+                },
+            },
             "elsewhere": {"type": "list", "elements": "str", "default": []},
             "etc_dir": {"type": "path", "default": "/etc/rbee"},
             "models_dir": {"type": "path", "default": "/var/lib/rbee/models"},

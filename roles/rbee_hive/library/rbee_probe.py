@@ -10,7 +10,8 @@ from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.rbee_devices import devices
-from ansible.module_utils.rbee_node import TARGET, mem_available, read_toml, run, runtimes, show
+from ansible.module_utils.rbee_node import TARGET, read_toml, run, runtimes, show
+from ansible.module_utils.rbee_ram import mem_available
 
 DOCUMENTATION = r"""
 module: rbee_probe

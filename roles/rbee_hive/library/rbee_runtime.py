@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ansible.module_utils.rbee_node import (
     NodeError,
+    alone,
+    begin,
     complete,
     current_of,
     fail,
@@ -97,6 +99,10 @@ unit:
   description: For C(making), the transient unit.
   returned: sometimes
   type: str
+joined:
+  description: For C(making), whether another run has begun it.
+  returned: sometimes
+  type: bool
 progress_file:
   description: For C(making), its progress.
   returned: sometimes
@@ -105,6 +111,8 @@ progress_file:
 
 TYPES = ("cpu", "cuda", "rocm", "vulkan")
 PROGRESS_DIR = "rbee-runtimes"
+#: How a build was compiled, within its wheel (files/make_runtime.py writes it); wheels of others have none.
+BUILD_RECORD = "lib/python3*/site-packages/llama_cpp_python-*.dist-info/rbee-build.json"
 
 
 def kind_of(text):
@@ -128,6 +136,14 @@ def metadata_of(home):
     except ValueError:
         pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line and not line.startswith(("#", " ")))
         return {k.strip(): v.strip().strip("'\"") for k, v in pairs}
+
+
+def build_of(home):
+    """Return what the build of a runtime was compiled from and how; None when its wheel does not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for path in home.glob(BUILD_RECORD):
+            return json.loads(path.read_text(encoding="utf-8"))
+    return None
 
 
 def size_of(home):
@@ -164,6 +180,7 @@ def record(params, home, sized=True):
         "path": str(home),
         "current": current_of(home.parent) == home,
         "used_by": used_by(params, home),
+        "build": build_of(home),
         **({"size_bytes": size_of(home)} if sized else {}),
     }
 
@@ -263,12 +280,26 @@ def use(params, check):
         moved = move(params, sorted(names), home, alive)
     except NodeError as e:
         back = [n for n in sorted(names) if n in old and links[n].readlink() != old[n]]
-        for name in back:
-            move(params, [name], old[name], alive)
-        e.message += f"; all of {', '.join(back) or 'none'} runs {before.name if before else 'what it ran'} again"
+        away = {}
+        for name in back:  # one that does not come back keeps no other from it
+            try:
+                move(params, [name], old[name], alive)
+            except NodeError as worse:
+                away[name] = worse.message
+        well = [name for name in back if name not in away]
+        e.message += f"; all of {', '.join(well) or 'none'} runs {before.name if before else 'what it ran'} again"
+        for name, why in away.items():
+            e.message += f"; {name} did not come back on {old[name].name} either: {why}"
         raise
     point(root / "current", home)
     return {**result, "runtime": record(params, home, sized=False), "moved": moved, "changed": True}
+
+
+def begin_making(kind, unit, progress_file, script, arguments):
+    """Start the transient unit that makes a runtime."""
+    flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in arguments.items() if v not in ("", False, None)]
+    properties = ["ProtectHome=yes", "PrivateTmp=yes", "Nice=10", f"Description=rbee: a {kind} runtime"]
+    begin(unit, progress_file, properties, "/usr/bin/python3", script, *flags)
 
 
 def make(params, check):
@@ -279,27 +310,13 @@ def make(params, check):
     unit = f"rbee-runtime-{kind}-{key}.service"
     progress_file = f"/run/{PROGRESS_DIR}/{kind}-{key}.jsonl"
     arguments |= {"progress-file": progress_file, "work": f"/var/lib/rbee/build-{kind}-{key}"}
-    if not check and show(unit)[unit]["ActiveState"] not in ("active", "activating"):
-        with contextlib.suppress(FileNotFoundError):
-            Path(progress_file).unlink()  # of an earlier run: whoever follows would take its end for ours
-        flags = [f"--{k}" if v is True else f"--{k}={v}" for k, v in arguments.items() if v not in ("", False, None)]
-        properties = ["ProtectHome=yes", "PrivateTmp=yes", f"RuntimeDirectory={PROGRESS_DIR}", "RuntimeDirectoryPreserve=yes"]
-        properties += ["Nice=10", f"Description=rbee: a {kind} runtime"]
-        run(
-            "systemd-run",
-            "--quiet",
-            "--collect",
-            f"--unit={unit}",
-            "--slice=rbee.slice",
-            "--service-type=exec",
-            *[f"--property={p}" for p in properties],
-            "--",
-            "/usr/bin/python3",
-            params["script"],
-            *flags,
-            check=True,
-        )
-    return {"unit": unit, "progress_file": progress_file, "changed": True}
+    joined = False
+    if not check:
+        with alone(unit):  # a second caller in the same moment joins the first
+            joined = show(unit)[unit]["ActiveState"] in ("active", "activating")
+            if not joined:
+                begin_making(kind, unit, progress_file, params["script"], arguments)
+    return {"unit": unit, "progress_file": progress_file, "joined": joined, "changed": True}
 
 
 def release(params):

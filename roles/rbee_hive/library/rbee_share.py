@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import socket
@@ -12,7 +10,7 @@ import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.rbee_node import SANDBOX, NodeError, any_runtime_python, run, show
+from ansible.module_utils.rbee_node import SANDBOX, NodeError, alone, any_runtime_python, begin, run, show
 from ansible.module_utils.rbee_store import READY, CatalogError, find, parse_ref, read
 
 DOCUMENTATION = r"""
@@ -70,28 +68,19 @@ def shared_at(unit, address_file):
     return port
 
 
-def begin(params, model, python, unit, address_file):
+def begin_sharing(params, model, python, unit, address_file):
     """Start the unit and return its port; raises NodeError."""
-    with contextlib.suppress(FileNotFoundError):
-        address_file.unlink()
     properties = [
         *SANDBOX,
         f"User={params['user']}",
-        f"RuntimeDirectory={SHARE_DIR}",
-        "RuntimeDirectoryPreserve=yes",  # another model may be shared at the same time
         "LoadCredential=fleet-token:/etc/rbee/credentials/fleet-token",
         f"Description=rbee: shares {model['id']} with the fleet",
     ]
     run("systemctl", "stop", unit)
-    run(
-        "systemd-run",
-        "--quiet",
-        "--collect",
-        f"--unit={unit}",
-        "--slice=rbee.slice",
-        "--service-type=exec",
-        *[f"--property={p}" for p in properties],
-        "--",
+    begin(
+        unit,
+        address_file,
+        properties,
         python,
         "-m",
         "rbee_serve.models.share",
@@ -99,7 +88,6 @@ def begin(params, model, python, unit, address_file):
         f"--models-dir={params['models_dir']}",
         f"--port={params['port']}",
         f"--address-file={address_file}",
-        check=True,
     )
     end = time.monotonic() + START_S
     while time.monotonic() < end:
@@ -123,9 +111,8 @@ def share(params, check):
     unit, address_file = f"rbee-share-{key}.service", Path("/run", SHARE_DIR, f"{key}.json")
     if check:
         return 0
-    with Path("/run", f"rbee-share-{key}.lock").open("w", encoding="ascii") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # several machines ask at once
-        return shared_at(unit, address_file) or begin(params, model, python, unit, address_file)
+    with alone(f"rbee-share-{key}"):  # several machines ask at once
+        return shared_at(unit, address_file) or begin_sharing(params, model, python, unit, address_file)
 
 
 def main():

@@ -1,10 +1,12 @@
-"""What rbee's modules know about a node: systemd units, instances, runtimes, memory, ports. Standard library only.
+"""What rbee's modules know about a node: systemd units, instances, runtimes, ports. Standard library only.
 
-Functions that take text parse; the others read the machine. Nothing here starts, stops or writes.
+Functions that take text parse; the others read the machine, but for ``write_drop_in``, ``alone`` and ``begin``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
@@ -17,6 +19,9 @@ from ansible.module_utils.rbee_log_lines import as_text
 
 TARGET = "rbee-hive.target"
 QUEEN_UNIT = "rbee-queen.service"
+RUN_DIR = "/run"
+#: Where unit files and drop-ins are that are not a package's.
+UNIT_DIR = "/etc/systemd/system"
 TEMPLATE = "rbee-worker@.service"
 FIRST_PORT = 8001
 SHOWN = (
@@ -103,10 +108,22 @@ def unit_row(props):
     }
 
 
+def has_no_address(unit):
+    """Return whether the unit is a worker's socket by its name alone: only an instance's drop-in gives it an address."""
+    named = unit.startswith("rbee-worker@") and unit.endswith(".socket") and "*" not in unit
+    return named and not any(os.path.lexists(Path(UNIT_DIR, name)) for name in (unit, f"{unit}.d"))
+
+
 def show(*units):
-    """Return {unit id: properties} of units (globs match what is loaded)."""
-    _, out, _ = run("systemctl", "show", "--no-pager", f"--property={SHOWN}", "--", *units, check=True)
-    return {p["Id"]: p for p in parse_show(out) if p.get("Id")}
+    """Return {unit id: properties} of units (globs match what is loaded).
+
+    systemd logs an error whenever it has to load a socket without an address: such ones are looked for among the loaded alone.
+    """
+    bare = [u for u in units if has_no_address(u)]
+    asked = [u.replace(".socket", ".[s]ocket") if u in bare else u for u in units]
+    _, out, _ = run("systemctl", "show", "--no-pager", f"--property={SHOWN}", "--", *asked, check=True)
+    absent = {**dict.fromkeys(SHOWN.split(","), ""), "LoadState": "bad-setting", "ActiveState": "inactive"}
+    return {u: {**absent, "Id": u} for u in bare} | {p["Id"]: p for p in parse_show(out) if p.get("Id")}
 
 
 def write_drop_in(path, text):
@@ -121,6 +138,30 @@ def write_drop_in(path, text):
     new.write_text(text, encoding="utf-8")
     new.chmod(0o644)
     new.replace(path)
+
+
+def begin(unit, told, properties, *command, environment=None):
+    """Start a transient service of rbee's slice that tells of itself in the file ``told``, in a folder of its own below /run.
+
+    ``properties``: systemd.exec(5) as KEY=VALUE. Raises NodeError when systemd refuses.
+    """
+    told = Path(told)
+    with contextlib.suppress(FileNotFoundError):
+        told.unlink()  # of an earlier run: whoever follows would take its end for ours
+    kept = (f"RuntimeDirectory={told.parent.name}", "RuntimeDirectoryPreserve=yes")  # read after the end, and by others
+    run(
+        "systemd-run",
+        "--quiet",
+        "--collect",
+        f"--unit={unit}",
+        "--slice=rbee.slice",
+        "--service-type=exec",
+        *[f"--property={p}" for p in (*properties, *kept)],
+        *[f"--setenv={k}={v}" for k, v in (environment or {}).items()],
+        "--",
+        *command,
+        check=True,
+    )
 
 
 def worker_unit(name):
@@ -221,6 +262,13 @@ def start_failure(unit, props):
     # The worker itself gives up loading after load_timeout_s and says how far it came; systemd only if that fails as well.
     if result == "timeout" or any("model not loaded after" in line for line in own):
         code = "LOADING_TIMEOUT"
+    # The worker looks for itself before it loads (engine/room.py).
+    if short := next((line for line in reversed(own) if "out of memory, nothing was loaded" in line), None):
+        code = "VRAM_EXHAUSTED" if " memory of " in short else "INSUFFICIENT_RAM"
+    # llama.cpp met a device that fails (engine/failures.py, SPEC E-40); an abort() of it is told by its last words.
+    fails = re.compile(r"failed while the model was being loaded|\b(CUDA|ROCm) error: (?!out of memory)")
+    if any(fails.search(line) for line in own):
+        code = "CUDA_DEVICE_FAILED"
     return NodeError(
         code,
         f"{unit} did not start: {reason}" + (f": {own[-1]}" if own else ""),
@@ -241,6 +289,14 @@ def wait_until(units, reached, timeout_s, interval_s=0.2):
         if all(reached(p) for p in props.values()) or time.monotonic() > end:
             return props
         time.sleep(interval_s)
+
+
+@contextlib.contextmanager
+def alone(name):
+    """Hold the lock ``name`` of this machine: of callers in the same moment one looks and begins, the others find it begun."""
+    with Path(RUN_DIR, f"{name}.lock").open("w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def settled(props):
@@ -300,18 +356,7 @@ def any_runtime_python(install_path):
     return None
 
 
-# --- memory and ports -----------------------------------------------------------------------------------------------
-
-
-def parse_meminfo(text):
-    """Return {"MemTotal": bytes, ...} of /proc/meminfo."""
-    rows = (line.split() for line in text.splitlines() if line.endswith("kB"))
-    return {row[0].rstrip(":"): int(row[1]) * 1024 for row in rows}
-
-
-def mem_available():
-    """Return MemAvailable in bytes."""
-    return parse_meminfo(Path("/proc/meminfo").read_text(encoding="ascii"))["MemAvailable"]
+# --- ports --------------------------------------------------------------------------------------------------------
 
 
 def parse_listening(text):

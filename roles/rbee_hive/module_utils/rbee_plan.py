@@ -9,22 +9,14 @@ import re
 import string
 
 from ansible.module_utils.rbee_devices import BACKENDS
-from ansible.module_utils.rbee_memory import DEFAULTS, need
 from ansible.module_utils.rbee_node import FIRST_PORT, NAME, NodeError, worker_unit
 
-#: Memory that must be free at the very least, as a multiple of the model's file (SPEC 3.8).
-MEMORY_FACTOR = 1.2
 #: First line of the settings file of an instance that no inventory declares.
 BY_HAND = "# made by worker_start"
 #: Settings that a request may give; one that is not given keeps its present or default value.
 OPTIONAL = ("slots", "context_tokens", "threads", "port")
 #: What an inventory may say of an instance besides, and a request does not speak of.
 DECLARED_ONLY = ("socket", "memory_max", "cpu_affinity", "cpu_quota", "cpu_weight", "settings")
-
-
-def mb(size):
-    """Return a number of bytes as people read it."""
-    return f"{size / 1e6:.0f} MB"
 
 
 def check_version(controller, hive):
@@ -48,8 +40,14 @@ def _version_key(text):
     return [int(part) for part in re.findall(r"\d+", text)]
 
 
-def check_device(request, devices):
-    """Return the device that the request names; where it names none, the one with the most free memory (SPEC E-12).
+def cool(device, limit_celsius):
+    """Return whether a device takes new work: it is below the limit, or nobody tells its temperature."""
+    return limit_celsius is None or (device.get("temperature_celsius") or 0) < limit_celsius
+
+
+def check_device(request, devices, limit_celsius=None):
+    """Return the device that the request names; where it names none, the one with the most free memory (SPEC E-12) of those
+    that are below ``limit_celsius``, or of all where none is.
 
     Raises NodeError INVALID_BACKEND, BACKEND_UNAVAILABLE, DEVICE_OUT_OF_RANGE. Never falls back to another one.
     """
@@ -77,7 +75,7 @@ def check_device(request, devices):
             available=available,
         )
     if number is None:
-        return max(mine, key=lambda d: (d.get("memory_free_bytes") or 0, -d["device"]))
+        return max(mine, key=lambda d: (cool(d, limit_celsius), d.get("memory_free_bytes") or 0, -d["device"]))
     for device in mine:
         if device["device"] == number:
             return device
@@ -126,79 +124,6 @@ def check_temperature(device, limit_celsius):
             limit_celsius=limit_celsius,
         )
     return f"{device['id']} is at {temperature} C"
-
-
-def required_memory(model, wanted, on_device):
-    """Return (bytes, words): what the model needs by its own figures, and never less than 1.2 times its file."""
-    floor = int(model["size_bytes"] * MEMORY_FACTOR)
-    words = f"1.2 x {mb(model['size_bytes'])}"
-    parts = need(model.get("metadata") or {}, wanted, on_device=on_device)
-    if parts is None:
-        return floor, words
-    chosen = {**DEFAULTS, **{k: v for k, v in wanted.items() if v is not None}}
-    words = (
-        f"weights {mb(parts['weights'])}, KV cache of {chosen['slots']} x {chosen['context_tokens']} tokens {mb(parts['kv'])}, "
-        f"compute {mb(parts['compute'])}, process {mb(parts['process'])}; at least {words}"
-    )
-    return max(floor, parts["total"]), words
-
-
-def check_memory(model, device, available_bytes, wanted=None, entries=(), elsewhere=()):
-    """Return (narration, required, free); raises NodeError INSUFFICIENT_RAM or VRAM_EXHAUSTED (SPEC S-33, S-34, S-37).
-
-    For an accelerator the device's free memory counts, where the driver tells it; else ``available_bytes`` of RAM.
-    ``wanted``: the worker's settings, as far as they are known. ``entries``: the catalog, and ``elsewhere`` the machines
-    that could take the worker: the hint names what would work.
-    """
-    wanted = wanted or {}
-    on_device = device["backend"] != "cpu"
-    required, words = required_memory(model, wanted, on_device)
-    free = device.get("memory_free_bytes") if on_device else available_bytes
-    what = f"memory of {device['id']}" if on_device else "RAM"
-    if free is None:
-        return f"{what}: needs {mb(required)} ({words}); the driver does not tell what is free", required, None
-    if free >= required:
-        return f"{what}: needs {mb(required)} ({words}), {mb(free)} available", required, free
-    raise NodeError(
-        "VRAM_EXHAUSTED" if on_device else "INSUFFICIENT_RAM",
-        f"{model['id']} needs {mb(required)} of {what} ({words}), {mb(free)} are available",
-        "; or ".join(remedies(model, wanted, on_device, free, entries, elsewhere)),
-        required_bytes=required,
-        available_bytes=free,
-        model_size_bytes=model["size_bytes"],
-        elsewhere=list(elsewhere),
-    )
-
-
-def remedies(model, wanted, on_device, free, entries, elsewhere):
-    """Return what would work, reckoned; what would not is not said."""
-    found = []
-    slots = wanted.get("slots") or DEFAULTS["slots"]
-    context = wanted.get("context_tokens") or DEFAULTS["context_tokens"]
-    fewer = [n for n in range(slots - 1, 0, -1) if required_memory(model, {**wanted, "slots": n}, on_device)[0] <= free]
-    if fewer:
-        found.append(f"--slots {fewer[0]} fits")
-    shorter = [c for c in (16384, 8192, 4096, 2048, 1024, 512) if c < context]
-    fitting = [c for c in shorter if required_memory(model, {**wanted, "context_tokens": c}, on_device)[0] <= free]
-    if fitting:
-        found.append(f"--context-tokens {fitting[0]} fits")
-    mine = model.get("metadata") or {}
-    same = [
-        e
-        for e in entries
-        if e["id"] != model["id"]
-        and e["status"] == "Ready"
-        and mine.get("parameters")
-        and (e.get("metadata") or {}).get("parameters") == mine["parameters"]
-        and required_memory(e, wanted, on_device)[0] <= free
-    ]
-    if same:
-        best = max(same, key=lambda e: e["size_bytes"])
-        kind = (best.get("metadata") or {}).get("quantization") or "smaller"
-        found.append(f"--model {best['id']} ({kind}, {mb(best['size_bytes'])}) fits")
-    if elsewhere:
-        found.append(f"--node {elsewhere[0]} has room")
-    return found or ["stop another worker (rbee-ctl worker list), or use a smaller model or quantisation"]
 
 
 def declared_names(workers):

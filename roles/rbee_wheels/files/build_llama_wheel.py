@@ -3,7 +3,8 @@
 
 The wheel runs on any x86-64 machine with glibc as new as the builder's: llama.cpp's CPU kernels are built in every
 variant from SSE4.2 to AVX-512 and the best one is loaded at run time (GGML_BACKEND_DL, GGML_CPU_ALL_VARIANTS), which
-costs no speed against a native build. Standard library only: it runs before anything is installed.
+costs no speed against a native build. It is compiled by the program of ``rbee-ctl runtime build`` (make_runtime.py of
+rbee_hive) and carries its record. Standard library only: it runs before anything is installed.
 
 The cache is keyed by everything that goes into the build, so a changed flag or version builds anew and an unchanged
 one never does. Two builders of one cache wait for each other.
@@ -52,12 +53,18 @@ CMAKE_ARGS = (
     "-DCMAKE_INSTALL_INCLUDEDIR=llama_cpp/include",
 )
 
+#: Compiles, here and on the nodes.
+MAKE_RUNTIME = Path(__file__).resolve().parents[2] / "rbee_hive/files/make_runtime.py"
+
+#: Counted up when a wheel of before shall not be used any more: 2 carries the record of its making.
+FORM = "2"
+
 MUST_CONTAIN = ("libllama.so", "libggml.so", "libggml-base.so", "libggml-cpu-haswell.so", "libggml-cpu-x64.so")
 
 
 def cache_key() -> str:
     """Digest of all that the wheel depends on: version, flags, machine, C library."""
-    inputs = (VERSION, CMAKE_HOOK, *CMAKE_ARGS, platform.machine(), *platform.libc_ver())
+    inputs = (FORM, VERSION, CMAKE_HOOK, *CMAKE_ARGS, platform.machine(), *platform.libc_ver())
     return hashlib.sha256("\n".join(inputs).encode()).hexdigest()[:16]
 
 
@@ -84,16 +91,61 @@ def missing_tools() -> list[str]:
     return [package for tool, package in (("gcc", "gcc"), ("g++", "g++"), ("make", "make")) if not shutil.which(tool)]
 
 
-def run_build(command: list[str], env: dict[str, str], log_path: Path) -> int:
+def fetch_sources(folder: Path, python: str, log_path: Path) -> int:
+    """Put the source package and what pip builds it with into ``folder``, with pip's settings of whoever types; return pip's exit
+    code. cmake and ninja are for machines without them."""
+    pip = [python, "-m", "pip", "download", "--disable-pip-version-check", "--dest", str(folder)]
+    source = ["--no-deps", "--no-binary", "llama-cpp-python", f"llama-cpp-python=={VERSION}"]
+    with log_path.open("w", encoding="utf-8") as log:
+        for what in (source, ["--only-binary", ":all:", "scikit-build-core[pyproject]", "cmake", "ninja"]):
+            if code := subprocess.run([*pip, *what], stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
+                return code
+    return 0
+
+
+def sources(directory: Path) -> Path:
+    """Return the cache's folder with what the wheel in ``directory`` was compiled from: it can be done again without network."""
+    return directory.parents[1] / "sources" / directory.name
+
+
+def keep_sources(wheels: Path, directory: Path) -> None:
+    """Keep the source package and what pip builds it with."""
+    kept = sources(directory)
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    wheels.rename(kept)
+
+
+def compiling(cache: Path) -> Path:
+    """Return where it is compiled, by one at a time: names of folders get into what is compiled, and ccache finds it by them."""
+    return cache / "compile"
+
+
+def arguments(wheels: Path, scratch: Path, cache: Path) -> list[str]:
+    """Return the arguments of make_runtime.py for this wheel; what ccache keeps lies in ``cache`` and is used where ccache is."""
+    named = {
+        "type": "cpu",
+        "llama-version": VERSION,
+        "cmake-args": " ".join(CMAKE_ARGS),
+        "cmake-hook": CMAKE_HOOK,
+        "wheels": wheels,
+        "work": compiling(cache),
+        "progress-file": scratch / "progress.jsonl",
+        "ccache": cache / "ccache",
+        "wheel-to": scratch / "out",
+        "user": "",
+    }
+    return ["--build", *(f"--{name}={value}" for name, value in named.items())]
+
+
+def run_build(command: list[str], log_path: Path) -> int:
     """Run the build, copy its output to ``log_path`` and show ``compiled n of m`` on stderr; return the exit code."""
     began = shown_at = time.monotonic()
     terminal = sys.stderr.isatty()
     pause_s = 0.5 if terminal else 15.0
     with (
-        log_path.open("w", encoding="utf-8") as log,
-        subprocess.Popen(
-            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-        ) as process,
+        log_path.open("a", encoding="utf-8") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace") as process,
     ):
         if process.stdout is None:  # never: PIPE was asked for
             raise RuntimeError("no output pipe")
@@ -130,17 +182,19 @@ def build(directory: Path, python: str) -> Path:
     directory.parent.mkdir(parents=True, exist_ok=True)
     log_path = directory.parent / f"{directory.name}.log"
     with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as scratch:
-        hook = Path(scratch, "hook.cmake")
-        hook.write_text(CMAKE_HOOK, encoding="utf-8")
-        env = dict(os.environ, CMAKE_ARGS=" ".join((*CMAKE_ARGS, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={hook}")))
-        out = Path(scratch, "out")
-        pip = [python, "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir", "--no-binary", "llama-cpp-python"]
-        code = run_build([*pip, "--wheel-dir", str(out), f"llama-cpp-python=={VERSION}"], env, log_path)
+        out, wheels = Path(scratch, "out"), Path(scratch, "wheels")
+        out.mkdir()
+        code = fetch_sources(wheels, python, log_path)
+        cache = directory.parents[1]
+        if code == 0:
+            with lock(compiling(cache).with_suffix(".lock")):
+                code = run_build([python, str(MAKE_RUNTIME), *arguments(wheels, Path(scratch), cache)], log_path)
         wheel = cached_wheel(out) if code == 0 else None
         if wheel is None:
             tail = "".join(log_path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[-25:])
             raise SystemExit(f"{tail}\nbuild of llama-cpp-python {VERSION} failed (exit {code}); whole log: {log_path}")
         check_contents(wheel)
+        keep_sources(wheels, directory)
         out.rename(directory)
     log_path.unlink()
     return directory / wheel.name

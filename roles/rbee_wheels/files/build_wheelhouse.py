@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -27,6 +28,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -41,6 +43,8 @@ RUNTIMES = ("queen", "worker")
 CTL_RUNTIMES = ("ctl",)
 #: Archives kept in the cache, 40 MB each.
 KEEP = 8
+#: An archive that was asked for within so many seconds may be needed by a run that still goes on.
+IN_USE_S = 4 * 3600
 
 
 def installed(source: Path) -> metadata.Distribution | None:
@@ -118,8 +122,10 @@ def controller_wheels(source: Path, archive: Path, python: str, folder: Path) ->
     with tempfile.TemporaryDirectory(prefix=".wheelhouse-", dir=archive.parent) as scratch:
         with tarfile.open(archive) as tar:
             own = next(m for m in tar.getmembers() if m.name.startswith("rbee-"))
-            tar.extract(own, scratch, filter="data")
-        rbee = Path(scratch, own.name)
+            rbee = Path(scratch, own.name)
+            # Debian 12's Python has no extraction filters.
+            with tar.extractfile(own) as wheel, rbee.open("wb") as copy:
+                shutil.copyfileobj(wheel, copy)
         limits = ("--constraint", str(constraints(source)))
         pip(python, "download", "--quiet", "--only-binary", ":all:", *limits, "--dest", str(folder), f"{rbee}[ctl]")
 
@@ -207,9 +213,11 @@ def build(source: Path, cache: Path, archive: Path, python: str, runtimes: tuple
 
 
 def _forget_old(newest: Path) -> None:
-    """Keep the last few archives: each change of the sources makes one."""
+    """Keep the archives that were used last, and what another checkout's run may be sending: each change of sources makes one."""
     archives = sorted(newest.parent.glob("*.tar"), key=lambda path: path.stat().st_mtime, reverse=True)
     for old in archives[KEEP:]:
+        if time.time() - old.stat().st_mtime < IN_USE_S:
+            continue
         old.unlink(missing_ok=True)
         old.with_suffix(".lock").unlink(missing_ok=True)
 
@@ -244,6 +252,10 @@ def main() -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not archive.is_file():
                 build(options.source, cache, archive, options.python, runtimes)
+    if not options.plan:
+        for used in (main_archive, ctl_archive):
+            with contextlib.suppress(OSError):  # not there, or somebody else's
+                os.utime(used)
     if options.controller:
         controller_wheels(options.source, archive, options.python, options.controller)
     result = {

@@ -1,0 +1,1 @@
+rbee_quick.py

@@ -1,0 +1,1 @@
+../../../rbee_serve/models/ram.py
