@@ -13,6 +13,7 @@ from rbee_ctl.result import OperationResult
 
 if TYPE_CHECKING:
     from rbee_ctl.embedded import Embedded
+    from rbee_ctl.session import Session
 
 
 def serve(
@@ -48,19 +49,25 @@ def serve(
         raise ModelFileInvalid(f"no model file {model_path}", hint="rbee-ctl serve alone takes the demonstration model")
     with Embedded(s.ui, model_path.absolute(), model_id, digest, port=port, slots=slots, threads=threads) as stack:
         stack.start()
-        data = stack.describe()
-        if json:
-            s.ui.finish(OperationResult("serve", data=data))
-            s.ui.json = False  # one envelope is enough: what goes wrong later is told on stderr
-        else:
-            for line in _next_steps(stack, data):
-                s.ui.note(line)
         try:
+            _tell(s, stack)
             stack.wait()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # also one that comes while "ready" is being printed: a reader may be that quick
             s.ui.narrate("ctl", "stop", "ending queen and worker")
-    # Ctrl+C is how this command is meant to end; the envelope has been printed when the stack was ready.
+    # Ctrl+C is how this command is meant to end.
     raise typer.Exit(ExitCode.OK)
+
+
+def _tell(s: Session, stack: Embedded) -> None:
+    data = stack.describe()
+    if s.ui.json:
+        try:
+            s.ui.finish(OperationResult("serve", data=data))
+        finally:
+            s.ui.json = False  # one envelope is enough: what goes wrong later is told on stderr
+    else:
+        for line in _next_steps(stack, data):
+            s.ui.note(line)
 
 
 def _next_steps(stack: Embedded, data: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -243,6 +244,29 @@ def test_nothing_is_left_behind(model_path: Path, tmp_path: Path, how: signal.Si
                 assert [str(p) for p in tmp_path.glob("rbee-serve-*")] == [str(Path(second.data["config"]).parent)]
         else:
             assert stack.process.returncode == 0
+    assert list(tmp_path.glob("rbee-serve-*")) == []
+
+
+def test_stop_that_comes_while_ready_is_printed_is_an_orderly_end(model_path: Path, tmp_path: Path) -> None:
+    """A script may stop it in the very moment it reads the answer: held open here by a pipe that is full."""
+    reading, writing = os.pipe()
+    room = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(writing, b"x" * room)
+    command = [*CTL, "serve", "--json", "--model-path", str(model_path), "--model-id", MODEL]
+    env = clean_environment(TMPDIR=str(tmp_path))
+    with subprocess.Popen(command, stdout=writing, stderr=subprocess.DEVNULL, env=env) as process:
+        os.close(writing)
+        try:
+            until(lambda: "pipe_write" in Path(f"/proc/{process.pid}/wchan").read_text(), "it waits to print", 60)
+            below = process_tree.descendants(process.pid)
+            process.send_signal(signal.SIGTERM)
+            until(lambda: not any(process_tree.alive(p) for p in below), "queen and worker ended")
+            with open(reading, "rb") as pipe:
+                said = pipe.read().lstrip(b"x")
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    assert said.count(b"queen_url") == len(said.splitlines()) == 1
     assert list(tmp_path.glob("rbee-serve-*")) == []
 
 
