@@ -261,7 +261,7 @@ def test_stop_that_comes_while_ready_is_printed_is_an_orderly_end(model_path: Pa
             below = process_tree.descendants(process.pid)
             process.send_signal(signal.SIGTERM)
             until(lambda: not any(process_tree.alive(p) for p in below), "queen and worker ended")
-            with open(reading, "rb") as pipe:
+            with os.fdopen(reading, "rb") as pipe:
                 said = pipe.read().lstrip(b"x")
             assert process.wait(30) == 0
         finally:
