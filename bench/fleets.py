@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.servers import Server, free_port, rbee_worker, running
+from bench.servers import Server, rbee_worker, running
+from rbee_ctl.embedded import free_port
 
 
 @dataclass

@@ -49,11 +49,22 @@ LOAD_LIMIT_S = 300.0
 DRAIN_S = 2.0
 STOP_LIMIT_S = 10.0
 _POLL_S = 0.1
+#: Ports below it are those of well-known services.
+_LOWEST_PORT = 10_000
 
 
 def free_port() -> int:
-    """Return a port that is free now."""
-    with socket.socket() as s:
+    """Return a port of loopback that is free now, and that the kernel gives to nobody by itself.
+
+    A port of its ephemeral range could be taken by any outgoing connection before our server listens on it.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    ports = range(_LOWEST_PORT, lowest)
+    for port in secrets.SystemRandom().sample(ports, min(len(ports), 200)):
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind((HOST, port))
+            return port
+    with socket.socket() as s:  # an ephemeral range that leaves nothing below it, or a very full machine
         s.bind((HOST, 0))
         return int(s.getsockname()[1])
 

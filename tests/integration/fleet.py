@@ -6,7 +6,6 @@ import hashlib
 import json
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 
 import httpx
 
+from rbee_ctl.embedded import free_port
 from rbee_serve.contract.events import SseParser
 
 MODEL = "smollm2-135m"
@@ -33,14 +33,6 @@ def wait_until(condition: Callable[[], _T | None], what: str, *, limit_s: float 
             return result
         time.sleep(0.02)
     raise AssertionError(f"not within {limit_s:g} s: {what}")
-
-
-def free_port() -> int:
-    """Return a port of loopback that nobody has."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port
 
 
 @dataclass

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fleet import free_port, wait_until
+from fleet import wait_until
 
+from rbee_ctl.embedded import free_port
 from rbee_serve import __version__
 from tests.outside import run_outside
 

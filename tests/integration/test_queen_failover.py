@@ -15,8 +15,10 @@ from typing import Any
 
 import httpx
 import pytest
-from fleet import MODEL, Fleet, events_of, free_port, ids_of, text_of, wait_until
+from fleet import MODEL, Fleet, events_of, ids_of, text_of, wait_until
 from proxy import Proxy
+
+from rbee_ctl.embedded import free_port
 
 pytestmark = pytest.mark.integration
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from fleet import free_port, wait_until
+from fleet import wait_until
 
+from rbee_ctl.embedded import free_port
 from tests.repeated_calls import Caller
 
 pytestmark = pytest.mark.integration

@@ -14,7 +14,9 @@ from types import TracebackType
 from typing import Any
 
 import httpx
-from fleet import events_of, free_port, wait_until
+from fleet import events_of, wait_until
+
+from rbee_ctl.embedded import free_port
 
 TOKEN = "worker-test-token-9f3a"
 
