@@ -137,10 +137,10 @@ class WorkerSettings(Settings):
         description="prompt tokens evaluated in one call; smaller ones are taken where stream_gap_s asks for it",
     )
     stream_gap_s: Seconds = Field(
-        0.25,
+        0.15,
         description="longest pause that prompts of others make between two tokens of a running stream, "
         "as far as a block of 64 prompt tokens (32 with kv_type q8_0) takes no longer; between a stream's first two tokens up to "
-        "40 times as long, for newcomers with short prompts",
+        "60 times as long, for newcomers with short prompts",
     )
     draft_tokens: int = Field(
         0,

@@ -172,9 +172,9 @@ def test_turns_a_burst_without_end_does_not_hold_up_for_ever(clock: Clock) -> No
     model = Model(clock)
     engine = Scheduler(model, 2, gap_s=GAP_S)  # type: ignore[arg-type]
     engine.submit(asked("stays", 64, 0))
-    for n in range(200):
+    for n in range(300):
         engine.submit(asked(f"r{n}", 64, 1 + n % 7, answer=1))
-    run(engine, 180)
+    run(engine, 270)
     assert ("tokens", 1) in model.calls
 
 

@@ -43,7 +43,7 @@ _VOCABULARY_STEPS, _VOCABULARY_GAPS = 1024, 0.2
 #: Every so many blocks the prompt that has waited longest comes first, however long it is.
 _FAIR_TURN = 4
 #: Streams of which none has a second token yet yield for so many gaps to prompts that one block completes.
-_BURST_GAPS = 40
+_BURST_GAPS = 60
 
 Event = tuple[str, str, Any]  # (kind, request id, payload) as process.py reads them
 
