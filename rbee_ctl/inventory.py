@@ -258,7 +258,7 @@ def _run(command: list[str], environ: dict[str, str]) -> subprocess.CompletedPro
 
 def _said_by_ansible(path: Path) -> dict[str, list[Any]]:
     """Ask ``ansible-inventory``; returns {host: [groups, variables without secrets]}. Raises ConfigInvalid."""
-    from rbee_ctl.playbook import environment
+    from rbee_ctl.ansible_environment import environment
 
     command = ["ansible-inventory", "-i", str(path), "--list"]
     try:

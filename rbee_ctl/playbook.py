@@ -12,17 +12,16 @@ import json
 import os
 import re
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rbee_ctl import content
+from rbee_ctl import ansible_ahead, content
+from rbee_ctl.ansible_environment import environment, of_run
 from rbee_ctl.events import OnEvent, Output, Stats, StillRunning, TaskDone, TaskStarted, translate
-from rbee_serve import __version__, process_tree
+from rbee_serve import process_tree
 from rbee_serve.contract.errors import (
     BY_CODE,
     DiskFull,
@@ -43,12 +42,6 @@ _NO_CONNECTION = (ExitCode.UNREACHABLE, ExitCode.KEY_REFUSED, ExitCode.HOST_KEY)
 HostStatus = Literal["ok", "failed", "unreachable"]
 Status = Literal["success", "partial", "failed", "unreachable", "canceled"]
 
-#: What ansible-playbook sees of the caller's environment. RBEE_* comes on top.
-_PASSED = ("HOME", "USER", "LOGNAME", "SHELL", "TERM", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "TMPDIR", "SSH_AUTH_SOCK")
-_PASSED_SECRET = ("HF_TOKEN",)
-_PASSED_HUB = ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
-#: Where the passwords of the user's vaults come from.
-_PASSED_VAULT = ("ANSIBLE_VAULT_PASSWORD_FILE", "ANSIBLE_VAULT_IDENTITY_LIST", "ANSIBLE_VAULT_IDENTITY")
 #: What ansible-runner itself adds and needs. ANSIBLE_HOST_KEY_CHECKING is not among them: it would switch checking off.
 _RUNNERS_OWN = (
     "ANSIBLE_CALLBACK_PLUGINS",
@@ -113,23 +106,6 @@ class PlaybookResult:
         return ExitCode.FAILED if only == ExitCode.CONFIG else only
 
 
-def environment(environ: Mapping[str, str] | None = None, state_dir: Path | None = None) -> dict[str, str]:
-    """Return the environment for Ansible's programs: named variables and RBEE_*, with our own ``bin`` first on PATH."""
-    environ = os.environ if environ is None else environ
-    passed = {k: environ[k] for k in (*_PASSED, *_PASSED_SECRET, *_PASSED_HUB, *_PASSED_VAULT) if k in environ}
-    if file := passed.get("ANSIBLE_VAULT_PASSWORD_FILE"):  # Ansible runs in another folder
-        passed["ANSIBLE_VAULT_PASSWORD_FILE"] = str(Path(file).expanduser().absolute())
-    passed |= {k: v for k, v in environ.items() if k.startswith("RBEE_")}
-    bin_dir = str(Path(sys.executable).parent)
-    passed["PATH"] = f"{bin_dir}:{environ.get('PATH') or '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin'}"
-    if (cfg := content.ansible_cfg()) is not None:
-        passed["ANSIBLE_CONFIG"] = str(cfg)
-    passed["RBEE_CONTROLLER_VERSION"] = __version__  # a machine that has another one takes no new worker (SPEC S-19)
-    if state_dir is not None:
-        passed["RBEE_STATE_DIR"] = str(state_dir)
-    return passed
-
-
 def run_playbook(
     name: str,
     *,
@@ -152,7 +128,8 @@ def run_playbook(
     path = content.playbook(name)
     collector = _Collector(on_event)
     with _cancellation() as cancellation:  # to the end of the cleanup: a second Ctrl+C leaves no folder behind either
-        with _private_folder() as private:
+        with ansible_ahead.folder() as folder:
+            private = Path(folder)
             env = environment(state_dir=state_dir) | dict(environ or {})
             runner = _prepare(private, path, inventory, limit, extra_vars, env, verbose, check)
             runner.event_handler = collector.handle
@@ -199,8 +176,7 @@ def _prepare(
         variables = private / "extra-vars.json"
         variables.touch(mode=0o600)
         variables.write_text(json.dumps(dict(extra_vars)), encoding="utf-8")
-    # Ansible's own scratch files (rendered templates, copied secrets) go where they are sure to be removed.
-    env = env | {"ANSIBLE_LOCAL_TEMP": str(private / "tmp"), "ANSIBLE_FORCE_COLOR": "0", "ANSIBLE_NOCOLOR": "1"}
+    env = env | of_run(private)  # Ansible's own scratch files: rendered templates, copied secrets
     config = ansible_runner.RunnerConfig(
         private_data_dir=str(private),
         playbook=str(playbook),
@@ -226,14 +202,6 @@ def _inventories(inventory: Path | Sequence[Path] | None) -> str | list[str]:
     if inventory is None:
         return "localhost,"
     return str(inventory) if isinstance(inventory, Path) else [str(path) for path in inventory]
-
-
-@contextlib.contextmanager
-def _private_folder() -> Iterator[Path]:
-    memory = Path("/dev/shm")  # noqa: S108 -- mkdtemp beneath it, 0700
-    base = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="rbee-ctl-", dir=base) as folder:
-        yield Path(folder)
 
 
 class _Cancellation:

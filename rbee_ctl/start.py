@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
+from rbee_ctl import ansible_ahead
+
 
 def main() -> int:
     """Run rbee-ctl and return its exit code."""
     try:
+        ansible_ahead.begin(sys.argv[1:])
         from rbee_ctl.cli import main as run
 
         return run()
@@ -15,3 +20,5 @@ def main() -> int:
         from rbee_serve.extras import say_missing
 
         return say_missing(e, "ctl")
+    finally:
+        ansible_ahead.end()

@@ -1,14 +1,26 @@
-"""The terminal that ansible-runner gives to Ansible: pexpect's, closed without a pause when nobody is left in it."""
+"""The terminal that ansible-runner gives to Ansible: pexpect's, with an Ansible that was begun ahead where there is one, and
+closed without a pause when nobody is left in it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pexpect
+from ptyprocess import PtyProcess
+
+from rbee_ctl import ansible_ahead
 
 
 class Terminal(pexpect.spawn):  # type: ignore[misc]
     """pexpect waits a tenth of a second at the end before it looks whether the process is dead; ours has been waited for."""
+
+    def _spawnpty(self, args: list[str], **options: Any) -> PtyProcess:
+        if (ahead := ansible_ahead.take(args[0])) is not None:
+            try:
+                return ahead.become(args, options["env"], options["cwd"])
+            except OSError:  # it has ended: whatever the reason is, it will be told by a new one
+                ahead.kill()
+        return super()._spawnpty(args, **options)
 
     def close(self, *args: Any, **options: Any) -> None:
         """Close it; ends a process that is left."""

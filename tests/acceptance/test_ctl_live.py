@@ -284,4 +284,5 @@ def test_strace_sees_no_program_that_reaches_a_machine_but_ansibles(
         by_us = {program for by, program in seen if program in REACHES and not by.startswith("ansible")}
         assert by_us == itself, f"{command}: {seen}"
         if command[0] not in ("status", "infer", "logs"):
-            assert {"ansible-playbook", "ssh"} <= {program for _, program in seen}
+            # By the name of the process: one that was begun ahead (rbee_ctl/ansible_ahead.py) is no program of its own.
+            assert "ssh" in {program for by, program in seen if "ansible-playbook".startswith(by)}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from rbee_ctl import events
-from rbee_ctl.playbook import HostOutcome, PlaybookResult, _Collector, environment, task_error, unreachable
+from rbee_ctl.ansible_environment import environment
+from rbee_ctl.playbook import HostOutcome, PlaybookResult, _Collector, task_error, unreachable
 from rbee_serve import process_tree
 from rbee_serve.contract.errors import (
     DiskFull,
