@@ -1,4 +1,4 @@
-"""``python -m bench``: measure, keep the results in the cache, write docs/benchmarks.md."""
+"""``python -m bench``: measure, keep the results in docs/benchmarks.json, write docs/benchmarks.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was measured: rows kept as JSON in the cache after every case, and docs/benchmarks.md made from them."""
+"""What was measured: rows kept as docs/benchmarks.json after every case, and docs/benchmarks.md made from them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class Row:
     peer: list[float] = field(default_factory=list)
     peer_name: str = ""
     at: str = ""
+    machine: str = ""  # its CPU: rows of one page may come from several machines
 
     @property
     def value(self) -> float:
@@ -49,10 +50,11 @@ class Row:
 class Results:
     """The rows measured so far, newest value of each case; kept on disk after each one, so that an interrupted run loses none."""
 
-    def __init__(self, cache: Path, *, quick: bool, backend: str = "cpu") -> None:
+    def __init__(self, cache: Path, *, quick: bool, backend: str = "cpu", docs: Path = ROOT / "docs") -> None:
         device = "" if backend == "cpu" else f"-{backend}"  # figures of a GPU are kept, and shown, apart
-        self._path = cache / "bench" / f"results{device}{'-quick' if quick else ''}.json"
-        self.page_path = ROOT / f"docs/benchmarks{device}.md"
+        self.page_path = docs / f"benchmarks{device}.md"
+        # In the tree, beside the page: a case measured again elsewhere must not take the others from it.
+        self._path = cache / "bench" / f"quick{device}.json" if quick else self.page_path.with_suffix(".json")
         self._data: dict[str, Any] = {"rows": {}}
         if self._path.is_file():
             self._data = json.loads(self._path.read_text())
@@ -60,11 +62,12 @@ class Results:
 
     def add(self, row: Row) -> None:
         """Take a row, keep it, show it."""
+        row.machine = self._data["environment"]["CPU"].split(",")[0]
         row.at = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M")
         self._data["rows"][row.key] = asdict(row)
         part = self._path.with_suffix(".part")
         part.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(self._data, indent=1))
+        part.write_text(json.dumps(self._data, indent=1) + "\n")
         part.replace(self._path)
         print("  " + " | ".join(_cells(row)[:6]), flush=True)
 
@@ -77,7 +80,7 @@ class Results:
         """Return docs/benchmarks.md; ``order``: prefixes of keys as the cases declare them."""
         rank = {name: i for i, name in enumerate(order)}
         rows = sorted(self.rows, key=lambda r: rank.get(r.key.split("/")[0], 99))
-        lines = [_HEAD.strip(), "", "## Machine and versions", ""]
+        lines = [_HEAD.strip(), "", "## Machine and versions of the newest row", ""]
         lines += [f"- {k}: {v}" for k, v in self._data["environment"].items()]
         for title, mine in (("Engine and worker", None), ("Queen", "queen"), ("rbee-ctl", "ctl"), ("Fleet", "fleet")):
             part = [
@@ -85,7 +88,7 @@ class Results:
             ]
             if not part:
                 continue
-            lines += ["", f"## {title}", "", "| case | ours | peer | ratio | goal | reached | measured (UTC) |"]
+            lines += ["", f"## {title}", "", "| case | ours | peer | ratio | goal | reached | measured (UTC), on |"]
             lines += ["|---|---|---|---|---|---|---|"]
             lines += ["| " + " | ".join(_cells(row)) + " |" for row in part]
         missed = [r for r in rows if r.hit is False]
@@ -111,7 +114,7 @@ def _cells(row: Row) -> list[str]:
     ratio = f"{row.value:.3g} x" if row.peer else ""
     goal = "" if row.goal is None else f"{'>=' if row.at_least else '<='} {row.goal:g} {'x' if row.peer else row.unit}"
     reached = {None: "", True: "yes", False: "**no**"}[row.hit]
-    return [row.what, _spread(row.ours, row.unit), peer, ratio, goal, reached, row.at]
+    return [row.what, _spread(row.ours, row.unit), peer, ratio, goal, reached, ", ".join(filter(None, (row.at, row.machine)))]
 
 
 def environment() -> dict[str, str]:
@@ -164,7 +167,7 @@ make bench ARGS="--rounds 5"            # more rounds
 make bench ARGS="--list"                # the cases
 ```
 
-Every case that ends is kept (`$RBEE_CACHE/bench/results.json`) and this page is written again, so an interrupted run
+Every case that ends is kept (docs/benchmarks.json) and this page is written again, so an interrupted run
 loses nothing and single cases can be repeated. On a machine with a GPU give `ARGS="--backend cuda"`: the workers then
 hold the weights there, with a CUDA build of llama-cpp-python in the environment, llama-server is built for it too, and the
 page is docs/benchmarks-cuda.md.

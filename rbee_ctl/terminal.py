@@ -3,6 +3,7 @@ closed without a pause when nobody is left in it."""
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pexpect
@@ -14,10 +15,11 @@ from rbee_ctl import ansible_ahead
 class Terminal(pexpect.spawn):  # type: ignore[misc]
     """pexpect waits a tenth of a second at the end before it looks whether the process is dead; ours has been waited for."""
 
-    def _spawnpty(self, args: list[str], **options: Any) -> PtyProcess:
-        if (ahead := ansible_ahead.take(args[0])) is not None:
+    def _spawnpty(self, args: list[str | bytes], **options: Any) -> PtyProcess:
+        argv = [os.fsdecode(arg) for arg in args]
+        if (ahead := ansible_ahead.take(argv[0])) is not None:
             try:
-                return ahead.become(args, options["env"], options["cwd"])
+                return ahead.become(argv, options["env"], options["cwd"])
             except OSError:  # it has ended: whatever the reason is, it will be told by a new one
                 ahead.kill()
         return super()._spawnpty(args, **options)

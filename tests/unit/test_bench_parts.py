@@ -27,10 +27,10 @@ def test_bench_peer_of_a_gpu_is_built_for_it_and_puts_all_weights_there() -> Non
 
 
 def test_bench_figures_of_a_gpu_do_not_replace_those_of_the_cpu(tmp_path: Path) -> None:
-    cpu, gpu = (Results(tmp_path, quick=False, backend=b) for b in ("cpu", "cuda"))
+    cpu, gpu = (Results(tmp_path, quick=False, backend=b, docs=tmp_path) for b in ("cpu", "cuda"))
     cpu.add(Row("throughput/1", "tokens/s", "tok/s", [10.0], 1.0, True, [20.0], "llama-server"))
     gpu.add(Row("throughput/1", "tokens/s", "tok/s", [100.0], 1.0, True, [50.0], "llama-server"))
-    assert [r.ours for r in Results(tmp_path, quick=False).rows] == [[10.0]]
+    assert [r.ours for r in Results(tmp_path, quick=False, docs=tmp_path).rows] == [[10.0]]
     assert (cpu.page_path.name, gpu.page_path.name) == ("benchmarks.md", "benchmarks-cuda.md")
     page = cpu.page(["throughput"])
     assert "**no**" in page

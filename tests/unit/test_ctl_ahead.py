@@ -79,7 +79,9 @@ def run(waiting: ansible_ahead.Ahead, tmp_path: Path, **changes: str) -> tuple[i
     env = environment() | of_run(Path(waiting.folder.name)) | ansible_ahead._runners_settings()
     env |= {"ANSIBLE_STDOUT_CALLBACK": "awx_display", "AWX_ISOLATED_DATA_DIR": str(tmp_path), "RBEE_LATE": "x"} | changes
     (tmp_path / "job_events").mkdir()
-    terminal = Terminal(PLAYBOOK, ["-i", "localhost,", "-c", "local", "play.yml"], cwd=str(tmp_path), env=env, timeout=60)
+    terminal = Terminal(
+        PLAYBOOK, ["-i", "localhost,", "-c", "local", "play.yml"], cwd=str(tmp_path), env=env, timeout=60, encoding="utf-8"
+    )
     terminal.expect(pexpect.EOF)
     terminal.close()
     events = [json.loads(p.read_text()) for p in (tmp_path / "job_events").glob("*.json")]
