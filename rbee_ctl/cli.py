@@ -84,9 +84,11 @@ def run(args: Sequence[str], ui: Ui) -> OperationResult:
     except BrokenPipeError:
         raise
     except Exception as e:  # a mistake of ours: said in the same shape as any other failure
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        if isinstance(e, OSError) and Path(where.filename).name == "render.py":  # of others: standard output takes no more
+            raise
         if ui.verbose or os.environ.get("RBEE_LOG") == "debug":
             traceback.print_exc()
-        where = traceback.extract_tb(e.__traceback__)[-1]
         message = f"internal error: {type(e).__name__}: {e} ({Path(where.filename).name}:{where.lineno})"
         return failure(command_name(args), RbeeError(message, hint="RBEE_LOG=debug shows the whole traceback; please report it"))
     if isinstance(value, OperationResult):
@@ -128,9 +130,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ui.finish(result)
     except KeyboardInterrupt:  # while the result was printed
         return ExitCode.INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has left (`| head`). Python would complain once more while closing stdout.
+    except OSError as e:
+        # Python would complain once more while closing stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(e, BrokenPipeError):  # else whoever read our output has left (`| head`)
+            ui.unwritten(e)
         return ExitCode.FAILED
     return int(result.exit_code)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -95,6 +96,12 @@ class Ui:
             return os.get_terminal_size(self.err.fileno()).columns or 80
         except (OSError, ValueError):
             return 80
+
+    def unwritten(self, error: OSError) -> None:
+        """Say that standard output takes no more, unless standard error takes nothing either."""
+        with contextlib.suppress(OSError):
+            self.err.write(f"error: the answer can not be written to standard output: {error.strerror or error}\n")
+            self.err.flush()
 
     def note(self, text: str) -> None:
         """Write a line to stderr."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,18 @@ def test_the_first_settings_file_wins_and_is_named(fleet: Path, monkeypatch: pyt
     assert shown() == {"value": "http://user:1", "source": str(user)}
     monkeypatch.setenv("RBEE_CONFIG", str(own))
     assert shown() == {"value": "http://own:1", "source": str(own)}
+
+
+@pytest.mark.parametrize("arguments", [["version"], ["version", "--json"], ["config", "show"]])
+def test_an_answer_that_can_not_be_written_is_told_in_one_line(arguments: list[str]) -> None:
+    """A full disk behind ``>``: no traceback, and no success."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [str(Path(sys.executable).with_name("rbee-ctl")), *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == ["error: the answer can not be written to standard output: No space left on device"]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
 import time
 
 from ansible.module_utils.basic import AnsibleModule
@@ -120,6 +122,8 @@ rbee_result:
 """
 
 
+#: Seconds between two looks at a unit that is being started.
+LOOK_S = 0.15
 STATES = {"active": "idle", "activating": "loading", "deactivating": "draining", "failed": "failed", "inactive": "stopped"}
 
 
@@ -154,17 +158,39 @@ def known(names, etc_dir):
     return settings
 
 
-def watch(unit, limit_s):
-    """Return what a unit that is being started says of itself until it is up, down, or ``limit_s`` are over."""
+def watch(unit, limit_s, job):
+    """Return what a unit that is being started says of itself until it is up, down, or ``limit_s`` are over.
+
+    ``job``: the systemctl that waits for it. It says when to look: looking all the time takes the worker its cores away.
+    """
     said, end = [], time.monotonic() + limit_s
     while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            job.wait(LOOK_S)
         props = show(unit)[unit]
+        # While systemctl runs, a unit that seems to have arrived has not begun: systemd has not been asked yet.
+        ended, arrived = job.returncode is not None, settled(props)
         text = props.get("StatusText", "")
-        if text and props["ActiveState"] == "activating" and text not in said:
+        if text and text not in said and (props["ActiveState"] == "activating" or (ended and arrived and not said)):
             said.append(text)
-        if settled(props) or time.monotonic() > end:
+        if (ended and arrived) or ((ended or not arrived) and time.monotonic() > end):
             return [f"{unit_instance(unit)}: {text}" for text in said]
-        time.sleep(0.05)
+        if ended:  # it failed, and systemd begins it anew
+            time.sleep(LOOK_S)
+
+
+def restart(units, patience_s):
+    """Begin units, and watch the first for ``patience_s``; returns what it says of itself."""
+    if not patience_s:
+        run("systemctl", "restart", "--no-block", *units, check=True)
+        return []
+    # What it says when it fails is worked out from the unit's own state.
+    command = ["systemctl", "restart", *units]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
+        try:
+            return watch(units[0], patience_s, job)
+        finally:
+            job.kill()  # the waiting alone ends: systemd goes on
 
 
 def start(params, check):
@@ -181,6 +207,7 @@ def start(params, check):
     down = [u for u in units if params["restart"] or not (up(before[u]) or u in there)]
     for unit in down:
         refuse_masked(before[unit])
+    said = []
     if down and not check:
         for name in map(unit_instance, down):
             held = running(before[worker_unit(name)]) or (name in sockets and listening(sockets[name]))
@@ -188,8 +215,7 @@ def start(params, check):
                 refuse_foreign_port(name, settings[name]["port"])
         # A start is refused for units that failed too often.
         run("systemctl", "reset-failed", *down, *(socket_unit(unit_instance(u)) for u in down if unit_instance(u) in sockets))
-        run("systemctl", "restart", "--no-block", *down, check=True)
-    said = watch(units[0], params["patience_s"]) if down and params["patience_s"] and not check else []
+        said = restart(down, params["patience_s"])
     now = wait_until(units, settled, params["timeout_s"]) if params["wait"] and not check else show(*units)
     pending = not check and not all(map(settled, now.values()))
     if (params["wait"] or (params["patience_s"] and not pending)) and not check:
