@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 from rbee_ctl import demo_model
+
+
+def _part(target: Path) -> Path:
+    """Return a name for a file in the making that no other process writes to."""
+    return target.with_name(f"{target.name}.{os.getpid()}.part")
 
 
 def q4_0(cache: Path) -> Path:
@@ -18,11 +24,11 @@ def q4_0(cache: Path) -> Path:
         params = ll.llama_model_quantize_default_params()
         params.ftype = ll.LLAMA_FTYPE_MOSTLY_Q4_0
         params.allow_requantize = True
-        part = target.with_suffix(".part")
+        part = _part(target)
         code = ll.llama_model_quantize(str(demo_model.ensure(cache)).encode(), str(part).encode(), ctypes.byref(params))
         if code != 0:
             raise RuntimeError(f"llama_model_quantize returned {code}")
-        part.rename(target)
+        part.replace(target)
     return target
 
 
@@ -38,7 +44,7 @@ def random_1b(cache: Path, seed: int = 1) -> Path:
     reader = GGUFReader(demo_model.ensure(cache))
     rng = np.random.default_rng(seed)
     embd, layers, heads, kv_heads, ffn = 2048, 22, 32, 4, 5632
-    part = target.with_suffix(".part")
+    part = _part(target)
     writer = GGUFWriter(part, arch="llama")
     writer.add_context_length(4096)
     writer.add_embedding_length(embd)
@@ -87,7 +93,7 @@ def random_1b(cache: Path, seed: int = 1) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    part.rename(target)
+    part.replace(target)
     return target
 
 
