@@ -41,6 +41,8 @@ from rbee_serve.queen.jobs import Job
 
 #: Seconds that rbee-ctl gets to end Ansible in order; then all of it is killed.
 GRACE_S = 8.0
+#: Pause between two looks at whether what was killed has gone, seconds.
+_GONE_POLL_S = 0.02
 #: Longest wait for a worker that was started for a request, and between two looks at it, seconds.
 LOADING_LIMIT_S, LOADING_POLL_S = 300.0, 0.25
 #: Longest line of the child, bytes.
@@ -234,3 +236,6 @@ async def _end(process: asyncio.subprocess.Process) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
     process_tree.kill(below)
+    limit = time.monotonic() + GRACE_S  # whoever cancelled is told when all of it has gone
+    while any(map(process_tree.alive, below)) and time.monotonic() < limit:  # noqa: ASYNC110 -- they are not our children
+        await asyncio.sleep(_GONE_POLL_S)
