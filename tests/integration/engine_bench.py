@@ -34,10 +34,22 @@ async def loaded(engine: ProcessEngine) -> LoadProgress:
     return progress
 
 
+class RecordedEngine(ProcessEngine):
+    """Keeps what the engine said of its requests, in the order in which it said it: how late we hear it changes nothing."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.said: list[tuple[str, str, Any]] = []
+
+    def _deliver(self, kind: str, request_id: str, payload: Any) -> None:
+        self.said.append((kind, request_id, payload))
+        super()._deliver(kind, request_id, payload)
+
+
 @asynccontextmanager
-async def running(model: Path, queue_max: int = 0, **changes: Any) -> AsyncIterator[ProcessEngine]:
+async def running(model: Path, queue_max: int = 0, **changes: Any) -> AsyncIterator[RecordedEngine]:
     """A loaded engine, ended afterwards."""
-    engine = ProcessEngine(config(model, **changes), queue_max)
+    engine = RecordedEngine(config(model, **changes), queue_max)
     await engine.start()
     try:
         progress = await loaded(engine)
@@ -95,16 +107,16 @@ async def gathered(engine: ProcessEngine, asked: GenerateRequest) -> Answer:
     return answer
 
 
-async def until(condition: Callable[[], bool], limit_s: float = 10) -> None:
+async def until(condition: Callable[[], bool], limit_s: float = 60) -> None:
     """Wait for a condition that no event announces."""
     async with asyncio.timeout(limit_s):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 
-async def until_free(engine: ProcessEngine, limit_s: float) -> None:
+async def until_free(engine: ProcessEngine) -> None:
     """Wait for the engine to say that all slots are free."""
-    await until(lambda: engine.slots_busy == 0, limit_s)
+    await until(lambda: engine.slots_busy == 0)
 
 
 def directly(model: Path, cases: Sequence[dict[str, Any]]) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Any
 
 import psutil
 import pytest
-from engine_bench import ask, config, loaded, request, running, until, until_free
+from engine_bench import ask, config, gathered, loaded, request, running, until, until_free
+from standing_still import standing_still
 
 from rbee_serve.contract.api import StopReason
 from rbee_serve.contract.errors import AllSlotsBusy, PromptTooLong, RequestError, WorkerCrashed, WorkerLoading
@@ -120,25 +121,32 @@ def test_engine_refuses_what_does_not_fit(model_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_engine_cancel_frees_the_slot_within_a_second(model_path: Path) -> None:
-    """While decoding, while a long prompt is evaluated, and while waiting."""
+def test_engine_cancel_frees_the_slot_at_once(model_path: Path) -> None:
+    """While decoding, while a long prompt is evaluated, and while waiting: nobody gets what would have come."""
 
     async def run() -> None:
         async with running(model_path, queue_max=1, slots=1, prompt_block_tokens=32) as engine:
-            for wait_for in (TokenOut, Started):
-                async with aclosing(engine.generate(request(LONG if wait_for is Started else "Hi", max_tokens=500))) as events:
+            for prompt, wait_for, most in (("Hi", TokenOut, 900), (LONG, Started, 100)):
+                async with aclosing(engine.generate(request(prompt, max_tokens=most, ignore_eos=True))) as events:
                     async for event in events:
                         if isinstance(event, wait_for):
                             break
-                await until_free(engine, 1.0)
-            running_one = asyncio.create_task(ask(engine, "Once upon a time", max_tokens=30))
-            await until(lambda: engine.slots_busy == 1)
-            waiting = asyncio.create_task(ask(engine, "never begun"))
-            await until(lambda: engine.slots_busy == 2)
-            waiting.cancel()
-            answer = await running_one
-            assert len(answer.tokens) == 30
-            await until_free(engine, 1.0)
+                await until_free(engine)
+                ended = engine.said[-1][2]
+                assert ended["stop_reason"] == StopReason.CANCELLED
+                assert ended["tokens_out"] < most
+            engine.said.clear()
+            with standing_still(engine.pid):
+                running_one = asyncio.create_task(ask(engine, "Once upon a time", max_tokens=30))
+                await until(lambda: engine.slots_busy == 1)
+                waiting = asyncio.create_task(ask(engine, "never begun"))
+                await until(lambda: engine.slots_busy == 2)
+                waiting.cancel()
+                await asyncio.wait({waiting})
+            assert len((await running_one).tokens) == 30
+            await until_free(engine)
+            ends = [(payload["stop_reason"], payload["tokens_out"]) for kind, _, payload in engine.said if kind == "finished"]
+            assert ends == [(StopReason.CANCELLED, 0), (StopReason.MAX_TOKENS, 30)]
 
     asyncio.run(run())
 
@@ -165,17 +173,14 @@ def test_engine_running_stream_is_not_held_up_by_a_long_prompt(model_path: Path)
 
     async def run() -> None:
         async with running(model_path, slots=2, prompt_block_tokens=64, stream_gap_s=0.001) as engine:
-            during = 0
-            events = engine.generate(request("Once upon a time", max_tokens=400, ignore_eos=True))
-            async with aclosing(events):
+            stream, newcomer = request("Once upon a time", max_tokens=400, ignore_eos=True), request(LONG, max_tokens=1)
+            async with aclosing(engine.generate(stream)) as events:
                 await anext(events)
                 await anext(events)
-                newcomer = asyncio.create_task(ask(engine, LONG, max_tokens=1))
-                async for _ in events:
-                    if newcomer.done():
-                        break
-                    during += 1
-                assert (await newcomer).reason == StopReason.MAX_TOKENS
+                assert (await gathered(engine, newcomer)).reason == StopReason.MAX_TOKENS
+            told = [(kind, owner) for kind, owner, _ in engine.said]
+            begun, ended = told.index(("started", newcomer.request_id)), told.index(("finished", newcomer.request_id))
+            during = told[begun:ended].count(("token", stream.request_id))
             assert during >= 900 // (64 + 63), "the stream stood still while the prompt was evaluated"
 
     asyncio.run(run())
@@ -189,7 +194,7 @@ def test_engine_slow_reader_slows_nobody(model_path: Path) -> None:
             slow = engine.generate(request("Once upon a time", max_tokens=60))
             assert isinstance(await anext(slow), Started)
             fast = await ask(engine, "Once upon a time", max_tokens=60)
-            await until_free(engine, 30)  # the unread stream ends as well
+            await until_free(engine)  # the unread stream ends as well
             rest = [event.token_id async for event in slow if isinstance(event, TokenOut)]
             assert rest == fast.ids
 
@@ -212,8 +217,8 @@ def test_engine_fifty_cancels_leave_nothing(model_path: Path) -> None:
                     async for event in events:
                         if isinstance(event, TokenOut) or i % 2:
                             break
-                await until_free(engine, 1.0)
-            assert (usage(engine), len(asyncio.all_tasks())) == (before, tasks)
+                await until_free(engine)
+            await until(lambda: (usage(engine), len(asyncio.all_tasks())) == (before, tasks))
             assert psutil.Process(engine.pid).memory_info().rss - memory < 8 << 20
 
     asyncio.run(run())
@@ -252,8 +257,8 @@ def test_engine_two_hundred_random_requests_and_cancels_leave_nothing(model_path
 
             picked = [(*rng.choice(cases), rng.choice([0, 0, 1, 2, 99])) for _ in range(200)]
             await asyncio.gather(*(one(*p) for p in picked))
-            await until_free(engine, 30)
-            assert usage(engine) == before
+            await until_free(engine)
+            await until(lambda: usage(engine) == before)
             assert psutil.Process(engine.pid).memory_info().rss - memory < 16 << 20
             assert (await ask(engine, prompts[0], max_tokens=6)).ids == expected[prompts[0], 0]
 
@@ -286,27 +291,30 @@ def test_engine_serves_eight_clients_for_as_long_as_they_like(model_path: Path) 
                         assert len((await engine.embed([prompts[n]])).vectors) == 1
 
             await asyncio.gather(*(client(n) for n in range(8)))
-            await until_free(engine, 30)
-            assert usage(engine) == before
+            await until_free(engine)
+            await until(lambda: usage(engine) == before)
 
     asyncio.run(run())
 
 
 def test_engine_reports_that_its_loop_moves(model_path: Path) -> None:
-    """Idle or busy the step age stays under a second; a stopped process lets it grow."""
+    """Idle or busy the step age begins anew, again and again; a stopped process lets it grow."""
+
+    async def renewed(engine: ProcessEngine) -> None:
+        """Return when the engine has been heard of once more."""
+        heard = time.monotonic() - engine.step_age_s
+        await until(lambda: time.monotonic() - engine.step_age_s > heard + 0.05)
 
     async def run() -> None:
         async with running(model_path) as engine:
-            ages = []
-            for _ in range(30):
-                await asyncio.sleep(0.05)
-                ages.append(engine.step_age_s)
-            assert max(ages) < 1.0
-            assert engine.pid is not None
-            os.kill(engine.pid, signal.SIGSTOP)
-            await until(lambda: engine.step_age_s > 1.5)
-            os.kill(engine.pid, signal.SIGCONT)
-            await until(lambda: engine.step_age_s < 0.5)
+            for _ in range(3):
+                await renewed(engine)
+            busy = asyncio.create_task(ask(engine, "Hi", max_tokens=60, ignore_eos=True))
+            await renewed(engine)
+            await busy
+            with standing_still(engine.pid):
+                await until(lambda: engine.step_age_s > 1.5)
+            await renewed(engine)
             assert (await ask(engine, "Hi", max_tokens=2)).tokens
 
     asyncio.run(run())
@@ -320,7 +328,7 @@ def test_engine_death_reaches_every_stream(model_path: Path, sig: signal.Signals
             await until(lambda: engine.slots_busy == 3)
             assert engine.pid is not None
             os.kill(engine.pid, sig)
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 reason = await engine.wait_dead()
                 results = await asyncio.gather(*streams, return_exceptions=True)
             assert sig.name in reason
@@ -338,10 +346,9 @@ def test_engine_close_ends_the_process_and_is_idempotent(model_path: Path) -> No
         async with running(model_path) as engine:
             stream = asyncio.create_task(ask(engine, LONG))
             await until(lambda: engine.slots_busy == 1)
-            began = time.monotonic()
-            await engine.close()
-            await engine.close()
-            assert time.monotonic() - began < 3
+            async with asyncio.timeout(60):
+                await engine.close()
+                await engine.close()
             assert engine.pid is not None
             assert not psutil.pid_exists(engine.pid)
             with pytest.raises(WorkerCrashed):
@@ -371,7 +378,7 @@ def test_engine_dies_with_its_parent(model_path: Path) -> None:
         assert parent.stdout is not None
         engine = psutil.Process(int(parent.stdout.readline()))
         parent.kill()
-        engine.wait(timeout=5)
+        engine.wait(timeout=60)
 
 
 def _failed(config_: EngineConfig, load_timeout_s: float = 60) -> LoadProgress:
@@ -380,7 +387,7 @@ def _failed(config_: EngineConfig, load_timeout_s: float = 60) -> LoadProgress:
         await engine.start()
         try:
             progress = await loaded(engine)
-            assert await asyncio.wait_for(engine.wait_dead(), 10) == progress.error
+            assert await asyncio.wait_for(engine.wait_dead(), 60) == progress.error
             return progress
         finally:
             await engine.close()
