@@ -54,8 +54,8 @@ class Service:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        """Return the lines of the log so far; every one of them is JSON."""
-        return [json.loads(line) for line in self.log.splitlines()]
+        """Return the whole lines of the log so far; every one of them is JSON."""
+        return [json.loads(line) for line in self.log.rpartition("\n")[0].splitlines()]
 
     @property
     def pid(self) -> int:
@@ -86,7 +86,7 @@ class Service:
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
-    def stop(self, limit_s: float = 40.0) -> int:
+    def stop(self, limit_s: float = 100.0) -> int:
         """End it by SIGTERM and return its exit code."""
         assert self.process is not None
         self.go_on()

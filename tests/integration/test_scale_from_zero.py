@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import socket
 import subprocess
@@ -44,7 +45,7 @@ class Activated:
 
     def close(self) -> None:
         self.process.communicate()
-        self._reader.join(10)
+        self._reader.join(60)
         self.socket.close()
 
 
@@ -118,15 +119,14 @@ def test_a_long_request_and_a_silent_newcomer_keep_the_service_up_and_a_quiet_ke
 ) -> None:
     service = activated()
     with httpx.Client(base_url=f"http://127.0.0.1:{service.port}", trust_env=False, timeout=20) as client:
-        assert client.get("/", params={"s": 0.6}).status_code == 200
-        assert service.exits == []
-        wait_until(lambda: service.exits == [0], "exit under a kept-alive connection", limit_s=10)
+        assert client.get("/", params={"s": 0.6}).status_code == 200  # by the first life: it is the only one
+        wait_until(lambda: service.exits == [0], "exit under a kept-alive connection")
         with socket.create_connection(("127.0.0.1", service.port)) as newcomer:
             first = client.get("/").text
             # Far beyond the idle time: the connection that has said nothing yet still finds the same process.
             time.sleep(0.5)
             assert ask(newcomer).endswith(first.encode())
-        wait_until(lambda: service.exits == [0, 0], "exit after the newcomer", limit_s=10)
+        wait_until(lambda: service.exits == [0, 0], "exit after the newcomer")
 
 
 # --- a worker ---------------------------------------------------------------------------------------------------------
@@ -142,6 +142,11 @@ def worker_behind(held: socket.socket, tmp_path: Path, model_path: Path, setting
     return WorkerProcess(tmp_path, model_path, settings, port=held.getsockname()[1], **handed_over(held))
 
 
+def at_the_door(worker: WorkerProcess) -> socket.socket:
+    """Return a connection that has said nothing yet: the worker stays up for it, however short its idle time is."""
+    return socket.create_connection(("127.0.0.1", worker.port))
+
+
 @pytest.mark.P15
 @pytest.mark.N02
 def test_idle_worker_exits_0_and_who_connects_then_waits_for_the_next_one(
@@ -149,12 +154,13 @@ def test_idle_worker_exits_0_and_who_connects_then_waits_for_the_next_one(
 ) -> None:
     worker = worker_behind(held, tmp_path, model_path, {"idle_timeout_s": 0.5})
     with worker:
-        worker.wait_ready()
-        # Longer than the idle time: a running request is work.
-        assert worker.infer(max_tokens=200, ignore_eos=True)["tokens_generated"] == 200
-        ended = time.monotonic()
-        assert worker.process.wait(10) == 0, worker.log
-        assert 0.4 < time.monotonic() - ended < 3.0
+        with at_the_door(worker):
+            worker.wait_ready()
+            # Longer than the idle time: a running request is work.
+            assert worker.infer(max_tokens=200, ignore_eos=True)["tokens_generated"] == 200
+        assert worker.process.wait(60) == 0, worker.log
+        (idle_s,) = (line["idle_s"] for line in map(json.loads, worker.log.splitlines()) if line["message"] == "dormant")
+        assert idle_s >= 0.5
         assert any(n.startswith("STATUS=dormant") for n in worker.notices)
         assert "STOPPING=1" in worker.notices
         with socket.create_connection(("127.0.0.1", worker.port), timeout=30) as waiting:
@@ -173,18 +179,19 @@ def test_worker_without_a_socket_stays_unless_it_is_told_to_go(tmp_path: Path, m
     other = tmp_path / "other"
     other.mkdir()
     with WorkerProcess(other, model_path, {"idle_timeout_s": 0.2, "idle_exit_without_socket": True}) as worker:
-        assert worker.process.wait(30) == 0, worker.log
+        assert worker.process.wait(60) == 0, worker.log
 
 
 @pytest.mark.X07
 def test_worker_that_may_never_go_stays_and_a_silent_queen_ends_it_all_the_same(
     held: socket.socket, tmp_path: Path, model_path: Path
 ) -> None:
-    settings = {"idle_timeout_s": 0, "queen_lease_s": 6.0, "queen_url": "http://127.0.0.1:9", "heartbeat_interval_s": 0.1}
+    settings = {"idle_timeout_s": 0, "queen_lease_s": 1.0, "queen_url": "http://127.0.0.1:9", "heartbeat_interval_s": 0.1}
     with worker_behind(held, tmp_path, model_path, settings) as worker:
-        worker.wait_ready()
-        # One request that runs when the lease is over: it is never cut.
-        assert worker.infer(max_tokens=600, ignore_eos=True)["tokens_generated"] == 600
+        with at_the_door(worker):
+            worker.wait_ready()
+            # One request that runs when the lease is over: it is never cut.
+            assert worker.infer(max_tokens=600, ignore_eos=True)["tokens_generated"] == 600
         assert worker.process.wait(60) == 0, worker.log
         assert "dormant" in worker.log
 
@@ -200,7 +207,7 @@ def test_queen_is_told_that_the_worker_is_dormant_and_where_to_wake_it(
         directory = tmp_path / "worker"
         directory.mkdir()
         with worker_behind(held, directory, model_path, settings) as worker:
-            assert worker.process.wait(30) == 0, worker.log
+            assert worker.process.wait(60) == 0, worker.log
             record = fleet.records()["lab1-cpu0"]
             assert (record["status"], record["url"], record["slots_available"]) == ("dormant", worker.url, 0)
     finally:

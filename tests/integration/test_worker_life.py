@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from fleet import Fleet, events_of, ids_of, wait_until
+from standing_still import children, standing_still
 from worker_process import TOKEN, HeldLoad, WorkerProcess, handed_over
 
 pytestmark = pytest.mark.integration
@@ -209,19 +210,20 @@ def worker(tmp_path: Path, model_path: Path) -> Any:
 
 
 def test_sigterm_lets_a_running_stream_finish_and_refuses_new_work(worker: WorkerProcess) -> None:
-    expected = ids_of(worker.stream(**LONG))
-    running = Streaming(worker)
-    worker.process.terminate()
-    wait_until(lambda: "STOPPING=1" in worker.notices, "draining")
-    with worker.client() as client:
-        response = client.post("/v1/inference", json={"prompt": "x"})
+    expected = ids_of(worker.stream(**LONG | {"max_tokens": 400}))
+    running = Streaming(worker, max_tokens=400)
+    with standing_still(worker.engine_pid):  # so that the stream is not over before all has been looked at
+        worker.process.terminate()
+        wait_until(lambda: "STOPPING=1" in worker.notices, "draining")
+        with worker.client() as client:
+            response = client.post("/v1/inference", json={"prompt": "x"})
     assert (response.status_code, response.json()["error"]["code"]) == (503, "WORKER_DRAINING")
 
     events = running.finish()
 
     assert ids_of(events) == expected
     assert events[-1]["stop_reason"] == "MAX_TOKENS"
-    assert worker.process.wait(20) == 0, worker.log
+    assert worker.process.wait(100) == 0, worker.log
     assert any(n.startswith("STATUS=draining 1 ") for n in worker.notices)
 
 
@@ -229,9 +231,7 @@ def test_stream_over_the_drain_limit_is_handed_back(tmp_path: Path, model_path: 
     with WorkerProcess(tmp_path, model_path, {"drain_timeout_s": 0.3}) as worker:
         worker.wait_ready()
         running = Streaming(worker, max_tokens=1000)
-        began = time.monotonic()
         assert worker.stop() == 0, worker.log
-        assert time.monotonic() - began < 5
         events = running.finish()
         assert (events[-1]["type"], events[-1]["code"]) == ("error", "WORKER_DRAINING")
         ids_of(events)
@@ -243,7 +243,7 @@ def test_admin_routes_drain_and_end_with_0(worker: WorkerProcess, path: str) -> 
     with worker.client() as client:
         assert client.post(path).status_code == 202
     assert running.finish()[-1]["stop_reason"] == "MAX_TOKENS"
-    assert worker.process.wait(20) == 0, worker.log
+    assert worker.process.wait(100) == 0, worker.log
 
 
 def test_fleet_token_changes_on_sighup_and_a_running_stream_goes_on(worker: WorkerProcess) -> None:
@@ -279,7 +279,7 @@ def test_engine_that_is_killed_ends_the_worker_with_1_and_its_streams_with_the_r
     events = running.finish()
 
     assert (events[-1]["type"], events[-1]["code"]) == ("error", "WORKER_CRASHED")
-    assert worker.process.wait(20) == 1, worker.log
+    assert worker.process.wait(100) == 1, worker.log
     assert any("SIGKILL" in n for n in worker.notices if n.startswith("STATUS=")), worker.notices
     assert "SIGKILL" in worker.log
 
@@ -289,17 +289,14 @@ def test_engine_that_hangs_is_no_longer_vouched_for(worker: WorkerProcess) -> No
     fed: Callable[[], int] = lambda: worker.notices.count("WATCHDOG=1")  # noqa: E731
     count = fed()
     wait_until(lambda: fed() > count + 2, "fed while it moves")
-    os.kill(engine, signal.SIGSTOP)
-    try:
+    with standing_still(engine):
         # Silence of three watchdog periods: the time in which systemd would have killed it.
         def silent() -> bool:
             before = fed()
             time.sleep(1.8)
             return fed() == before
 
-        wait_until(silent, "watchdog starved", limit_s=15)
-    finally:
-        os.kill(engine, signal.SIGCONT)
+        wait_until(silent, "watchdog starved")
     count = fed()
     wait_until(lambda: fed() > count + 2, "fed again")
 
@@ -308,7 +305,7 @@ def test_engine_does_not_outlive_a_killed_worker(worker: WorkerProcess) -> None:
     engine = worker.engine_pid
     worker.process.kill()
     worker.process.wait()
-    wait_until(lambda: not Path(f"/proc/{engine}/exe").exists() or _is_zombie(engine), "engine gone", limit_s=5)
+    wait_until(lambda: not Path(f"/proc/{engine}/exe").exists() or _is_zombie(engine), "engine gone")
 
 
 def _is_zombie(pid: int) -> bool:
@@ -338,11 +335,12 @@ def test_queen_hears_loading_idle_busy_idle_draining_and_the_end(tmp_path: Path,
         with fleet.worker_client("lab1-cpu0") as client, client.stream("POST", "/v1/inference", json=LONG) as response:
             stream = events_of(response)
             next(stream)
-            wait_until(lambda: state() == "busy", "busy", limit_s=5)
-            os.kill(fleet.workers["lab1-cpu0"].pid, signal.SIGTERM)
-            wait_until(lambda: state() == "draining", "draining", limit_s=5)
+            with standing_still(*children(fleet.workers["lab1-cpu0"].pid)):  # so that no state is over before it is seen
+                wait_until(lambda: state() == "busy", "busy")
+                os.kill(fleet.workers["lab1-cpu0"].pid, signal.SIGTERM)
+                wait_until(lambda: state() == "draining", "draining")
             assert list(stream)[-1]["stop_reason"] == "MAX_TOKENS"
-        wait_until(lambda: state() in ("gone", "stopped"), "the end", limit_s=5)
+        wait_until(lambda: state() in ("gone", "stopped"), "the end")
         # Loading may be over between two looks; the queen's log has what it heard.
         heard = [line["state"] for line in fleet.queen.lines if line["message"] == "worker registered"]
         assert heard == ["loading"]

@@ -96,7 +96,7 @@ def test_a_request_that_wakes_a_worker_without_room_gets_507_and_later_ones_find
     for thread in waiting:
         thread.start()
     for thread in waiting:
-        thread.join(60)
+        thread.join(120)
     errors = [a.json()["error"] for a in answers]
     assert {(a.status_code, e["code"]) for a, e in zip(answers, errors, strict=True)} == {(507, "INSUFFICIENT_RAM")}
     assert all("lab1-cpu0 could not be woken: out of memory, nothing was loaded" in e["message"] for e in errors)

@@ -106,7 +106,7 @@ class WorkerProcess:
     def run(self, *args: str) -> subprocess.CompletedProcess[str]:
         """Run it to its end, which must come by itself."""
         try:
-            return subprocess.run([*self.command, *args], capture_output=True, text=True, env=self.env, timeout=60, check=False)
+            return subprocess.run([*self.command, *args], capture_output=True, text=True, env=self.env, timeout=120, check=False)
         finally:
             self._hang_up()
 
@@ -127,7 +127,7 @@ class WorkerProcess:
         """Return when everything that was sent is in ``notices``."""
         with self._manager, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
             end.sendto(b"HANG-UP", str(self.directory / "notify"))
-            self._listener.join(10)
+            self._listener.join(60)
 
     @property
     def url(self) -> str:
@@ -151,12 +151,12 @@ class WorkerProcess:
         answer: dict[str, Any] = self._poller.get("/info").json()["worker"]
         return answer
 
-    def wait_idle(self, limit_s: float) -> None:
+    def wait_idle(self) -> None:
         def idle() -> bool:
             record = self.record()
             return bool(record["slots_available"] == record["slots_total"])
 
-        wait_until(idle, "slots free", limit_s=limit_s)
+        wait_until(idle, "slots free")
 
     def infer(self, prompt: str = "Once upon a time", **params: Any) -> dict[str, Any]:
         """Return the whole answer."""
@@ -186,7 +186,7 @@ class WorkerProcess:
             self._poller.close()
             self._poller = None
         self.process.terminate()
-        return self.process.wait(40)
+        return self.process.wait(100)
 
     def __enter__(self) -> WorkerProcess:
         return self.start()
