@@ -1,4 +1,4 @@
-"""A TCP proxy whose connections can be cut: the network between the queen and one worker."""
+"""A TCP proxy whose connections can be held and cut: the network between the queen and one worker."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ import time
 
 
 class Proxy:
-    """Forwards connections to ``target`` (a port of loopback) until ``cut`` resets all of them; new ones are let through."""
+    """Forwards connections to ``target`` (a port of loopback) until ``cut`` resets all of them; new ones are let through.
+
+    While ``hold_after`` is set, the first event of a stream that has these bytes is the last one that its reader gets: what
+    comes behind it is lost with the connection, as if it had been on its way.
+    """
 
     def __init__(self, target: int) -> None:
         self._target = target
+        self.hold_after: bytes | None = None
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listening.getsockname()[1]
         self._lock = threading.Lock()
@@ -38,8 +43,7 @@ class Proxy:
 
     def _copy(self, source: socket.socket, sink: socket.socket, pair: tuple[socket.socket, socket.socket]) -> None:
         with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                sink.sendall(data)
+            self._forward(source, sink)
         for s in pair:  # either end closes both, as one connection would
             with contextlib.suppress(OSError):
                 s.shutdown(socket.SHUT_RDWR)
@@ -50,6 +54,24 @@ class Proxy:
         if last:  # nobody reads from them any more
             for s in pair:
                 s.close()
+
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+        before = b""  # the last bytes that went through: a mark may lie across two pieces
+        ends = 0  # line ends of the last event that are still to come; none is held yet
+        while data := source.recv(65536):
+            start, mark = 0, self.hold_after
+            if mark and not ends and (at := (before + data).find(mark)) >= 0:
+                start, ends = max(0, at + len(mark) - len(before)), 2
+            if ends:
+                whole = [n + 1 for n in range(start, len(data)) if data[n] == ord("\n")][:ends]
+                ends -= len(whole)
+                if not ends:
+                    sink.sendall(data[: whole[-1]])
+                    while source.recv(65536):
+                        pass
+                    return
+            before = (before + data)[-64:]
+            sink.sendall(data)
 
     def cut(self) -> int:
         """Reset every connection; returns how many there were."""
@@ -69,7 +91,7 @@ class Proxy:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)  # wakes accept
-        self._accepting.join(10)
+        self._accepting.join(60)
         self._listening.close()
         self.cut()
         end = time.monotonic() + 10

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -14,11 +15,14 @@ import httpx
 import openai
 import pytest
 from fleet import MODEL, MODEL_REF, Fleet, Service, events_of, ids_of, text_of, wait_until
+from standing_still import children, standing_still
 
 pytestmark = pytest.mark.integration
 
 STORY = "Once upon a time, in a small village"
 GREEDY: dict[str, Any] = {"prompt": STORY, "max_tokens": 60, "temperature": 0, "ignore_eos": True}
+#: So many more that a stream is not at its end by the time the test has done something to it.
+LONGER = {"max_tokens": 200}
 SEEDED: dict[str, Any] = {"prompt": STORY, "max_tokens": 60, "temperature": 0.9, "top_p": 0.95, "seed": 1234, "ignore_eos": True}
 
 
@@ -72,21 +76,24 @@ def test_workers_are_listed_with_state_and_address(fleet: Fleet) -> None:
         assert (record["model_id"], record["status"], record["available"]) == (MODEL, "idle", True)
 
 
-def test_tokens_arrive_while_they_are_made(client: httpx.Client) -> None:
-    arrived: list[float] = []
-    with client.stream("POST", "/v1/inference", json=GREEDY | {"model": MODEL}) as response:
-        assert response.headers["x-rbee-worker"] in ("lab1-cpu0", "lab2-cpu0")
+def test_tokens_arrive_while_they_are_made(fleet: Fleet, client: httpx.Client) -> None:
+    """Each time one is here the engine is stopped, and has not made the last one yet."""
+    still_busy = []
+    with client.stream("POST", "/v1/inference", json=GREEDY | {"model": MODEL, "max_tokens": 400}) as response:
+        chosen = response.headers["x-rbee-worker"]
+        assert chosen in ("lab1-cpu0", "lab2-cpu0")
         request_id = response.headers["x-request-id"]
         events = []
         for event in events_of(response):
             events.append(event)
-            arrived.append(time.monotonic())
+            if event["type"] == "token" and event["i"] in (0, 60, 120):
+                with standing_still(*children(fleet.workers[chosen].pid)), fleet.worker_client(chosen) as worker:
+                    still_busy.append(worker.get("/info").json()["worker"]["slots_available"] == 1)
 
-    assert [e["type"] for e in events] == ["started", *["token"] * 60, "end"]
-    assert (events[0]["request_id"], events[0]["worker_id"]) == (request_id, response.headers["x-rbee-worker"])
-    assert (events[-1]["tokens_out"], events[-1]["stop_reason"]) == (60, "MAX_TOKENS")
-    first, last = arrived[1], arrived[-2]
-    assert last - first > 0.5 * events[-1]["decode_time_ms"] / 1000  # spread over the generation, not sent at its end
+    assert [e["type"] for e in events] == ["started", *["token"] * 400, "end"]
+    assert (events[0]["request_id"], events[0]["worker_id"]) == (request_id, chosen)
+    assert (events[-1]["tokens_out"], events[-1]["stop_reason"]) == (400, "MAX_TOKENS")
+    assert still_busy == [True, True, True]
 
 
 @pytest.mark.P01
@@ -119,10 +126,18 @@ def test_filters_choose_the_worker(client: httpx.Client, where: dict[str, str]) 
     assert used == {"lab2-cpu0"}
 
 
+def four_at_once(fleet: Fleet, client: httpx.Client, request: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """Return the events of four requests, of which none has ended before all have begun: the workers stand still until then."""
+    with ThreadPoolExecutor(4) as pool:
+        with standing_still(*(service.pid for service in fleet.workers.values())):
+            streams = [pool.submit(generate, client, **request | {"seed": n}) for n in range(4)]
+            wait_until(lambda: sum(w["in_flight"] for w in fleet.records().values()) == 4, "four requests running")
+        return [stream.result() for stream in streams]
+
+
 @pytest.mark.P09
 def test_parallel_requests_use_both_workers(fleet: Fleet, client: httpx.Client) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        streams = list(pool.map(lambda n: generate(client, **SEEDED | {"seed": n}), range(4)))
+    streams = four_at_once(fleet, client, SEEDED)
 
     used = [s[0]["worker_id"] for s in streams]
     assert sorted(used) == ["lab1-cpu0"] * 2 + ["lab2-cpu0"] * 2
@@ -130,8 +145,10 @@ def test_parallel_requests_use_both_workers(fleet: Fleet, client: httpx.Client) 
 
 
 def test_request_without_a_slot_waits_and_is_told_and_one_too_many_gets_503(fleet: Fleet, client: httpx.Client) -> None:
-    long = GREEDY | {"max_tokens": 200}
-    with ThreadPoolExecutor(5) as pool:
+    """The four that run stand still until two more have come."""
+    long = GREEDY | LONGER
+    with ThreadPoolExecutor(4) as pool, contextlib.ExitStack() as stopped:
+        stopped.enter_context(standing_still(*(service.pid for service in fleet.workers.values())))
         streams = [pool.submit(generate, client, **long) for _ in range(4)]
         wait_until(lambda: sum(w["in_flight"] for w in fleet.records().values()) == 4, "four requests running")
         with client.stream("POST", "/v1/inference", json=GREEDY) as waiting:  # headers are here while it waits
@@ -139,6 +156,7 @@ def test_request_without_a_slot_waits_and_is_told_and_one_too_many_gets_503(flee
             later = events_of(waiting)
             assert (first := next(later)).items() >= {"type": "queued", "position": 1}.items()
             response = client.post("/v1/inference", json=GREEDY)
+            stopped.close()
             rest = list(later)
         assert all(len(ids_of(s.result())) == 200 for s in streams)
 
@@ -187,7 +205,7 @@ def test_delete_ends_the_stream_and_frees_the_slot(fleet: Fleet, client: httpx.C
 
 @pytest.mark.P10
 @pytest.mark.parametrize("stream", [True, False])
-def test_client_that_leaves_frees_the_worker_s_slot_within_a_second(fleet: Fleet, stream: bool) -> None:
+def test_client_that_leaves_frees_the_worker_s_slot_at_once(fleet: Fleet, stream: bool) -> None:
     body = json.dumps(GREEDY | {"max_tokens": 900, "stream": stream, "node": "lab1"}).encode()
     head = (
         f"POST /v1/inference HTTP/1.1\r\nHost: queen\r\nAuthorization: Bearer {fleet.key}\r\n"
@@ -199,12 +217,17 @@ def test_client_that_leaves_frees_the_worker_s_slot_within_a_second(fleet: Fleet
             info = worker.get("/info").json()["worker"]
             return int(info["slots_total"] - info["slots_available"])
 
+        def whole() -> float:
+            """Requests that have come to their end."""
+            ended = 'worker_requests_total{outcome="MAX_TOKENS"} '
+            return sum(float(x.split()[1]) for x in worker.get("/metrics").text.splitlines() if x.startswith(ended))
+
+        before = whole()
         with socket.create_connection(("127.0.0.1", fleet.queen.port)) as raw:
             raw.sendall(head.encode() + body)
             wait_until(lambda: busy() == 1, "the worker works")
-        left = time.monotonic()
         wait_until(lambda: busy() == 0, "the slot is free")
-        assert time.monotonic() - left < 1.0
+        assert whole() == before
 
 
 # --- workers that die -----------------------------------------------------------------------------------------------
@@ -216,6 +239,7 @@ def test_client_that_leaves_frees_the_worker_s_slot_within_a_second(fleet: Fleet
 def test_worker_killed_in_the_middle_costs_no_token(
     fleet: Fleet, client: httpx.Client, request_: dict[str, Any], after: int
 ) -> None:
+    request_ = request_ | LONGER
     undisturbed = generate(client, **request_)
 
     events: list[dict[str, Any]] = []
@@ -230,7 +254,7 @@ def test_worker_killed_in_the_middle_costs_no_token(
     assert ids_of(events) == ids_of(undisturbed)
     assert text_of(events) == text_of(undisturbed)
     assert [(e["mode"], e["worker_id"] != victim) for e in resumed] == [("exact", True)]
-    assert (events[-1]["type"], events[-1]["tokens_out"]) == ("end", 60)
+    assert (events[-1]["type"], events[-1]["tokens_out"]) == ("end", 200)
     told = [line for line in fleet.queen.lines if line.get("request_id") == response.headers["x-request-id"]]
     moved = [(line["from_worker"], line["to_worker"]) for line in told if line["message"] == "stream goes on at another worker"]
     assert moved == [(victim, resumed[0]["worker_id"])]  # each fail-over, with both
@@ -267,15 +291,14 @@ def test_killed_worker_is_not_routed_to_and_is_back_after_its_restart(fleet: Fle
     assert fleet.records()["lab1-cpu0"]["status"] == "failed"
 
     fleet.revive()
-    with ThreadPoolExecutor(4) as pool:
-        used = {s[0]["worker_id"] for s in pool.map(lambda _: generate(client, **GREEDY), range(4))}
+    used = {events[0]["worker_id"] for events in four_at_once(fleet, client, GREEDY)}
     assert used == {"lab1-cpu0", "lab2-cpu0"}
 
 
 @pytest.mark.X14
 def test_last_worker_killed_ends_the_stream_with_the_reason(fleet: Fleet, client: httpx.Client) -> None:
     events: list[dict[str, Any]] = []
-    with client.stream("POST", "/v1/inference", json=GREEDY | {"node": "lab1"}) as response:
+    with client.stream("POST", "/v1/inference", json=GREEDY | {"node": "lab1", "max_tokens": 900}) as response:
         for event in events_of(response):
             events.append(event)
             if event["type"] == "token" and event["i"] == 4:
@@ -288,7 +311,7 @@ def test_last_worker_killed_ends_the_stream_with_the_reason(fleet: Fleet, client
 
 def test_openai_stream_goes_on_when_its_worker_is_killed(fleet: Fleet, ai: openai.OpenAI) -> None:
     def ask() -> Any:
-        return ai.completions.create(model=MODEL, prompt=STORY, max_tokens=60, temperature=0, stream=True)
+        return ai.completions.create(model=MODEL, prompt=STORY, max_tokens=200, temperature=0, stream=True)
 
     undisturbed = "".join(chunk.choices[0].text for chunk in ask())
     pieces: list[str] = []
@@ -312,10 +335,10 @@ def test_restarted_queen_knows_all_workers_within_a_heartbeat_and_touches_none(f
     assert fleet.queen.stop() == 0
 
     fleet.start_queen()
-    began = time.monotonic()
-    wait_until(lambda: set(fleet.records()) == set(fleet.workers), "both workers known", limit_s=10)
+    wait_until(lambda: set(fleet.records()) == set(fleet.workers), "both workers known")
 
-    assert time.monotonic() - began < 2.0 * 1.1 + 1  # the interval, its jitter, and a slow machine
+    with fleet.client() as client:  # by the first beat of each
+        assert 'queen_heartbeats_total{outcome="registered"} 2.0' in client.get("/metrics").text
     assert {i: r["pid"] for i, r in fleet.records().items()} == pids
 
 
@@ -371,7 +394,7 @@ def test_stopped_queen_lets_a_running_stream_end(fleet: Fleet, client: httpx.Cli
 def test_stopped_worker_leaves_the_list(fleet: Fleet) -> None:
     assert fleet.workers["lab2-cpu0"].stop() == 0
 
-    wait_until(lambda: set(fleet.records()) == {"lab1-cpu0"}, "lab2-cpu0 gone", limit_s=5)
+    wait_until(lambda: set(fleet.records()) == {"lab1-cpu0"}, "lab2-cpu0 gone")
 
 
 # --- the logs -------------------------------------------------------------------------------------------------------
@@ -384,7 +407,7 @@ def lines_about(service: Service, ident: str) -> list[dict[str, Any]]:
 @pytest.mark.E27
 def test_a_request_is_found_in_all_logs_by_its_correlation_id_and_its_prompt_in_none(fleet: Fleet, client: httpx.Client) -> None:
     ident, secret = f"find-me-{time.time_ns()}", "my very private village"
-    request = GREEDY | {"model": MODEL, "prompt": secret}
+    request = GREEDY | LONGER | {"model": MODEL, "prompt": secret}
     events: list[dict[str, Any]] = []
     with client.stream("POST", "/v1/inference", json=request, headers={"X-Correlation-ID": ident}) as response:
         first = response.headers["x-rbee-worker"]
@@ -399,11 +422,11 @@ def test_a_request_is_found_in_all_logs_by_its_correlation_id_and_its_prompt_in_
     at_worker = wait_until(lambda: lines_about(fleet.workers[second], ident), "the worker's line")
 
     assert [(x["request_id"], x["worker"], x["outcome"], x["tokens_out"]) for x in told] == [
-        (request_id, second, "MAX_TOKENS", 60)
+        (request_id, second, "MAX_TOKENS", 200)
     ]
     assert (told[0]["key"], told[0]["api"], told[0]["level"]) == ("test", "native", "info")
     assert at_worker[-1]["request_id"] == f"{request_id}.1"
-    assert (at_worker[-1]["outcome"], at_worker[-1]["tokens_out"]) == ("MAX_TOKENS", 60)
+    assert (at_worker[-1]["outcome"], at_worker[-1]["tokens_out"]) == ("MAX_TOKENS", 200)
     for service in (fleet.queen, *fleet.workers.values()):
         assert service.lines  # each one JSON
         assert secret not in service.log
@@ -490,9 +513,8 @@ def test_metrics_count_what_happened(fleet: Fleet, client: httpx.Client) -> None
 
     def tokens() -> list[float]:
         lines = client.get("/metrics").text.splitlines()
-        return [float(next(line for line in lines if line.startswith(name)).split()[-1]) for name in names]
+        return [sum(float(line.split()[-1]) for line in lines if line.startswith(name)) for name in names]
 
-    generate(client, **GREEDY)
     before = tokens()
     generate(client, **GREEDY)
 
