@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,6 +49,8 @@ class Behaviour:
     bytes_per_s: int | None = None
     reset_at: float | None = None  # share of the rest after which the connection is reset
     reset_count: int = 0
+    taken: Callable[[], int] | None = None  # how far the client has come: no reset before it has all that was sent
+    halfway: Callable[[], None] | None = None  # called when half of the rest has been sent, and then the other half follows
     stall_at: float | None = None  # share after which nothing more comes
     stall_count: int = 0
     corrupt_count: int = 0  # right size, wrong bytes
@@ -211,7 +214,16 @@ class _Handler(BaseHTTPRequestHandler):
         stall = wrong.stall_at if wrong.stall_at is not None and _take(wrong, "stall_count") else None
         share = cut if cut is not None else stall
         end = size if share is None else start + int((size - start) * share)
+        if wrong.halfway is not None:
+            half = start + (end - start) // 2
+            self._send(file, start, half, corrupt=corrupt)
+            wrong.halfway()
+            start = half
         self._send(file, start, end, corrupt=corrupt)
+        if cut is not None and wrong.taken is not None:
+            limit = time.monotonic() + 60
+            while wrong.taken() < end and time.monotonic() < limit:
+                time.sleep(0.005)
         if stall is not None:
             self.connection.recv(1)  # nothing more until the client gives up
         if cut is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import signal
@@ -61,7 +60,7 @@ def models_dir(tmp_path: Path) -> Path:
 
 
 def arguments(server: Hub, models_dir: Path, ref: str = REF, **options: Any) -> list[str]:
-    values = {"--pause-s": 0.02, "--stall-timeout-s": 0.5, **{f"--{k.replace('_', '-')}": v for k, v in options.items()}}
+    values = {"--pause-s": 0.02, **{f"--{k.replace('_', '-')}": v for k, v in options.items()}}
     extra = [str(x) for pair in values.items() for x in pair]
     base = ["--ref", ref, "--models-dir", str(models_dir), "--endpoint", server.url]
     return [*base, "--progress-file", str(models_dir.with_suffix(".jsonl")), *extra]
@@ -75,6 +74,11 @@ def run(server: Hub, models_dir: Path, ref: str = REF, **options: Any) -> Run:
 
 def final_path(models_dir: Path) -> Path:
     return models_dir / REPO / FILE
+
+
+def size_of(path: Path) -> int:
+    """Return how many bytes a file has; one that is not there has none."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def sha256(path: Path) -> str:
@@ -110,43 +114,45 @@ def test_what_is_there_causes_no_traffic(server: Hub, models_dir: Path, ref: str
 
 @pytest.mark.S22
 @pytest.mark.P02
-def test_progress_is_shown_while_it_happens_and_its_speed_follows_the_line(server: Hub, models_dir: Path) -> None:
+def test_progress_is_shown_while_it_happens_and_its_speed_follows_the_line(
+    server: Hub, models_dir: Path, small_model: Path
+) -> None:
     """A throttled hub moves both the reported speed and the duration."""
-    server.behaviour.bytes_per_s = 40_000_000
+    server.add("org/small", "small-Q8_0.gguf", small_model)
+    server.behaviour.bytes_per_s = 2_500_000  # far below what the slowest machine can do
     began = time.monotonic()
-    done = run(server, models_dir)
-    took = time.monotonic() - began
+    done = run(server, models_dir, SMALL)
+    took, least = time.monotonic() - began, small_model.stat().st_size / 2_500_000 * 0.9
     shown = done.stages("downloading")
     counts = [line["bytes_downloaded"] for line in shown]
-    assert len(shown) >= 4
-    assert counts == sorted(set(counts))
-    assert shown[0]["at"] < shown[-1]["at"] - 0.5 * took
+    assert len(set(counts)) >= 4
+    assert counts == sorted(counts)
+    assert shown[0]["at"] < shown[-1]["at"] - 0.5 * least
     speeds = [line["speed_mbps"] / 8 for line in shown[1:]]
-    assert 25 < sorted(speeds)[len(speeds) // 2] < 45
-    assert took > 98_362_432 / 40_000_000 * 0.9
+    assert 1.5 < sorted(speeds)[len(speeds) // 2] < 3
+    assert took > least
 
 
 @pytest.mark.S26
 @pytest.mark.S58
 @pytest.mark.P02
 def test_a_reset_connection_is_resumed_where_it_broke(server: Hub, models_dir: Path, model_path: Path) -> None:
-    server.behaviour = Behaviour(reset_at=0.4, reset_count=1)
+    partial = store.partial_path(final_path(models_dir))
+    server.behaviour = Behaviour(reset_at=0.4, reset_count=1, taken=lambda: size_of(partial))
     done = run(server, models_dir)
     assert done.code == 0
     assert sha256(final_path(models_dir)) == sha256(model_path)
     first, second = server.downloads
-    assert first.range is None
-    assert second.range is not None
-    kept = int(second.range.removeprefix("bytes=").removesuffix("-"))
-    assert 0 < kept <= int(0.4 * model_path.stat().st_size)
-    assert server.bytes_sent < 1.05 * model_path.stat().st_size
+    assert (first.range, second.range) == (None, f"bytes={int(0.4 * model_path.stat().st_size)}-")
+    assert server.bytes_sent == model_path.stat().st_size
     assert "attempt 2/6" in done.stages("retrying")[0]["human"]
 
 
 @pytest.mark.S26
 @pytest.mark.P02
 def test_six_tries_with_doubling_pauses_then_download_failed(server: Hub, models_dir: Path) -> None:
-    server.behaviour = Behaviour(reset_at=0.01, reset_count=-1)
+    partial = store.partial_path(final_path(models_dir))
+    server.behaviour = Behaviour(reset_at=0.01, reset_count=-1, taken=lambda: size_of(partial))
     done = run(server, models_dir, pause_s=0.05)
     assert done.code == 1
     assert (done.last["stage"], done.last["code"]) == ("failed", "DOWNLOAD_FAILED")
@@ -205,17 +211,17 @@ def test_pauses_double_from_100_to_3200_ms_and_no_further(tmp_path: Path) -> Non
 @pytest.mark.S25
 def test_a_stall_is_noticed_and_tried_again(server: Hub, models_dir: Path) -> None:
     server.behaviour = Behaviour(stall_at=0.2, stall_count=1)
-    done = run(server, models_dir)
+    done = run(server, models_dir, stall_timeout_s=2)
     assert done.code == 0
-    assert "no bytes for 0.5 s; attempt 2/6" in done.stages("retrying")[0]["human"]
+    assert "no bytes for 2 s; attempt 2/6" in done.stages("retrying")[0]["human"]
 
 
 @pytest.mark.S25
 def test_a_hub_that_only_stalls_ends_in_download_timeout(server: Hub, models_dir: Path) -> None:
     server.behaviour = Behaviour(stall_at=0.0, stall_count=-1)
-    done = run(server, models_dir, stall_timeout_s=0.1)
+    done = run(server, models_dir, stall_timeout_s=1, tries=3)
     assert (done.code, done.last["code"]) == (1, "DOWNLOAD_TIMEOUT")
-    assert len(server.downloads) == 6
+    assert len(server.downloads) == 3
 
 
 @pytest.mark.S27
@@ -361,21 +367,15 @@ def test_a_model_larger_than_a_small_disk_is_refused_before_any_byte(server: Hub
 def test_a_disk_that_fills_up_ends_the_download_and_leaves_nothing(server: Hub, small_disk: Path, small_model: Path) -> None:
     """SPEC S-41: somebody else fills the disk while bytes come; no retry storm, no partial file."""
     server.add("org/small", "small-Q8_0.gguf", small_model)
-    server.behaviour.bytes_per_s = 8_000_000
-    partial = store.partial_path(small_disk / "models/org/small/small-Q8_0.gguf")
 
     def fill() -> None:
-        while not partial.exists() or partial.stat().st_size < 1_000_000:
-            time.sleep(0.005)
         with (small_disk / "filler").open("wb") as f, suppress(OSError):
             while True:
                 f.write(bytes(1 << 20))
                 f.flush()
 
-    filler = threading.Thread(target=fill)
-    filler.start()
+    server.behaviour.halfway = fill
     done = run(server, small_disk / "models", SMALL)
-    filler.join()
     assert (done.code, done.last["code"]) == (1, "INSUFFICIENT_DISK")
     assert done.last["details"]["to_free_bytes"] > 0
     assert len(server.downloads) == 1
@@ -495,29 +495,32 @@ def test_a_split_model_is_one_model(server: Hub, models_dir: Path, tmp_path: Pat
 def test_a_hang_is_told_every_second(server: Hub, models_dir: Path, small_model: Path) -> None:
     server.add("org/small", "small-Q8_0.gguf", small_model)
     server.behaviour = Behaviour(stall_at=0.5, stall_count=1)
-    done = run(server, models_dir, SMALL, stall_timeout_s=2.5)
+    done = run(server, models_dir, SMALL, stall_timeout_s=4.5)
     assert done.code == 0
-    times = [line["at"] for line in done.lines]
-    assert max(b - a for a, b in itertools.pairwise(times)) < 1.0
-    assert any("no bytes for 2 s" in line["human"] for line in done.stages("downloading"))
+    told = [line["human"].partition("no bytes for ")[2] for line in done.stages("downloading")]
+    silent_s = [int(words.removesuffix(" s")) for words in told if words]
+    assert len(silent_s) >= 4  # twice as many where nothing else wants the machine
+    assert silent_s == sorted(silent_s)
+    assert silent_s[-1] in (4, 5)
     assert "resuming small-Q8_0.gguf from" in done.stages("resuming")[0]["human"]
 
 
 @pytest.mark.E16
 def test_a_rate_limit_is_kept(server: Hub, models_dir: Path, small_model: Path) -> None:
     server.add("org/small", "small-Q8_0.gguf", small_model)
-    began = time.monotonic()
-    done = run(server, models_dir, SMALL, bytes_per_s=8_000_000)
+    began, began_at = time.monotonic(), time.time()
+    done = run(server, models_dir, SMALL, bytes_per_s=4_000_000)
     assert done.code == 0
-    assert time.monotonic() - began > small_model.stat().st_size / 8_000_000 * 0.9
-    speeds = [line["speed_mbps"] / 8 for line in done.stages("downloading")[1:-1]]
-    assert all(speed < 9.5 for speed in speeds), speeds
+    assert time.monotonic() - began > small_model.stat().st_size / 4_000_000 * 0.9
+    shown = [(line["at"] - began_at, line["bytes_downloaded"]) for line in done.stages("downloading")]
+    assert len(shown) >= 3
+    assert all(count <= 4_000_000 * (at + 0.01) + (1 << 18) for at, count in shown), shown  # at no moment more
 
 
 @pytest.mark.E04
 def test_who_comes_second_is_shown_how_far_the_first_one_is(server: Hub, models_dir: Path, small_model: Path) -> None:
     server.add("org/small", "small-Q8_0.gguf", small_model)
-    server.behaviour.bytes_per_s = 5_000_000
+    server.behaviour.bytes_per_s = 2_500_000
     command = [sys.executable, "-m", "rbee_serve.models.download", *arguments(server, models_dir, SMALL)]
     command[command.index("--progress-file") + 1] = str(models_dir.with_suffix(".first"))
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as first:

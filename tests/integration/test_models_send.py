@@ -380,7 +380,7 @@ def test_the_hubs_token_comes_from_a_file_at_home_and_is_in_no_environment(tmp_p
             except OSError:
                 pass
 
-    with Hub(tmp_path / "hub", behaviour=Behaviour(token="hf_of_the_file", bytes_per_s=500_000)) as hub:
+    with Hub(tmp_path / "hub", behaviour=Behaviour(token="hf_of_the_file", bytes_per_s=250_000)) as hub:
         hub.add("org/m", model.name, model)
         task = {"ref": "hf:org/m", "models_dir": f"{tmp_path}/cache", "endpoint": hub.url, "token_file": "~/token"}
         home = {"HOME": str(tmp_path), "HF_TOKEN": ""}

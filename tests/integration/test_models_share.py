@@ -180,6 +180,7 @@ def test_a_share_that_is_killed_can_be_begun_again(tmp_path: Path, source: Path,
         try:
             while not address.is_file():
                 assert process.poll() is None
+                time.sleep(0.01)
             peer = f"http://127.0.0.1:{json.loads(address.read_text())['port']}"
             if attempt == 0:
                 killer = threading.Thread(target=kill_when, args=(process, tmp_path / "second", 10_000_000))
