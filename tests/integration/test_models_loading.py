@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 import shutil
-import signal
 import tempfile
 import threading
 import time
@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from fleet import events_of, wait_until
+from standing_still import children, standing_still
 from worker_process import WorkerProcess
 
 from bench.models import random_1b
@@ -31,6 +32,11 @@ def loading(worker: WorkerProcess) -> dict[str, Any] | None:
             return dict(client.get("/v1/ready").json())
     except httpx.ConnectError:
         return None
+
+
+def is_engine(pid: int) -> bool:
+    """Whether a child of the front has become what it is for."""
+    return b"rbee_serve.worker.engine.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def read_from_disk(directory: Path, model: Path) -> int:
@@ -61,11 +67,14 @@ def test_a_cold_start_reads_the_file_from_the_disk_and_a_warm_one_does_not(tmp_p
 @pytest.mark.S49
 @pytest.mark.P03
 def test_progress_is_that_of_the_load_and_stands_still_when_the_engine_does(tmp_path: Path) -> None:
-    """A model of 660 MB, so that there is something to see; SIGSTOP in the middle: no timer draws the bar."""
+    """A model of 660 MB, so that there is something to see. The engine is let on by hundredths of a second until a part of
+    the layers is there, and then stands still: no timer draws the bar."""
     path = random_1b(Path(os.environ.get("RBEE_CACHE", Path.home() / ".cache/rbee")))
     seen: list[dict[str, Any]] = []
     with WorkerProcess(tmp_path, path, {"slots": 1, "context_tokens": 256}) as worker:
-        first = wait_until(lambda: loading(worker), "port answers")
+        (engine,) = wait_until(lambda: [p for p in children(worker.process.pid) if is_engine(p)], "the engine has begun")
+        with standing_still(engine):
+            first = wait_until(lambda: loading(worker), "port answers")
         assert (first["ready"], first["state"]) == (False, "loading")
         assert first["progress_url"] == f"{worker.url}/v1/loading/progress"
 
@@ -79,27 +88,32 @@ def test_progress_is_that_of_the_load_and_stands_still_when_the_engine_does(tmp_
                     if match := re.search(r'"layers_loaded": ?(\d+)', line):
                         layers.append(int(match[1]))
 
+        def loaded(client: httpx.Client) -> int:
+            """Layers that the front knows of."""
+            error = client.post("/v1/inference", json={"prompt": "x"}).json()["error"]
+            assert error["code"] == "WORKER_LOADING", error
+            return int(error["details"]["layers_loaded"])
+
         layers: list[int] = []
         threads = [threading.Thread(target=f) for f in (follow, listen)]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: any(0 < n < 22 for n in layers), "a part of the layers", limit_s=60)
-        engine = worker.engine_pid
-        os.kill(engine, signal.SIGSTOP)
-        try:
-            wait_until(lambda: Path(f"/proc/{engine}/stat").read_text().split()[2] == "T", "engine stopped")
-            with worker.client() as client:  # what was under way has arrived when the front answers
-                assert client.get("/v1/ready").json()["ready"] is False
-            before, end = layers[-1], time.monotonic() + 1.5
+        with contextlib.ExitStack() as stopped, worker.client() as client:
+            stopped.enter_context(standing_still(engine))
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: layers, "the bar is shown")
+            while not 0 < (part := loaded(client)) < 22:
+                stopped.close()
+                time.sleep(0.01)
+                stopped.enter_context(standing_still(engine))
+            wait_until(lambda: layers[-1] >= part, "the bar has come so far")
+            before, end = loaded(client), time.monotonic() + 1.5
             while time.monotonic() < end:
-                assert layers[-1] <= before + 1, "the bar moves while the engine stands still"
+                assert layers[-1] <= loaded(client) == before, "the bar moves while the engine stands still"
                 time.sleep(0.05)
             assert worker.process.poll() is None
-        finally:
-            os.kill(engine, signal.SIGCONT)
         worker.wait_ready()
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
         with worker.client() as client:
             assert client.get("/v1/ready").json() == {"ready": True, "state": "idle", "model_loaded": True}
     shares = [e["layers_loaded"] for e in seen]
