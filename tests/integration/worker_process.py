@@ -85,6 +85,7 @@ class WorkerProcess:
         self._manager = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._manager.bind(str(self.directory / "notify"))
         self._said: list[str] = []
+        self._read_so_far = threading.Event()
         # A thread, as the manager's own loop would: the queue of the socket holds few datagrams.
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -116,17 +117,28 @@ class WorkerProcess:
 
     @property
     def notices(self) -> list[str]:
-        """Return all lines that systemd would have got so far."""
+        """Return all lines that systemd would have got so far: of a process that has ended, every one."""
+        if self._listener.is_alive():
+            self._read_so_far.clear()
+            self._note(b"SO-FAR")
+            assert self._read_so_far.wait(60)
         return list(self._said)
+
+    def _note(self, data: bytes) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as own:
+            own.sendto(data, str(self.directory / "notify"))
 
     def _listen(self) -> None:
         while (data := self._manager.recv(65536)) != b"HANG-UP":
-            self._said += data.decode().split("\n")
+            if data == b"SO-FAR":
+                self._read_so_far.set()
+            else:
+                self._said += data.decode().split("\n")
 
     def _hang_up(self) -> None:
         """Return when everything that was sent is in ``notices``."""
-        with self._manager, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as end:
-            end.sendto(b"HANG-UP", str(self.directory / "notify"))
+        with self._manager:
+            self._note(b"HANG-UP")
             self._listener.join(60)
 
     @property
