@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
+from fleet import wait_until
 
 from rbee_ctl import content, events
 from rbee_ctl.playbook import run_playbook
@@ -167,28 +167,28 @@ def test_ctrl_c_ends_the_whole_tree_and_removes_the_folder(project: Path) -> Non
         mine = private_folders(below)
         assert mine
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=20)
+        _, err = child.communicate(timeout=60)
     finally:
         child.kill()
         child.wait()
     assert "KeyboardInterrupt" in err
-    assert [p for p in below if process_tree.alive(p)] == []
     assert not [p for p in mine if p.exists()]
+    wait_until(lambda: not any(map(process_tree.alive, below)), "init has buried what was killed")
 
 
 def wait_for_command(child: subprocess.Popen[str], command: str) -> list[process_tree.Process]:
     """Return all descendants as soon as one of them runs ``command``."""
-    limit = time.monotonic() + 30
-    while time.monotonic() < limit:
+
+    def look() -> list[process_tree.Process]:
+        assert child.poll() is None, "it ended before"
         below = process_tree.descendants(child.pid)
         for process in below:
-            try:
+            with contextlib.suppress(OSError):  # gone meanwhile
                 if command in Path(f"/proc/{process.pid}/cmdline").read_text(errors="replace"):
                     return below
-            except OSError:
-                continue
-        time.sleep(0.05)
-    pytest.fail(f"{json.dumps(command)} was never started")
+        return []
+
+    return wait_until(look, f"{json.dumps(command)} is started")
 
 
 def test_an_inventory_that_can_not_be_read_fails_also_without_rbee_ctl(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_ansible_playbook_by_itself_says_which_task_still_runs(tmp_path: Path, c
     play.write_text(
         "- hosts: localhost\n  connection: local\n  gather_facts: false\n  tasks:\n"
         "    - name: Quick\n      ansible.builtin.command: 'true'\n"
-        "    - name: Long | Take a while\n      ansible.builtin.command: sleep 2.7\n"
+        "    - name: Long | Take a while\n      ansible.builtin.command: sleep 4.2\n"
     )
     environ = {"ANSIBLE_CONFIG": str(Path(__file__).parents[2] / "ansible.cfg"), "ANSIBLE_STDOUT_CALLBACK": callback}
     command = [str(Path(sys.executable).parent / "ansible-playbook"), "-i", "localhost,", str(play)]

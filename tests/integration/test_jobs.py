@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import textwrap
 import threading
@@ -134,7 +135,7 @@ def ended(queen: httpx.Client, job_id: str) -> dict[str, Any]:
         found: dict[str, Any] = queen.get(f"/v1/jobs/{job_id}").json()
         return found if found["finished_at"] else None
 
-    return wait_until(look, f"{job_id} ended", limit_s=40)
+    return wait_until(look, f"{job_id} ended", limit_s=120)
 
 
 @pytest.mark.P12
@@ -150,13 +151,13 @@ def test_playbooks_of_two_machines_run_side_by_side_and_are_told_live(queen: htt
     for reader in readers:
         reader.start()
     for reader in readers:
-        reader.join(60)
+        reader.join(120)
     events = [e for _, e in seen["a"]]
     assert [e for _, e in seen["b"]] == events
     assert {e["job_id"] for e in events} == {one}
     assert {e["job_id"] for _, e in seen["c"]} == {two}
     # Live: also during the silent task something true came.
-    assert any("silent for a while: 2 s" in e.get("human", "") for e in events)
+    assert any(re.search(r"silent for a while: [1-9]\d* s", e.get("human", "")) for e in events)
     assert any(e.get("formatted", "").startswith("[one       ] hive_start     : ") for e in events)
     assert any(e.get("action") == "mode" and e["human"].startswith("local: by Ansible") for e in events)
     result = next(e for e in events if e["type"] == "result")
@@ -192,7 +193,7 @@ def test_delete_ends_the_playbooks_whole_tree(fleet: Fleet, queen: httpx.Client)
         commands = {p: _command(p.pid) for p in below}
         return below if any("sleep 7613" in c for c in commands.values()) else []
 
-    below = wait_until(hanging, "the playbook's own command runs", limit_s=40)
+    below = wait_until(hanging, "the playbook's own command runs", limit_s=120)
     assert state(queen, waiting) == "queued"
     assert queen.delete(f"/v1/jobs/{waiting}").status_code == 204
     assert queen.delete(f"/v1/jobs/{job_id}").status_code == 204
@@ -254,7 +255,12 @@ def test_inference_as_a_job_streams_its_tokens(fleet: Fleet, queen: httpx.Client
     long = begin(queen, "infer", prompt="Once upon a time", max_tokens=900, temperature=0, worker_id=worker)
     wait_until(lambda: queen.get(f"/v1/jobs/{long}").json()["events"] > 5, "tokens come")
     assert queen.delete(f"/v1/jobs/{long}").status_code == 204
-    wait_until(lambda: fleet.records()[worker]["slots_available"] == 2, "the slot is free again", limit_s=5)
+    assert state(queen, long) == "cancelled"
+    wait_until(lambda: fleet.records()[worker]["slots_available"] == 2, "the slot is free again")
+    service = fleet.workers[worker]
+    wait_until(
+        lambda: any("CANCEL" in line.get("outcome", "") for line in service.lines), "the worker has ended it before its end"
+    )
 
 
 def test_wrong_jobs_are_refused_at_once(fleet: Fleet, queen: httpx.Client) -> None:
@@ -268,7 +274,7 @@ def test_wrong_jobs_are_refused_at_once(fleet: Fleet, queen: httpx.Client) -> No
     for method, path in (("GET", "/v1/jobs/job-0"), ("GET", "/v1/jobs/job-0/stream"), ("DELETE", "/v1/jobs/job-0")):
         answer = queen.request(method, path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "JOB_NOT_FOUND")
-    assert httpx.post(f"{fleet.queen.url}/v1/jobs", json={"operation": "status"}, trust_env=False).status_code == 401
+    assert httpx.post(f"{fleet.queen.url}/v1/jobs", json={"operation": "status"}, timeout=60, trust_env=False).status_code == 401
 
 
 def test_no_secret_in_any_stream_and_none_left_behind(fleet: Fleet, queen: httpx.Client) -> None:
