@@ -14,7 +14,7 @@ import subprocess, sys, time
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
     for n in range(6):
         print(f"[{n}/6] compiling", flush=True)
-        time.sleep(0.3)
+        time.sleep(0.5)
     sys.exit(subprocess.run(["gcc", "-c", "broken.c", "-o", "broken.o"]).returncode)
 """
 

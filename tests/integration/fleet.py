@@ -167,7 +167,7 @@ class Fleet:
     def _queen_answers(self) -> bool:
         assert self.queen.running, self.queen.log
         try:
-            return httpx.get(f"{self.queen.url}/health", trust_env=False).is_success
+            return httpx.get(f"{self.queen.url}/health", timeout=60, trust_env=False).is_success
         except httpx.HTTPError:
             return False
 

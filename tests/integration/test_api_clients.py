@@ -424,9 +424,9 @@ def test_a_conversation_with_calls_and_results_is_understood_by_all(
 
 def test_a_key_may_come_as_anthropic_s_clients_send_it(fleet: Fleet) -> None:
     for headers, status in (({"x-api-key": fleet.key}, 200), ({"x-api-key": "wrong"}, 401), ({"x-api-key": ""}, 401)):
-        assert httpx.get(f"{fleet.queen.url}/v1/models", headers=headers, trust_env=False).status_code == status
+        assert httpx.get(f"{fleet.queen.url}/v1/models", headers=headers, timeout=60, trust_env=False).status_code == status
     both = {"x-api-key": fleet.key, "Authorization": "Bearer wrong"}
-    assert httpx.get(f"{fleet.queen.url}/v1/models", headers=both, trust_env=False).status_code == 401
+    assert httpx.get(f"{fleet.queen.url}/v1/models", headers=both, timeout=60, trust_env=False).status_code == 401
 
 
 # --- what is enforced: tool calls and schemas -------------------------------------------------------------------------

@@ -178,4 +178,4 @@ def test_a_job_says_how_it_reached_the_machine(doors: Doors) -> None:
     with doors.http.stream("GET", job["sse_url"]) as stream:
         modes = [e["human"] for e in events_of(stream) if e.get("action") == "mode"]
     assert [m.partition(":")[0] for m in modes] == ["integrated"]
-    assert httpx.get(f"{doors.fleet.queen.url}/health", trust_env=False).status_code == 200
+    assert httpx.get(f"{doors.fleet.queen.url}/health", timeout=60, trust_env=False).status_code == 200

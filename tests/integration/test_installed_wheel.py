@@ -153,15 +153,15 @@ def test_the_queen_that_install_has_set_up_asks_for_its_key_and_runs_jobs(instal
         def answers() -> bool:
             assert queen.poll() is None
             try:
-                return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+                return httpx.get(f"{url}/health", timeout=60, trust_env=False).status_code == 200
             except httpx.TransportError:
                 return False
 
         wait_until(answers, "the queen answers")
         assert json.loads(installed.run("rbee-ctl", "queen", "status", "--json").stdout)["data"]["queen"]["uptime_s"] >= 0
-        with httpx.Client(base_url=url, trust_env=False) as anybody:
+        with httpx.Client(base_url=url, timeout=60, trust_env=False) as anybody:
             assert anybody.get("/v1/workers").status_code == 401
-        with httpx.Client(base_url=url, headers=headers, trust_env=False) as us:
+        with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as us:
             job = us.post("/v1/jobs", json={"operation": "hive_list"}).json()["job_id"]
             ended = wait_until(lambda: (j := us.get(f"/v1/jobs/{job}").json())["finished_at"] and j, "the job has ended")
         assert [h["name"] for h in ended["result"]["hives"]] == ["localhost", "node2"]

@@ -96,7 +96,7 @@ def test_a_peer_wants_the_fleet_s_token_and_gives_nothing_else(tmp_path: Path, s
     assert (code, lines[-1]["code"]) == (1, "MODEL_ACCESS_DENIED")
     assert TOKEN not in json.dumps(lines)
     mine = {"Authorization": f"Bearer {TOKEN}"}
-    with httpx.Client(base_url=url(share), trust_env=False) as client:
+    with httpx.Client(base_url=url(share), timeout=60, trust_env=False) as client:
         assert client.get("/v1/model").status_code == 401
         for path in ("/", "/v1/model/files/1", "/v1/model/files/-1", "/v1/model/files/../0", "/etc/passwd"):
             assert client.get(path, headers=mine).status_code == 404

@@ -11,12 +11,12 @@ from fleet import Fleet, events_of, ids_of
 
 pytestmark = pytest.mark.integration
 
-PREFIX = "The old map showed a river, two hills and a tower that nobody had ever seen. " * 45
+PREFIX = "The old map showed a river, two hills and a tower that nobody had ever seen. " * 85
 
 
 def test_requests_that_share_a_cold_prompt_outlast_the_limit_on_the_first_byte(tmp_path: Path, model_path: Path) -> None:
     """Evaluating the prompt takes longer than the queen waits for headers; all that come meanwhile wait for it and copy."""
-    seconds = {"connect_timeout_s": 1.0, "first_byte_timeout_s": 1.0, "stall_timeout_s": 60.0}
+    seconds = {"connect_timeout_s": 2.0, "first_byte_timeout_s": 2.0, "stall_timeout_s": 60.0}
     fleet = Fleet(tmp_path, model_path, queen_settings=seconds, worker_settings={"ping_interval_s": 0.5})
     answers: list[list[dict[str, Any]]] = []
 
@@ -35,7 +35,7 @@ def test_requests_that_share_a_cold_prompt_outlast_the_limit_on_the_first_byte(t
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(120)
+            thread.join(200)
         assert [events[-1]["type"] for events in answers] == ["end"] * 3, answers
         assert [len(ids_of(events)) for events in answers] == [4] * 3
         started = [next(e for e in events if e["type"] == "started") for events in answers]

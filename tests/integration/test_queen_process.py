@@ -121,7 +121,7 @@ def test_loopback_without_keys_is_open(tmp_path: Path) -> None:
     fleet.queen.config.write_text(f"port = {fleet.queen.port}\n", encoding="utf-8")
     fleet.start_queen()
     try:
-        answer = httpx.get(f"{fleet.queen.url}/v1/workers", trust_env=False)
+        answer = httpx.get(f"{fleet.queen.url}/v1/workers", timeout=60, trust_env=False)
     finally:
         assert fleet.queen.stop() == 0
 
@@ -135,7 +135,9 @@ def test_secrets_stay_out_of_log_and_command_line(fleet: Fleet) -> None:
         command = Path(f"/proc/{fleet.queen.pid}/cmdline").read_bytes()
         with fleet.client() as client:
             assert client.get("/v1/status").status_code == 200
-        refused = httpx.get(f"{fleet.queen.url}/v1/status", headers={"Authorization": "Bearer not-the-key"}, trust_env=False)
+        refused = httpx.get(
+            f"{fleet.queen.url}/v1/status", headers={"Authorization": "Bearer not-the-key"}, timeout=60, trust_env=False
+        )
     finally:
         assert fleet.queen.stop() == 0
 
@@ -149,11 +151,13 @@ def test_secrets_stay_out_of_log_and_command_line(fleet: Fleet) -> None:
 def test_keys_and_token_change_on_sighup_and_what_can_not_be_taken_changes_nothing(fleet: Fleet) -> None:
     def status(key: str) -> int:
         headers = {"Authorization": f"Bearer {key}"}
-        return httpx.get(f"{fleet.queen.url}/v1/workers", headers=headers, trust_env=False).status_code
+        return httpx.get(f"{fleet.queen.url}/v1/workers", headers=headers, timeout=60, trust_env=False).status_code
 
     def beat(token: str) -> int:
         headers = {"Authorization": f"Bearer {token}"}
-        return httpx.post(f"{fleet.queen.url}/v1/worker-heartbeat", json={}, headers=headers, trust_env=False).status_code
+        return httpx.post(
+            f"{fleet.queen.url}/v1/worker-heartbeat", json={}, headers=headers, timeout=60, trust_env=False
+        ).status_code
 
     keys, new = fleet.directory / "client-keys", "another-key"
     fleet.start_queen()
@@ -201,7 +205,7 @@ def test_with_a_certificate_the_queen_speaks_https_alone_and_workers_find_it(tmp
     trusted = ssl.create_default_context(cafile=str(chain))
     fleet.queen.start()
     try:
-        with httpx.Client(verify=trusted, trust_env=False) as client:
+        with httpx.Client(verify=trusted, timeout=60, trust_env=False) as client:
 
             def answers() -> bool:
                 with contextlib.suppress(httpx.TransportError):
@@ -214,9 +218,9 @@ def test_with_a_certificate_the_queen_speaks_https_alone_and_workers_find_it(tmp
             headers = {"Authorization": f"Bearer {fleet.key}"}
             wait_until(lambda: client.get(f"{url}/v1/workers", headers=headers).json()["workers"], "the worker beats by https")
         with pytest.raises(httpx.TransportError):
-            httpx.get(f"{fleet.queen.url}/health", trust_env=False)
+            httpx.get(f"{fleet.queen.url}/health", timeout=60, trust_env=False)
         with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
-            httpx.get(f"{url}/health", trust_env=False)
+            httpx.get(f"{url}/health", timeout=60, trust_env=False)
     finally:
         for worker in fleet.workers.values():
             worker.kill()
@@ -238,10 +242,10 @@ def test_a_certificate_that_can_not_be_used_ends_with_78(fleet: Fleet, lines: in
 
 
 def test_a_head_without_end_is_cut_off_in_size_and_in_time(tmp_path: Path) -> None:
-    fleet = Fleet(tmp_path, Path("unused"), queen_settings={"headers_max_bytes": 2048, "receive_timeout_s": 0.5})
+    fleet = Fleet(tmp_path, Path("unused"), queen_settings={"headers_max_bytes": 2048, "receive_timeout_s": 2.0})
     fleet.start_queen()
     try:
-        with socket.create_connection(("127.0.0.1", fleet.queen.port), timeout=20) as large:
+        with socket.create_connection(("127.0.0.1", fleet.queen.port), timeout=60) as large:
             large.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: ")
             with contextlib.suppress(ConnectionError):
                 for _ in range(64):
@@ -249,7 +253,7 @@ def test_a_head_without_end_is_cut_off_in_size_and_in_time(tmp_path: Path) -> No
             answer = b""
             with contextlib.suppress(ConnectionError):
                 answer = large.recv(4096)
-        with socket.create_connection(("127.0.0.1", fleet.queen.port), timeout=20) as slow:
+        with socket.create_connection(("127.0.0.1", fleet.queen.port), timeout=60) as slow:
             slow.sendall(b"GET /health HTTP/1.1\r\n")
             assert slow.recv(4096) == b"", "the connection is closed"
         with fleet.client() as client:
@@ -295,7 +299,7 @@ def test_the_audit_log_tells_who_asked_and_holds_no_secret_and_no_prompt(tmp_pat
             wait_until(lambda: client.get("/v1/workers", params={"state": "idle"}).json()["workers"], "the worker is idle")
             body = {"prompt": "a very private prompt", "max_tokens": 3, "stream": False}
             assert client.post("/v1/inference", json=body).status_code == 200
-        httpx.get(f"{fleet.queen.url}/v1/status", headers={"Authorization": "Bearer not-the-key"}, trust_env=False)
+        httpx.get(f"{fleet.queen.url}/v1/status", headers={"Authorization": "Bearer not-the-key"}, timeout=60, trust_env=False)
     finally:
         for worker in fleet.workers.values():
             worker.kill()

@@ -42,7 +42,7 @@ class Manager:
         self.folder, self.host, self.port = folder, "127.0.0.1", free_port()
         self.inbox = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.inbox.bind(str(folder / "notify"))
-        self.inbox.settimeout(30)
+        self.inbox.settimeout(60)
         self.kept: int | None = None
         self.said: list[str] = []
         self.process: subprocess.Popen[bytes] | None = None
@@ -92,7 +92,7 @@ class Manager:
         """Send the queen a signal and return its exit code."""
         assert self.process is not None
         self.process.send_signal(number)
-        return self.process.wait(30)
+        return self.process.wait(60)
 
     def close(self) -> None:
         if self.process is not None and self.process.poll() is None:
@@ -124,7 +124,7 @@ def test_nobody_is_refused_while_the_queen_restarts(manager: Manager) -> None:
 def test_a_queen_that_is_killed_loses_no_connection_that_it_had_not_taken(manager: Manager) -> None:
     manager.start()
     assert manager.end(signal.SIGKILL) == -signal.SIGKILL
-    with socket.create_connection(("127.0.0.1", manager.port), timeout=30) as waiting:
+    with socket.create_connection(("127.0.0.1", manager.port), timeout=60) as waiting:
         waiting.sendall(b"GET /health HTTP/1.1\r\nHost: queen\r\nConnection: close\r\n\r\n")
         manager.start()
         assert waiting.recv(4096).startswith(b"HTTP/1.1 200")
@@ -135,7 +135,7 @@ def test_a_socket_of_older_settings_is_given_back_and_the_new_address_is_used(ma
     before, manager.port = manager.port, free_port()
     assert manager.end(signal.SIGTERM) == 0
     manager.start()
-    assert httpx.get(f"http://127.0.0.1:{manager.port}/health", timeout=30, trust_env=False).status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{manager.port}/health", timeout=60, trust_env=False).status_code == 200
     assert [m for m in manager.said if m.startswith("FDSTORE")] == ["FDSTORE=1", "FDSTOREREMOVE=1", "FDSTORE=1"]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", before), timeout=5)
@@ -149,5 +149,5 @@ def test_a_new_address_on_the_same_port_is_free_at_once(manager: Manager) -> Non
     manager.host = "0.0.0.0"  # noqa: S104 -- with keys
     assert manager.end(signal.SIGTERM) == 0
     manager.start()
-    assert httpx.get(f"http://127.0.0.1:{manager.port}/health", timeout=30, trust_env=False).status_code == 200
+    assert httpx.get(f"http://127.0.0.1:{manager.port}/health", timeout=60, trust_env=False).status_code == 200
     assert [m for m in manager.said if m.startswith("FDSTORE")] == ["FDSTORE=1", "FDSTOREREMOVE=1", "FDSTORE=1"]

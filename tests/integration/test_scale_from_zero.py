@@ -51,7 +51,7 @@ class Activated:
 
 def raw(port: int, pause_s: float) -> bytes:
     """Connect, send the request after a pause, return the whole answer."""
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as s:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as s:
         time.sleep(pause_s)
         return ask(s)
 
@@ -118,7 +118,7 @@ def test_a_long_request_and_a_silent_newcomer_keep_the_service_up_and_a_quiet_ke
     activated: Callable[[], Activated],
 ) -> None:
     service = activated()
-    with httpx.Client(base_url=f"http://127.0.0.1:{service.port}", trust_env=False, timeout=20) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{service.port}", trust_env=False, timeout=60) as client:
         assert client.get("/", params={"s": 0.6}).status_code == 200  # by the first life: it is the only one
         wait_until(lambda: service.exits == [0], "exit under a kept-alive connection")
         with socket.create_connection(("127.0.0.1", service.port)) as newcomer:
@@ -163,7 +163,7 @@ def test_idle_worker_exits_0_and_who_connects_then_waits_for_the_next_one(
         assert idle_s >= 0.5
         assert any(n.startswith("STATUS=dormant") for n in worker.notices)
         assert "STOPPING=1" in worker.notices
-        with socket.create_connection(("127.0.0.1", worker.port), timeout=30) as waiting:
+        with socket.create_connection(("127.0.0.1", worker.port), timeout=60) as waiting:
             waiting.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             worker.start()
             assert waiting.recv(4096).startswith(b"HTTP/1.1 200"), worker.log

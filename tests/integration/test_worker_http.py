@@ -258,7 +258,7 @@ def open_stream(worker: WorkerProcess, body: dict[str, Any]) -> socket.socket:
     """Send the request over a bare socket and return it once tokens come."""
     raw = json.dumps(body).encode()
     head = f"POST /v1/inference HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\nContent-Length: {len(raw)}\r\n\r\n"
-    connection = socket.create_connection(("127.0.0.1", worker.port), timeout=20)
+    connection = socket.create_connection(("127.0.0.1", worker.port), timeout=60)
     connection.sendall(head.encode() + raw)
     seen = b""
     while b"event: started" not in seen:

@@ -163,7 +163,7 @@ def test_socket_of_systemd_is_taken_over_with_those_who_wait_in_it(tmp_path: Pat
     with socket.create_server(("127.0.0.1", 0)) as held:
         port, fd = held.getsockname()[1], held.fileno()
         worker = WorkerProcess(tmp_path, model_path, port=port, **handed_over(held))
-        with worker, socket.create_connection(("127.0.0.1", port), timeout=30) as waiting:
+        with worker, socket.create_connection(("127.0.0.1", port), timeout=60) as waiting:
             waiting.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
             assert waiting.recv(4096).startswith(b"HTTP/1.1 200"), worker.log
             worker.wait_ready()
