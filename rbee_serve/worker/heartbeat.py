@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 PATH = "/v1/worker-heartbeat"
 _TIMEOUT = httpx.Timeout(5.0, connect=5.0)
 #: The last beat must not hold up the end of the process for longer.
-_LAST_BEAT_S = 2.0
+_LAST_BEAT_S = 5.0
 #: Pause between beats while the queen does not answer.
 _AWAY_S = 2.0
 
@@ -109,7 +109,9 @@ class HeartbeatSender:
         """Return at ``until`` or when the state differs from what the queen was told last."""
         while (left := until - time.monotonic()) > 0:
             try:
-                await asyncio.wait_for(self._worker.changed.wait(), left)
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the change.
+                async with asyncio.timeout(left):
+                    await self._worker.changed.wait()
             except TimeoutError:
                 return
             self._worker.changed.clear()

@@ -167,7 +167,9 @@ class Lifecycle:
             layers = f"{progress.layers_loaded} of {progress.layers_total or '?'} layers"
             self._notifier.extend_timeout(_EXTEND_S, f"loading {path.name}: {layers}")
             with suppress(TimeoutError):
-                progress = await asyncio.wait_for(engine.wait_progress(progress), _EXTEND_S / 3)
+                # Not wait_for: before Python 3.12 it loses a cancellation that comes together with progress.
+                async with asyncio.timeout(_EXTEND_S / 3):
+                    progress = await engine.wait_progress(progress)
         return progress
 
     def _ready(self) -> None:

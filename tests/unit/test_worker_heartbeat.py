@@ -77,6 +77,27 @@ def test_first_beat_goes_out_while_loading_and_each_change_of_state_at_once() ->
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("turns", range(8))
+def test_an_end_that_comes_together_with_a_change_is_heard(turns: int) -> None:
+    """The worker waits for the end of its beats before its engine is closed."""
+
+    async def run() -> None:
+        queen = QueenStandIn()
+        worker, sender = make(ScriptedEngine(), queen, heartbeat_interval_s=3600)
+        task = asyncio.create_task(sender.run())
+        await until(lambda: queen.states == ["idle"])
+        for _ in range(20):  # until it waits for the next change
+            await asyncio.sleep(0)
+        worker.changed.set()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait((task,), timeout=30)
+        assert done == {task}
+
+    asyncio.run(run())
+
+
 def test_beats_repeat_at_the_interval() -> None:
     async def run() -> None:
         queen = QueenStandIn()
