@@ -39,6 +39,14 @@ def test_of_many_lines_the_newest_is_shown_and_the_last_decides(monkeypatch: pyt
     assert done == {"changed": True, "rbee_result": {"model": {"id": "m"}, "downloaded": True}}
 
 
+def test_what_begins_and_ends_between_two_looks_is_shown_stage_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(follow.display, "display", shown.append)
+    stages = ["resolving", "downloading", "downloading", "verifying", "complete"]
+    follow.ActionModule.__new__(follow.ActionModule)._lines([{"stage": s, "human": f"{s} {n}"} for n, s in enumerate(stages)])
+    assert shown == ["rbee: resolving 0", "rbee: downloading 2", "rbee: verifying 3", "rbee: complete 4"]
+
+
 def test_a_failed_line_becomes_the_agreed_error() -> None:
     action = follow.ActionModule.__new__(follow.ActionModule)
     line = {"stage": "failed", "code": "MODEL_NOT_FOUND", "message": "no", "hint": "look", "details": {"n": 1}, "human": "no"}

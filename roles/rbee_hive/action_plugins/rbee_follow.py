@@ -111,8 +111,13 @@ class ActionModule(ActionBase):
             if stage == "failed":
                 return self._failed(line)
             if stage in ("downloading", "verifying"):
+                if latest and latest["stage"] != stage:
+                    display.display(f"rbee: {latest.get('human', '')}")
                 latest = line  # of many, the newest will do
                 continue
+            if latest:  # also what has begun and ended between two looks is told
+                display.display(f"rbee: {latest.get('human', '')}")
+                latest = None
             display.display(f"rbee: {line.get('human', '')}")
             if stage == "complete":
                 if runtime := line.get("runtime"):

@@ -216,6 +216,7 @@ def refuse_masked(props):
 def journal(unit, lines=12, own=False):
     """Return the last lines of a unit's journal as text, oldest first, without times; with ``own`` not systemd's about it."""
     which = [f"_SYSTEMD_UNIT={unit}"] if own else ["--unit", unit]
+    run("journalctl", "--sync")  # what it said right before its end may be on the way still; for root alone
     _, out, _ = run("journalctl", "--no-pager", "--quiet", "--output=cat", f"--lines={lines}", *which)
     return [as_words(line) for line in out.splitlines() if line.strip()]
 
