@@ -21,6 +21,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -172,6 +173,8 @@ def make_bridge(lab: Lab) -> None:
     elif kind(lab) != "bridge":
         raise LabError("CONFIG_INVALID", f"{lab.bridge} exists and is no bridge", "export RBEE_LAB_BRIDGE=rbee1")
     run("ip", "link", "set", lab.bridge, "alias", f"rbee-lab {lab.directory}")
+    # Else it has the least of its ports' and changes it as machines come and go, which still send to the old one.
+    run("ip", "link", "set", lab.bridge, "address", lab.bridge_mac)
     run("ip", "address", "replace", f"{lab.net}.1/24", "dev", lab.bridge)
     run("ip", "link", "set", lab.bridge, "up")
 
@@ -195,13 +198,17 @@ def remove_bridge(lab: Lab) -> None:
     """Remove the bridge and the directories under /run that only it and the machines needed."""
     if kind(lab) == "bridge" and (owner(lab) is not None or lab.bridge.startswith("rb")):
         run("ip", "link", "del", lab.bridge)
-    for control in lab.run_directory.glob("*"):
-        if control.is_socket():  # a ControlPersist master of ssh would live on for a minute
-            run("ssh", "-o", f"ControlPath={control}", "-O", "exit", "lab", check=False)
+    in_parallel(end_connection, [control for control in lab.run_directory.glob("*") if control.is_socket()])
     shutil.rmtree(lab.run_directory, ignore_errors=True)
-    netns = Path("/run/netns")
-    if netns.is_mount() and not any(netns.iterdir()):  # 'ip netns add' mounted it; the next one mounts it again
-        run("umount", netns, check=False)
+
+
+def end_connection(control: Path, limit_s: float = 10.0) -> None:
+    """End a ControlPersist master of ssh, which would live on for minutes, and wait until it has: it answers before."""
+    said = run("ssh", "-o", f"ControlPath={control}", "-O", "check", "lab", check=False).stderr
+    run("ssh", "-o", f"ControlPath={control}", "-O", "exit", "lab", check=False)
+    master, end = re.search(r"pid=(\d+)", said), time.monotonic() + limit_s
+    while master and lab_node.cmdline(int(master[1])) and time.monotonic() < end:
+        time.sleep(0.02)
 
 
 def remove_files(lab: Lab) -> None:
@@ -237,7 +244,7 @@ def up(lab: Lab, count: int, memory_mib: int | None, recreate: bool) -> dict[str
             if node in existing:
                 if not recreate and not fresh_bridge:
                     run("ip", "link", "set", node.link, "up", check=False)
-                    if lab_node.state(node, 2.0) == "running":
+                    if lab_node.state(node, 10.0) == "running":
                         return ""
                 lab_node.remove(node)
             lab_node.boot(node, tree, memory_mib)
@@ -308,7 +315,7 @@ def set_link(lab: Lab, name: str, to: str) -> dict[str, Any]:
     """Cut one machine off the network (``down``) or connect it again (``up``)."""
     require_root()
     node = lab.node(name)
-    if node not in lab_node.known_nodes(lab):
+    if node.link not in links():
         raise LabError("NODE_NOT_FOUND", f"{name} does not exist", "rbee-ctl lab status", node=name)
     run("ip", "link", "set", node.link, to)
     return {"changed": True, **describe(lab)}

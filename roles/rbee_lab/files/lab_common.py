@@ -69,6 +69,11 @@ def hand_over(path: Path) -> None:
         os.chown(path, int(uid), int(gid), follow_symlinks=False)
 
 
+def mac(net: str, host: int) -> str:
+    """Return the hardware address of a host: made from its network address, since neighbours remember the one it had before."""
+    return "02:" + ":".join(f"{int(octet):02x}" for octet in net.split(".")) + f":00:{host:02x}"
+
+
 @dataclass(frozen=True)
 class Lab:
     """One lab: its network, its bridge and the directory of its state."""
@@ -114,6 +119,11 @@ class Lab:
     def link_prefix(self) -> str:
         """Start of the names of the veths on the controller's side."""
         return f"rv{self.id}-"
+
+    @property
+    def bridge_mac(self) -> str:
+        """Hardware address of the controller on the lab's network."""
+        return mac(self.net, 1)
 
     @property
     def run_directory(self) -> Path:
@@ -166,8 +176,7 @@ class Node:
 
     @property
     def mac(self) -> str:
-        # From the address, not random: else a recreated node is unreachable until the old ARP entry ages (LAB 1.4).
-        return "02:" + ":".join(f"{int(octet):02x}" for octet in self.lab.net.split(".")) + f":00:{FIRST_HOST + self.number:02x}"
+        return mac(self.lab.net, FIRST_HOST + self.number)
 
     @property
     def directory(self) -> Path:

@@ -23,6 +23,8 @@ from lab_rootfs import hosts_file
 
 CGROUP = Path("/sys/fs/cgroup")
 BOOT_LIMIT_S = 60.0
+#: Longest wait for the first words of an sshd that has taken a connection.
+GREETING_LIMIT_S = 30.0
 
 # The shell enters the machine's own cgroups (in each hierarchy), then boots; nspawn ends with 133 when the machine
 # wants to reboot, and is then started again. The shell, not a preexec_fn: machines are booted from several threads.
@@ -113,11 +115,16 @@ def supervisor(node: Node) -> int | None:
 
 
 def sshd_answers(node: Node, timeout_s: float) -> bool:
-    """Whether the machine's sshd greets within that time."""
+    """Whether the machine's sshd can be connected to within that time, and greets.
+
+    A connection is made by the kernels, at once or never; the greeting comes from a process, which takes its time on a busy
+    controller.
+    """
     end = time.monotonic() + timeout_s
     while True:
         try:
             with socket.create_connection((node.address, 22), min(0.3, timeout_s)) as connection:
+                connection.settimeout(GREETING_LIMIT_S)
                 if connection.recv(4).startswith(b"SSH"):
                     return True
         except OSError:
@@ -302,7 +309,7 @@ def _kill(node: Node, end: float) -> None:
     while True:
         groups = [g for g in cgroups(node.unique) if pattern.fullmatch(g.name)]
         # A launcher killed before it entered its cgroup, or a system without cgroup.kill, is met by process id.
-        strays = [p for p in processes(node.unique) if f"--machine={node.unique}\0" in _cmdline(p)]
+        strays = [p for p in processes(node.unique) if f"--machine={node.unique}\0" in cmdline(p)]
         if not groups and not strays:
             return
         for group in groups:
@@ -325,7 +332,8 @@ def _kill(node: Node, end: float) -> None:
         time.sleep(0.02)  # rmdir says busy until the last task is reaped
 
 
-def _cmdline(pid: int) -> str:
+def cmdline(pid: int) -> str:
+    """Return a process's command line; empty for one that is gone, or dead and not reaped."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
