@@ -12,7 +12,7 @@ from machines import Fleet, Lab, unavailable
 
 HERE = Path(__file__).resolve().parent
 NODES = 2
-LIMIT_S = 900
+LIMIT_S = 1800
 """For one test with the fleet that it may have to deploy first; the commands within have limits of their own."""
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -33,7 +34,7 @@ def unavailable() -> str | None:
 
 
 def free_network() -> str:
-    """Return the first three octets of a 10.77.x network that no interface of this machine is in."""
+    """Return the first three octets of a 10.77.x network that no interface of this machine is in, for this process alone."""
     listing = subprocess.run(["ip", "-json", "-4", "address"], check=True, capture_output=True, text=True).stdout
     used = [
         ipaddress.ip_network(f"{a['local']}/{a['prefixlen']}", strict=False)
@@ -43,9 +44,21 @@ def free_network() -> str:
     start = os.getpid() % 200  # two test runs on one machine begin at different places
     for step in range(200):
         net = f"10.77.{20 + (start + step) % 200}"
-        if not any(ipaddress.ip_network(f"{net}.0/24").overlaps(u) for u in used):
+        if not any(ipaddress.ip_network(f"{net}.0/24").overlaps(u) for u in used) and claimed(net):
             return net
     raise RuntimeError("no free network in 10.77.20.0 ... 10.77.219.0")
+
+
+def claimed(net: str) -> bool:
+    """Keep other test runs off a network for as long as this process lives: a lab's interfaces come after its choice."""
+    holder = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        holder.bind(f"\0rbee-test-network-{net}")  # a name that one socket has at a time, and no file
+    except OSError:
+        holder.close()
+        return False
+    holder.detach()
+    return True
 
 
 class Lab:
@@ -105,10 +118,10 @@ class Lab:
         """Address under which the machines see this one."""
         return f"{self.net}.1"
 
-    def ssh(self, node: str, command: str, *, check: bool = True, timeout: float = 60, stdin: IO[bytes] | None = None) -> Done:
+    def ssh(self, node: str, command: str, *, check: bool = True, timeout: float = 120, stdin: IO[bytes] | None = None) -> Done:
         """Run a shell command as root on the machine; the exit code 255 is ssh's own."""
         options = [f"UserKnownHostsFile={self.directory}/known_hosts", "StrictHostKeyChecking=yes", "BatchMode=yes"]
-        options += ["ConnectTimeout=5", "LogLevel=ERROR", "IdentitiesOnly=yes"]
+        options += ["ConnectTimeout=30", "LogLevel=ERROR", "IdentitiesOnly=yes"]
         argv = ["ssh", "-i", str(self.directory / "id"), *(a for o in options for a in ("-o", o))]
         done = self.command([*argv, f"root@{self.address(node)}", "--", command], timeout=timeout, stdin=stdin)
         if check:
@@ -186,7 +199,7 @@ class Lab:
         where = ["-i", str(inventory)] if inventory else (["-i", str(self.inventory)] if self.inventory.is_file() else [])
         return self.command(["ansible-playbook", *where, str(path), *arguments], timeout=timeout)
 
-    def ctl(self, *arguments: str, timeout: float = 120, env: dict[str, str] | None = None) -> Done:
+    def ctl(self, *arguments: str, timeout: float = 300, env: dict[str, str] | None = None) -> Done:
         """Run rbee-ctl with this lab's settings."""
         return self.command(["rbee-ctl", *arguments], timeout=timeout, env=env)
 

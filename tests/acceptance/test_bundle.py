@@ -6,6 +6,7 @@ import json
 import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 from machines import Lab
 
@@ -34,6 +35,7 @@ awk '/^Ip: [0-9]/ {print $13} /^Udp: [0-9]/ {print $3}' /proc/net/snmp; awk '/^I
 """
 
 
+@pytest.mark.timeout(3600)  # wheels, a whole installation on one machine, and the same again from what is there
 def test_a_machine_without_any_route_out_installs_and_serves_from_a_bundle(
     own_lab: Lab, tmp_path: Path, model_path: Path
 ) -> None:
@@ -85,7 +87,7 @@ def test_a_machine_without_any_route_out_installs_and_serves_from_a_bundle(
     installed = lab.ssh("lab1", f"{CTL} bundle install {file.name} -i fleet.yml", check=False, timeout=800)
     assert installed.returncode == 0, f"{installed.stdout}\n{installed.stderr}"
     asked = lab.ssh(
-        "lab1", f"{CTL} -i fleet.yml infer --model {MODEL_ID} --prompt 'Once upon a time' --max-tokens 8", timeout=120
+        "lab1", f"{CTL} -i fleet.yml infer --model {MODEL_ID} --prompt 'Once upon a time' --max-tokens 8", timeout=300
     )
     assert asked.stdout.strip()
     assert lab.ssh("lab1", f"sha256sum /var/lib/rbee/models/*/*/{model_path.name}").stdout.startswith(SHA256)

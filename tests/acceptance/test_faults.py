@@ -23,8 +23,11 @@ from waiting import until
 NODE = "lab1"
 LOCK = "/run/rbee-lock.json"
 WORKER = "rbee-worker@cpu0.service"
-#: The process on the machine in which a deployment spends most of its time.
-PIP = "pgrep -f '[p]ip.* --find-links .*wheels-worker'"
+#: Stops the process on the machine in which a deployment spends most of its time, in the moment in which it is found.
+STOP_PIP = (
+    "for p in $(pgrep -f '[p]ip.* --find-links .*wheels-worker'); do "
+    "[ $p = '{before}' ] || {{ kill -STOP $p && echo $p && break; }}; done"
+)
 
 
 class Faulty:
@@ -63,7 +66,6 @@ class Faulty:
         process = subprocess.Popen(command, env=self.lab.environment, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         try:
             pid = until(lambda: self.pip(before) or self.over(process), "packages being installed", limit_s=250)
-            self.sh(f"kill -STOP {pid}")
             yield process, pid
         finally:
             process.kill()
@@ -74,8 +76,8 @@ class Faulty:
                     os.kill(holder, signal.SIGKILL)
 
     def pip(self, before: str) -> str:
-        """Process that installs packages on the machine; empty while there is none but ``before``."""
-        return next((pid for pid in self.sh(PIP, check=False).split() if pid != before), "")
+        """Process that installs packages on the machine, stopped; empty while there is none but ``before``."""
+        return next(iter(self.sh(STOP_PIP.format(before=before), check=False).split()), "")
 
     def over(self, process: subprocess.Popen[str]) -> str:
         assert process.poll() is None, f"the deployment has ended with {process.returncode}: {process.communicate()[1]}"
@@ -154,7 +156,7 @@ def test_two_controllers_and_one_that_dies(faulty: Faulty) -> None:
     with faulty.half_way(left) as (second, again):
         assert not faulty.runs(left), "two of them would write into one environment"
         second.send_signal(signal.SIGINT)
-        _, said = second.communicate(timeout=60)
+        _, said = second.communicate(timeout=180)
     assert second.returncode == 130, said
     assert "took over the lock of" in said
     assert "ended what it left working here" in said
@@ -302,3 +304,4 @@ def close(lab: Lab) -> None:
     for path in Path(lab.run("status")["lab"]["control_path"]).iterdir():
         if path.is_socket():
             subprocess.run(["ssh", "-o", f"ControlPath={path}", "-O", "exit", "any"], capture_output=True, check=False)
+            until(lambda path=path: not path.exists(), "its master has ended")

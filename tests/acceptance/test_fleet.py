@@ -18,6 +18,7 @@ import httpx
 import openai
 import pytest
 from machines import ROOT, Fleet, Lab
+from secrets_left import files_with
 from waiting import until
 
 from rbee_ctl.demo_model import MODEL_ID
@@ -52,6 +53,13 @@ def lives(queen: httpx.Client, worker_id: str, pid: int) -> bool:
 def recap(text: str) -> dict[str, dict[str, int]]:
     """Return the play recap: host -> changed, unreachable, failed."""
     return {m[1]: {"changed": int(m[3]), "unreachable": int(m[4]), "failed": int(m[5])} for m in RECAP.finditer(text)}
+
+
+def tokens_of_seconds(queen: httpx.Client, seconds: float) -> int:
+    """Return how many tokens a stream takes about so long for, as busy as this machine is: for what is done meanwhile."""
+    body = {"model": MODEL_ID, "prompt": "Once", "max_tokens": 50, "ignore_eos": True, "stream": False}
+    took_s = float(queen.post("/v1/inference", json=body).json()["duration_ms"]) / 1000
+    return max(50, min(2000, round(50 / took_s * seconds)))
 
 
 def main_pids(lab: Lab) -> dict[str, str]:
@@ -173,14 +181,14 @@ def test_the_worker_is_a_true_unit_with_llama_cpp_in_it(fleet: Fleet, queen: htt
 
 def test_no_start_has_to_compile_anything(fleet: Fleet) -> None:
     """No account that runs a runtime may write there: what is not bytecode when it is installed never will be."""
-    lacking = """
-        cd /opt/rbee/runtimes
-        find . -path '*/site-packages/*' -name '*.py' | while read -r file; do
-            name=$(basename "$file" .py)
-            ls "$(dirname "$file")/__pycache__/$name."cpython-*.pyc > /dev/null 2>&1 || echo "$file"
-        done
-    """
-    assert fleet.lab.ssh("lab1", lacking, timeout=120).stdout.split() == []
+    lacking = """python3 - <<'X'
+from pathlib import Path
+
+sources = [p for p in Path("/opt/rbee/runtimes").rglob("*.py") if "site-packages" in p.parts]
+print(len(sources), *(p for p in sources if not list(p.parent.glob(f"__pycache__/{p.stem}.cpython-*.pyc"))))
+X"""
+    count, *files = fleet.lab.ssh("lab1", lacking, timeout=300).stdout.split()
+    assert (int(count) > 100, files) == (True, [])
 
 
 @pytest.mark.P05
@@ -238,7 +246,8 @@ def test_a_killed_worker_is_restarted_once_and_routed_to_again(fleet: Fleet, que
 
 
 def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(fleet: Fleet, queen: httpx.Client) -> None:
-    body = {"model": MODEL_ID, "prompt": "Once upon a time", "max_tokens": 60, "temperature": 0.8, "seed": 7}
+    body = {"model": MODEL_ID, "prompt": "Once upon a time", "max_tokens": 200, "temperature": 0.8, "seed": 7, "ignore_eos": True}
+    before = main_pids(fleet.lab)
     reference = queen.post("/v1/inference", json={**body, "stream": False}).json()
     tokens: list[dict[str, Any]] = []
     victim = None
@@ -255,9 +264,13 @@ def test_a_stream_goes_on_elsewhere_when_its_worker_is_killed(fleet: Fleet, quee
                 fleet.lab.ssh(victim, f"kill -9 $({MAIN_PID})")
             assert event["type"] != "error", event
 
-    assert [t["i"] for t in tokens] == list(range(60))
+    assert [t["i"] for t in tokens] == list(range(200))
     assert [t["id"] for t in tokens] == reference["token_ids"]
     assert "".join(t["t"] for t in tokens) == reference["text"]
+    assert victim is not None
+    until(lambda: main_pids(fleet.lab)[victim] not in ("0", before[victim]), "restarted by systemd")
+    # The next test must not be given the process that is no more.
+    until(lambda: lives(queen, f"{victim}-cpu0", int(main_pids(fleet.lab)[victim])), "the new process in the registry")
 
 
 def cut_off_in_the_middle(
@@ -356,7 +369,8 @@ def test_a_client_key_comes_and_goes_without_costing_a_stream(fleet: Fleet, quee
 
 def test_a_restarted_queen_costs_no_worker_no_stream_and_refuses_nobody(fleet: Fleet, queen: httpx.Client) -> None:
     before = main_pids(fleet.lab)
-    body = {"model": MODEL_ID, "prompt": "Once", "max_tokens": 250, "ignore_eos": True}
+    count = tokens_of_seconds(queen, 8)
+    body = {"model": MODEL_ID, "prompt": "Once", "max_tokens": count, "ignore_eos": True}
     short = {"model": MODEL_ID, "prompt": "x", "max_tokens": 1, "stream": False}
     caller = Caller(f"{fleet.queen_url}/v1/inference", json=short, headers=fleet.headers)
     with caller, queen.stream("POST", "/v1/inference", json=body) as stream:
@@ -365,7 +379,7 @@ def test_a_restarted_queen_costs_no_worker_no_stream_and_refuses_nobody(fleet: F
         fleet.lab.ssh("lab1", "systemctl --no-block restart rbee-queen")
         state = "systemctl show -p ActiveState --value rbee-queen"
         until(lambda: "deactivating" in fleet.lab.ssh("lab1", state).stdout, "the queen waits for the stream")
-        assert any('"tokens_out":250' in line for line in lines), "the stream that ran meanwhile is whole"
+        assert any(f'"tokens_out":{count}' in line for line in lines), "the stream that ran meanwhile is whole"
         # As agents do: the next request by the same client, at once.
         asked = queen.post("/v1/inference", json=short, timeout=60)
         assert asked.status_code == 200, asked.text
@@ -376,8 +390,8 @@ def test_a_restarted_queen_costs_no_worker_no_stream_and_refuses_nobody(fleet: F
         httpx.get(f"{fleet.queen_url}/health", timeout=30, trust_env=False)
     fleet.lab.ssh("lab1", "systemctl start rbee-queen")
 
-    # One heartbeat interval of 10 s, jittered by a tenth, and the time to beat.
-    until(lambda: {"lab1-cpu0", "lab2-cpu0"} <= idle(queen), "registry full again", limit_s=13)
+    # One heartbeat interval of 10 s at most, and the time to beat; two are 16 s at least.
+    until(lambda: {"lab1-cpu0", "lab2-cpu0"} <= idle(queen), "registry full again", limit_s=15)
     assert main_pids(fleet.lab) == before
 
 
@@ -404,7 +418,7 @@ def test_a_bad_model_file_fails_the_unit_with_path_and_reason_and_no_restarts(fl
     )
     try:
         until(lambda: lab.ssh("lab2", f"systemctl is-failed {unit}", check=False).stdout.strip() == "failed", "unit failed")
-        status = lab.ssh("lab2", f"systemctl status --no-pager {unit}", check=False).stdout
+        status = lab.ssh("lab2", f"journalctl --sync; systemctl status --no-pager {unit}", check=False).stdout
         assert path in status
         assert reason in status
         assert lab.ssh("lab2", f"systemctl show -p NRestarts -p ExecMainStatus {unit}").stdout.split() == [
@@ -443,7 +457,7 @@ CASES = [
 
 def test_greedy_text_equals_llama_cpp_itself(fleet: Fleet, queen: httpx.Client, model_path: Path) -> None:
     argv = [sys.executable, "-c", DIRECT, str(model_path), json.dumps(CASES)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     direct = [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -562,7 +576,6 @@ def test_secrets_are_nowhere_but_in_their_files(fleet: Fleet) -> None:
     places = ("ps axwwe -o args", "systemctl show 'rbee-*'", "journalctl --no-pager", "env")
     places += ("find /etc/rbee /etc/systemd/system/rbee* -type f -not -path '*/credentials/*' -exec cat {} +",)
     places += ("find /tmp /var/tmp /root /run/rbee* /dev/shm -type f -exec cat {} + 2>/dev/null | tr -cd '[:print:]'",)
-    patterns = token.encode(), fleet.api_key.encode()
 
     for node in ("lab1", "lab2"):
         for place in places:
@@ -571,13 +584,10 @@ def test_secrets_are_nowhere_but_in_their_files(fleet: Fleet) -> None:
             assert fleet.api_key not in seen, f"client key in {place!r} on {node}"
         modes = lab.ssh(node, "stat -c '%a %U' /etc/rbee/credentials /etc/rbee/credentials/*").stdout
         assert set(modes.splitlines()) == {"700 root", "600 root"}
-    secrets = lab.directory / "state/secrets"
-    folders = (lab.directory, Path("~/.ansible").expanduser())
-    nodes = lab.directory / "nodes"  # the machines' own file systems, looked at above
-    for path in (p for f in folders for p in f.rglob("*") if secrets not in p.parents and nodes not in p.parents):
-        # A file of Ansible's may vanish while we look.
-        with contextlib.suppress(FileNotFoundError):
-            assert not path.is_file() or not any(p in path.read_bytes() for p in patterns), f"secret in {path}"
+    secrets, nodes = lab.directory / "state/secrets", lab.directory / "nodes"
+    here = [p for p in lab.directory.iterdir() if p != nodes]  # the machines' own file systems are looked at above
+    held = files_with((token, fleet.api_key), [*here, Path("~/.ansible").expanduser()])
+    assert [p for p in held if secrets not in p.parents] == []
     assert oct(secrets.stat().st_mode & 0o777) == "0o700"
 
 

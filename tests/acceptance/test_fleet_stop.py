@@ -25,7 +25,7 @@ def pids(fleet: Fleet) -> list[str]:
 def idle(fleet: Fleet) -> set[str]:
     """Ids of the workers that take requests; empty while the queen is away."""
     try:
-        answer = httpx.get(f"{fleet.queen_url}/v1/workers?state=idle", headers=fleet.headers, trust_env=False)
+        answer = httpx.get(f"{fleet.queen_url}/v1/workers?state=idle", headers=fleet.headers, timeout=60, trust_env=False)
     except httpx.TransportError:
         return set()
     return {w["id"] for w in answer.json()["workers"]}

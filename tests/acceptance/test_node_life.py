@@ -68,9 +68,14 @@ class Node:
         port = self.sh(f"sed -n 's/^port = //p' /etc/rbee/workers/{name}.toml")
         return f"http://{self.lab.address(NODE)}:{port}"
 
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """Workers of the machine that the queen hears, by name."""
+        answer = httpx.get(f"{self.fleet.queen_url}/v1/workers", headers=self.fleet.headers, trust_env=False, timeout=60)
+        return {w["name"]: w for w in answer.json()["workers"] if w["hive_id"] == NODE}
+
     def registry(self) -> dict[str, str]:
-        answer = httpx.get(f"{self.fleet.queen_url}/v1/workers", headers=self.fleet.headers, trust_env=False, timeout=10)
-        return {w["name"]: w["status"] for w in answer.json()["workers"] if w["hive_id"] == NODE}
+        """States of these workers."""
+        return {name: worker["status"] for name, worker in self.workers().items()}
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +115,13 @@ def test_an_idle_worker_sleeps_and_every_connection_wakes_it_also_after_a_reboot
     until(lambda: node.service(SLEEPER)["ActiveState"] == "inactive", "asleep")
     assert node.socket(SLEEPER) == "active"
     assert node.show("rbee-hive.target")["ActiveState"] == "active"
-    until(lambda: node.registry()[SLEEPER] == "dormant", "dormant in the registry")
+    until(lambda: node.registry().get(SLEEPER) == "dormant", "dormant in the registry")
 
     before = int(node.sh(exits))
     answers = []
     while int(node.sh(exits)) < before + IDLE_EXITS:
         for _ in range(3):  # some of them find it awake, some asleep, some on its way between
-            answers.append(httpx.get(f"{url}/health", timeout=30, trust_env=False).status_code)
+            answers.append(httpx.get(f"{url}/health", timeout=60, trust_env=False).status_code)
             time.sleep(0.2)
 
     assert set(answers) == {200}
@@ -126,7 +131,7 @@ def test_an_idle_worker_sleeps_and_every_connection_wakes_it_also_after_a_reboot
     node.lab.reboot(NODE)
     until(lambda: node.socket(SLEEPER) == "active", "its socket listens after the boot")
     assert node.service(SLEEPER)["MainPID"] == "0"
-    assert httpx.get(f"{url}/health", timeout=30, trust_env=False).status_code == 200
+    assert httpx.get(f"{url}/health", timeout=60, trust_env=False).status_code == 200
     until(lambda: node.registry().get(SLEEPER) == "idle", "awake")
     answer = httpx.post(f"{url}/v1/inference", json={"prompt": "Once", "stream": False}, headers=node.headers, timeout=60)
     assert answer.json()["tokens_generated"] > 0
@@ -135,7 +140,12 @@ def test_an_idle_worker_sleeps_and_every_connection_wakes_it_also_after_a_reboot
 
 @pytest.mark.X07
 def test_a_queen_that_is_gone_longer_than_its_lease_frees_the_machine_and_the_socket_stays(node: Node) -> None:
-    node.settings(SLEEPER, "[Service]", "Environment=RBEE_IDLE_TIMEOUT_S=0", "Environment=RBEE_QUEEN_LEASE_S=2")
+    # The lease is renewed by each beat: it is not over while the queen is there.
+    node.settings(
+        SLEEPER,
+        "[Service]",
+        *(f"Environment=RBEE_{setting}" for setting in ("IDLE_TIMEOUT_S=0", "QUEEN_LEASE_S=8", "HEARTBEAT_INTERVAL_S=1")),
+    )
     node.restart(SLEEPER)
     until(lambda: node.registry().get(SLEEPER) == "idle", "awake, and never to sleep by itself")
     node.lab.ssh("lab1", "systemctl stop rbee-queen")
@@ -158,7 +168,7 @@ def test_a_queen_that_is_gone_longer_than_its_lease_frees_the_machine_and_the_so
 @pytest.mark.N04
 @pytest.mark.P15
 def test_a_blocked_generation_thread_is_noticed_by_the_watchdog_and_nobody_else_suffers(node: Node) -> None:
-    node.settings(VICTIM, "[Service]", "WatchdogSec=2", "Environment=RBEE_STALL_TIMEOUT_S=1")
+    node.settings(VICTIM, "[Service]", "WatchdogSec=10", "Environment=RBEE_STALL_TIMEOUT_S=5")
     node.restart(VICTIM)
     others = {n: node.service(n)["MainPID"] for n in ("cpu0", STREAMER)}
     pid = node.service(VICTIM)["MainPID"]
@@ -168,7 +178,7 @@ def test_a_blocked_generation_thread_is_noticed_by_the_watchdog_and_nobody_else_
 
     until(lambda: node.service(VICTIM)["NRestarts"] == "1", "restarted by systemd")
     until(lambda: node.service(VICTIM)["ActiveState"] == "active", "well again")
-    assert "Watchdog timeout" in node.sh(f"journalctl -u rbee-worker@{VICTIM} -o cat --no-pager -n 40")
+    assert "Watchdog timeout" in node.sh(f"journalctl --sync; journalctl -u rbee-worker@{VICTIM} -o cat --no-pager -n 40")
     until(lambda: node.registry().get(VICTIM) == "idle", "registered again")
     assert {n: node.service(n)["MainPID"] for n in others} == others
     assert node.show("rbee-hive.target")["ActiveState"] == "active"
@@ -183,17 +193,18 @@ def test_a_worker_that_runs_out_of_memory_while_loading_ends_failed_and_says_so(
     node.settings(VICTIM, *limits)
     try:
         node.sh(f"systemctl start --no-block rbee-worker@{VICTIM}")
-        until(lambda: node.service(VICTIM)["ActiveState"] == "failed", "given up", limit_s=60)
+        until(lambda: node.service(VICTIM)["ActiveState"] == "failed", "given up", limit_s=120)
 
         assert int(node.service(VICTIM)["NRestarts"]) <= 3
-        assert VICTIM not in node.registry()
+        # Its beats may have come so far that it loads, and nobody took that back.
+        until(lambda: VICTIM not in node.registry(), "forgotten by the registry")
         status = node.lab.ctl("hive", "status", "--node", NODE).stdout
         assert re.search(rf"rbee-worker@{VICTIM}.service.* failed", status), status
         assert "out of memory" in status, status
 
         # With room for the process and none for the model the worker looks for itself, and `hive start` tells its figures.
         node.settings(VICTIM, *limits[:3], "MemoryMax=180M", "RestartSec=100ms")
-        done = node.lab.ctl("hive", "start", "--node", NODE, "--json", timeout=120)
+        done = node.lab.ctl("hive", "start", "--node", NODE, "--json")
         error = json.loads(done.stdout)["errors"][0]
         assert (done.returncode, error["code"], error["host"]) == (5, "INSUFFICIENT_RAM", NODE), done.stdout
         assert f"rbee-worker@{VICTIM}.service did not start: " in error["message"]
@@ -267,9 +278,9 @@ def test_a_new_worker_steps_aside_from_a_port_that_another_process_has(node: Nod
         warned = re.search(r"port [0-9, ]+ is taken by another process; using (\d+)", done.stderr)
         assert warned, done.stderr
         assert json.loads(done.stdout)["data"]["worker"]["url"].endswith(f":{warned[1]}")
-        assert httpx.get(f"{node.url(ASIDE)}/health", trust_env=False).json()["status"] == "alive"
-        listed = httpx.get(f"{node.fleet.queen_url}/v1/workers", headers=node.fleet.headers, trust_env=False).json()["workers"]
-        assert [w["url"] for w in listed if w["name"] == ASIDE] == [node.url(ASIDE)]
+        assert httpx.get(f"{node.url(ASIDE)}/health", timeout=60, trust_env=False).json()["status"] == "alive"
+        until(lambda: ASIDE in node.workers(), "known to the queen")
+        assert node.workers()[ASIDE]["url"] == node.url(ASIDE)
     finally:
         node.sh("systemctl stop squatter")
 
@@ -291,7 +302,7 @@ def test_a_worker_that_dies_at_once_is_told_with_its_last_words_and_the_next_com
         until(lambda: node.service(VICTIM)["ActiveState"] == "failed", "given up", limit_s=60)
         assert int(node.service(VICTIM)["NRestarts"]) in range(2, 6)
         assert node.show("rbee-hive.target")["ActiveState"] == "active"
-        assert VICTIM not in node.registry()
+        until(lambda: VICTIM not in node.registry(), "not in the registry")
     finally:
         node.settings(VICTIM, "")
 
@@ -306,7 +317,8 @@ def test_a_worker_can_not_look_at_its_neighbours_nor_write_nor_open_devices(node
     node.settings(VICTIM, "[Service]", f"ExecStartPre=/usr/bin/python3 /usr/local/bin/sandbox_probe.py {neighbour}")
     try:
         node.restart(VICTIM)
-        (line,) = [x for x in node.sh(f"journalctl -u rbee-worker@{VICTIM} -o cat --no-pager").splitlines() if "PROBE" in x]
+        said = node.sh(f"journalctl --sync; journalctl -u rbee-worker@{VICTIM} -o cat --no-pager")
+        (line,) = [x for x in said.splitlines() if "PROBE" in x]
     finally:
         node.settings(VICTIM, "")
     found: dict[str, Any] = json.loads(line.removeprefix("PROBE "))
@@ -349,11 +361,11 @@ def test_a_stop_ends_idle_busy_and_hung_workers_and_sockets_and_nothing_comes_ba
     catalog = node.sh("find /var/lib/rbee/models -type f | sort | sha256sum")
     urls = [node.url(n) for n in ("cpu0", SLEEPER, STREAMER, VICTIM)]
     lines: list[str] = []
-    body = {"prompt": "Once upon a time", "max_tokens": 150, "ignore_eos": True, "temperature": 0}
+    body = {"prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "temperature": 0}
 
     def stream() -> None:
         with httpx.stream(
-            "POST", f"{urls[2]}/v1/inference", json=body, headers=node.headers, timeout=60, trust_env=False
+            "POST", f"{urls[2]}/v1/inference", json=body, headers=node.headers, timeout=120, trust_env=False
         ) as answer:
             lines.extend(answer.iter_lines())
 
@@ -366,7 +378,7 @@ def test_a_stop_ends_idle_busy_and_hung_workers_and_sockets_and_nothing_comes_ba
 
     done = node.lab.ctl("hive", "stop", "--node", NODE, "--json")
 
-    reader.join(60)
+    reader.join(120)
     assert done.returncode == 0, done.stderr
     # Nobody waits for the hung one: the others had begun to end when it was killed.
     began = [moment(node, n, "ActiveExitTimestampMonotonic") for n in ("cpu0", SLEEPER, STREAMER)]
@@ -376,7 +388,7 @@ def test_a_stop_ends_idle_busy_and_hung_workers_and_sockets_and_nothing_comes_ba
     assert re.search(r"5 of 5 stopped", done.stderr), done.stderr
     # The one with a stream ended it in peace: complete, exit status 0.
     tokens = [x for x in lines if x.startswith('data: {"type":"token"')]
-    assert len(tokens) == 150
+    assert len(tokens) == 400
     assert lines[-2:-1] == ["data: [DONE]"] or "data: [DONE]" in lines
     assert (node.service(STREAMER)["Result"], node.service(STREAMER)["ExecMainStatus"]) == ("success", "0")
     assert node.sh("find /sys/fs/cgroup -path '*rbee.slice*' -name cgroup.procs -exec cat {} + | wc -l") == "0"
