@@ -59,7 +59,7 @@ def lab(lab_possible: None, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="session")
 def fleet(lab: Lab, model_path: Path) -> Fleet:
     """The lab after one run of site.yml: queen's URL and client key as the run wrote them."""
-    done = lab.playbook("site", timeout=900)
+    done = lab.playbook("site", timeout=1500)
     assert done.returncode == 0, f"site.yml ended with {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
     client = tomllib.loads((lab.directory / "state/client.toml").read_text())
     key_file = lab.directory / "state" / client["api_key_file"]

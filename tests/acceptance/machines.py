@@ -193,7 +193,7 @@ class Lab:
                 raise
         return Done(argv, process.returncode, out, err)
 
-    def playbook(self, name: str, *arguments: str, inventory: Path | None = None, timeout: float = 600) -> Done:
+    def playbook(self, name: str, *arguments: str, inventory: Path | None = None, timeout: float = 900) -> Done:
         """Run ``playbooks/<name>.yml`` (``site``: site.yml) with ansible-playbook, as somebody without rbee-ctl would."""
         path = ROOT / "site.yml" if name == "site" else ROOT / "playbooks" / f"{name}.yml"
         where = ["-i", str(inventory)] if inventory else (["-i", str(self.inventory)] if self.inventory.is_file() else [])

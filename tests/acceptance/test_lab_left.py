@@ -68,10 +68,10 @@ def test_machines_are_taken_down(
         preexec_fn=_takes_ctrl_c,
     )
     try:
-        until(lambda: held.exists() or run.poll() is not None, "a machine runs", limit_s=120)
+        until(lambda: held.exists() or run.poll() is not None, "a machine runs", limit_s=600)
         assert [n["state"] for n in lab.run("status")["nodes"]] == ["running"]
         signals(run.pid)
-        said, _ = run.communicate(timeout=120)
+        said, _ = run.communicate(timeout=300)
         left = lab.run("status")
     finally:
         run.kill()
