@@ -39,13 +39,13 @@ class Generation:
         self._first_token: float | None = None
         self._last_token = self._began
         self._closed = False
+        worker.add(self)  # from the admission on, without a pause between: a drain that begins now waits for it
 
     async def open(self, *, started: bool) -> None:
         """Return when the engine has taken the request, and with ``started`` when it has a slot.
 
         Raises what the engine raises (AllSlotsBusy, PromptTooLong, ...), RequestTimeout, or why it was ended meanwhile.
         """
-        self._worker.add(self)
         event = await self._next()
         while started and isinstance(event, Queued):
             event = await self._next()

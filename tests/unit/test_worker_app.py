@@ -19,7 +19,7 @@ from rbee_serve.contract.errors import ModelFileInvalid, PromptTooLong
 from rbee_serve.contract.events import PING
 from rbee_serve.contract.settings import WorkerSettings
 from rbee_serve.worker.app import create_app
-from rbee_serve.worker.engine.protocol import LoadProgress
+from rbee_serve.worker.engine.protocol import EngineInfo, LoadProgress
 from rbee_serve.worker.lifecycle import Lifecycle
 from rbee_serve.worker.state import Worker
 
@@ -507,6 +507,24 @@ def test_admin_drain_waits_for_streams_however_long_and_then_leaves() -> None:
         assert front.lifecycle.exit_code == 0
 
     with_front(check, endless, drain_timeout_s=0.05)
+
+
+def test_drain_that_begins_as_a_request_is_admitted_waits_for_that_request() -> None:
+    async def check(front: Front) -> None:
+        admit, drains = front.worker.admit, []
+
+        def admitted() -> EngineInfo:
+            info = admit()
+            drains.append(asyncio.ensure_future(front.worker.drain(None)))
+            return info
+
+        front.worker.admit = admitted  # type: ignore[method-assign]
+        await begun(front, X_Request_Id="mine")
+        assert not drains[0].done()
+        await front.ask("DELETE", "/v1/inference/mine").finish()
+        await asyncio.wait_for(drains[0], 1)
+
+    with_front(check, endless)
 
 
 def test_admin_shutdown_does_what_sigterm_does() -> None:
