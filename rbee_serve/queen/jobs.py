@@ -59,6 +59,7 @@ class Job:
     _dropped: int = 0
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
+    ending: bool = False  # somebody has cancelled it
 
     @property
     def finished(self) -> bool:
@@ -191,18 +192,11 @@ class Jobs:
 
     async def cancel(self, job_id: str) -> None:
         """End a job with everything that it started; one that has ended stays as it is. Raises JobNotFound."""
-        job = self.get(job_id)
-        if job.task is not None and not job.task.done():
-            job.task.cancel()
-            await asyncio.wait((job.task,))
+        await _cancelled(self.get(job_id))
 
     async def close(self) -> None:
         """Cancel all that run."""
-        tasks = [job.task for job in self._jobs.values() if job.task is not None and not job.task.done()]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        await _cancelled(*self._jobs.values())
 
     def _forget_old(self) -> None:
         finished = [job.id for job in self._jobs.values() if job.finished]
@@ -239,3 +233,14 @@ class Jobs:
             job.publish({"type": "result", "data": job.result})
         job.narrate("queen", "done", f"{job.operation.operation} completed")
         job.finish(JobState.COMPLETED)
+
+
+async def _cancelled(*jobs: Job) -> None:
+    """Cancel those that run and return when all have ended. Each once: another time would break off the end that has begun."""
+    running = {job.task: job for job in jobs if job.task is not None and not job.task.done()}
+    for task, job in running.items():
+        if not job.ending:
+            job.ending = True
+            task.cancel()
+    if running:
+        await asyncio.wait(running)

@@ -240,6 +240,36 @@ def test_cancelling_ends_a_running_and_a_waiting_job_and_is_idempotent() -> None
     run(test)
 
 
+def test_an_end_that_has_begun_is_not_broken_off_by_who_asks_for_it_again() -> None:
+    """A client that gave up waiting asks again; the queen ends meanwhile."""
+    ending, may_end = asyncio.Event(), asyncio.Event()
+    ended: list[str] = []
+
+    async def work(job: Job) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ending.set()
+            await may_end.wait()
+            ended.append(job.id)
+
+    async def test() -> None:
+        queue = Jobs(work, job_commands.lane)
+        job = queue.submit(start())
+        await asyncio.sleep(0)
+        asked = [asyncio.create_task(queue.cancel(job.id))]
+        await ending.wait()
+        asked += [asyncio.create_task(queue.cancel(job.id)), asyncio.create_task(queue.close())]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not any(one.done() for one in asked)
+        may_end.set()
+        await asyncio.gather(*asked)
+        assert (ended, job.state) == ([job.id], JobState.CANCELLED)
+
+    run(test)
+
+
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "EVENTS_MAX", 100)
     monkeypatch.setattr(jobs, "FINISHED_MAX", 3)
