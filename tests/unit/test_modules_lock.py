@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -112,3 +113,23 @@ def test_what_a_dead_run_left_working_is_ended_and_nothing_else(path: str) -> No
                 for pid in rbee_lock.left_by("test:dead:not"):
                     os.kill(pid, signal.SIGKILL)
                 process.kill()
+
+
+def test_of_two_runs_in_one_moment_one_holds_it(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one looks between the look and the entry of the first: it has to wait for both."""
+    look, refused = rbee_lock.read, []
+
+    def looked(where: str) -> Any:
+        folder = os.open(Path(where).parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused.append(where)
+        finally:
+            os.close(folder)
+        return look(where)
+
+    monkeypatch.setattr(rbee_lock, "read", looked)
+    assert rbee_lock.take(run("a"), path) is None
+    assert len(refused) >= 2
+    assert list(Path(path).parent.iterdir()) == [Path(path)]

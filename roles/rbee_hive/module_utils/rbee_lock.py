@@ -8,6 +8,8 @@ begins: a module whose controller is gone goes on by itself, and two of them wou
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -57,14 +59,24 @@ def take(run, path=PATH):
 
     Returns the record of a dead run that it was taken from, with ``left``: how many of its processes were ended.
     """
-    before = read(path)
-    check(run, path)
-    ours = bool(before) and before["id"] == run["id"]
-    since = before["since"] if ours else time.time()
-    write({**{k: v for k, v in run.items() if k != "dead"}, "since": since, "touched": time.time()}, path)
-    if (now := read(path)) is None or now["id"] != run["id"]:
-        raise locked(now or {})  # another one was quicker by a hair
+    with alone(path):
+        before = read(path)
+        check(run, path)
+        ours = bool(before) and before["id"] == run["id"]
+        since = before["since"] if ours else time.time()
+        write({**{k: v for k, v in run.items() if k != "dead"}, "since": since, "touched": time.time()}, path)
     return None if ours or before is None else {**before, "left": end_left(before["id"])}
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Of runs in the same moment one looks and writes, the others find what it wrote. By the folder: no further file is left."""
+    folder = os.open(Path(path).parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def left_by(run_id, proc="/proc"):
