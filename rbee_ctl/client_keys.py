@@ -118,9 +118,10 @@ class KeyList:
     def for_a_queen_here(self) -> Path:
         """Write all keys as a queen on this machine reads them (``client_keys_file``) and return the file."""
         path = self._folder / "queen-keys"
-        text = ClientKeyFile(version=1, keys=self.all()).model_dump_json(indent=2, exclude_none=True) + "\n"
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            _write_private(path, text)
+        with self._locked():  # from the reading on: of two at once the last to write has seen both keys
+            text = ClientKeyFile(version=1, keys=self.all()).model_dump_json(indent=2, exclude_none=True) + "\n"
+            if not path.is_file() or path.read_text(encoding="utf-8") != text:
+                _write_private(path, text)
         return path
 
     def fleet_token(self) -> Path:

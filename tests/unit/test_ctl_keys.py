@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import hashlib
 import io
 import multiprocessing
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rbee_ctl import cli
+from rbee_ctl import cli, client_keys
 from rbee_ctl.client_keys import KeyList, expiry
 from rbee_ctl.render import Ui
 from rbee_serve.common.credentials import ClientKeys
@@ -115,6 +116,22 @@ def test_five_operators_at_once_lose_no_key(tmp_path: Path) -> None:
 
     assert [p.exitcode for p in processes] == [0] * 5
     assert sorted(k.name for k in KeyList(tmp_path).all()) == [f"k{i}" for i in range(5)]
+
+
+def test_a_queen_here_gets_the_keys_of_two_that_are_made_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the reading and the writing of one list nobody can change the other."""
+    create(tmp_path, "laptop")
+    write, held = client_keys._write_private, []
+
+    def written(path: Path, text: str) -> None:
+        with (tmp_path / "secrets/client-keys.lock").open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(path.name)
+        write(path, text)
+
+    monkeypatch.setattr(client_keys, "_write_private", written)
+    KeyList(tmp_path).for_a_queen_here()
+    assert held == ["queen-keys"]
 
 
 def test_a_broken_list_is_named_and_kept(tmp_path: Path) -> None:
