@@ -77,7 +77,8 @@ def model_name(path: Path) -> str:
 class _Child:
     """One server process in a session of its own: the terminal's Ctrl+C does not reach it, we end it in order."""
 
-    def __init__(self, name: str, command: list[str], log: Path, env: dict[str, str]) -> None:
+    def __init__(self, name: str, command: list[str], log: Path, env: dict[str, str], blocked: set[int]) -> None:
+        """``blocked``: the signals that it begins with as blocked ones."""
         self.name, self.log = name, log
         with log.open("wb") as sink:
             self.process = subprocess.Popen(
@@ -87,7 +88,7 @@ class _Child:
                 stderr=subprocess.STDOUT,
                 env=env,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(os.getpid()),  # safe: this process has one thread
+                preexec_fn=_die_with_parent(os.getpid(), blocked),  # safe: this process has one thread
             )
 
     def tail(self, lines: int = 15) -> list[str]:
@@ -107,12 +108,24 @@ class _Child:
         self.process.wait()
 
 
-def _die_with_parent(parent: int) -> Callable[[], None]:
-    """Return a hook for the child that makes the kernel end it with us (also after ``kill -9``)."""
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[set[int]]:
+    """Let Ctrl+C and SIGTERM wait until the block has ended; yields the signals that were blocked before."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        yield {int(s) for s in before}
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _die_with_parent(parent: int, blocked: set[int]) -> Callable[[], None]:
+    """Return a hook for the child that makes the kernel end it with us (also after ``kill -9``) and gives it its signals."""
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     pr_set_pdeathsig = 1
 
     def hook() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         prctl(pr_set_pdeathsig, signal.SIGTERM)
         if os.getppid() != parent:  # died in between
             os._exit(1)
@@ -145,13 +158,19 @@ class Embedded:
 
     def __enter__(self) -> Self:
         remove_stale()
+        while not self._has_folder():
+            self._stack.close()
+        self._stack.callback(self._stop_children)
+        return self
+
+    def _has_folder(self) -> bool:
+        """Make the folder and lock it; False when another one, which begins in this moment, took it for a stale one."""
         self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
         # The lock goes with the process: a folder that nobody has locked was left by one that was killed.
         lock = self._stack.enter_context((self.folder / "lock").open("w"))
         fcntl.flock(lock, fcntl.LOCK_EX)
-        self._stack.callback(self._stop_children)
-        return self
+        return os.fstat(lock.fileno()).st_nlink > 0
 
     def __exit__(self, *_: object) -> None:
         # A second Ctrl+C must not leave a half-ended stack behind.
@@ -245,7 +264,8 @@ class Embedded:
         # RBEE_* would override the files just written, for both programs alike.
         env = {k: v for k, v in os.environ.items() if not k.startswith(("RBEE_", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_"))}
         command = [sys.executable, "-m", f"rbee_serve.{name}.main", "--config", str(config)]
-        self._children.append(_Child(name, command, self.folder / f"{name}.log", env))
+        with _undisturbed() as blocked:  # between its beginning and its entry here nobody would end it
+            self._children.append(_Child(name, command, self.folder / f"{name}.log", env, blocked))
 
     # --- wait -------------------------------------------------------------------------------------------------------
 
