@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from rbee_ctl import ansible_ahead, content
 from rbee_ctl.ansible_environment import environment, of_run
-from rbee_ctl.events import OnEvent, Output, Stats, StillRunning, TaskDone, TaskStarted, translate
+from rbee_ctl.events import Event, OnEvent, Output, Stats, StillRunning, TaskDone, TaskStarted, translate
 from rbee_serve import process_tree
 from rbee_serve.contract.errors import (
     BY_CODE,
@@ -241,6 +241,7 @@ class _Cancellation:
 
 @contextlib.contextmanager
 def _cancellation() -> Iterator[_Cancellation]:
+    """Raise KeyboardInterrupt at the end of the block when a signal has come, also in its last moment."""
     cancellation = _Cancellation()
     before = {s: signal.signal(s, cancellation.request) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -248,6 +249,8 @@ def _cancellation() -> Iterator[_Cancellation]:
     finally:
         for s, handler in before.items():
             signal.signal(s, handler)
+    if cancellation.requested:
+        raise KeyboardInterrupt
 
 
 class _Collector:
@@ -267,9 +270,9 @@ class _Collector:
     def tick(self) -> None:
         """Say that a task still runs when nothing has come for a second (SPEC N-05)."""
         now = time.monotonic()
-        if self._on_event is not None and now - self._event_at >= 1.0:
+        if now - self._event_at >= 1.0:
             self._event_at = now
-            self._on_event(StillRunning(self._task, now - self._task_at))
+            self._tell(StillRunning(self._task, now - self._task_at))
 
     def handle(self, raw: dict[str, Any]) -> bool:
         """Take one of ansible-runner's events; False: it is not to be written to disk."""
@@ -283,9 +286,14 @@ class _Collector:
                 self._stats = event
             elif isinstance(event, Output):
                 self._output = [*self._output, *event.text.splitlines()][-40:]
-            if self._on_event is not None:
-                self._on_event(event)
+            self._tell(event)
         return False
+
+    def _tell(self, event: Event) -> None:
+        """Tell who listens. That nobody reads that any more ends no run: machines are left as it leaves them at its end."""
+        if self._on_event is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._on_event(event)
 
     def _task_done(self, event: TaskDone) -> None:
         self._seen[event.host] = None

@@ -62,8 +62,8 @@ def alive(process: Process) -> bool:
 
 
 def kill(processes: Iterable[Process], sig: signal.Signals = signal.SIGKILL) -> None:
-    """Send ``sig`` to those that still are the same processes."""
+    """Send ``sig`` to those that still are the same processes; one that has become another user's (sudo) ends by itself."""
     for process in processes:
         if alive(process):
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process.pid, sig)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from rbee_ctl import events
 from rbee_ctl.ansible_environment import environment
-from rbee_ctl.playbook import HostOutcome, PlaybookResult, _Collector, task_error, unreachable
+from rbee_ctl.playbook import HostOutcome, PlaybookResult, _cancellation, _Collector, task_error, unreachable
 from rbee_serve import process_tree
 from rbee_serve.contract.errors import (
     DiskFull,
@@ -207,3 +208,39 @@ def test_descendants_are_found_also_in_sessions_of_their_own() -> None:
         parent.kill()
         parent.wait()
         parent.stdout.close()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_in_the_last_moment_of_a_run_is_not_lost(how: signal.Signals) -> None:
+    before = signal.getsignal(how)
+    with pytest.raises(KeyboardInterrupt), _cancellation():
+        signal.raise_signal(how)
+    assert signal.getsignal(how) is before
+
+
+def test_a_process_that_sudo_has_made_another_user_s_keeps_the_others_from_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def kill(pid: int, sig: int) -> None:
+        asked.append(pid)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    me = next(p for p in process_tree.children(os.getppid()) if p.pid == os.getpid())
+    process_tree.kill([me, me])
+    assert asked == [me.pid, me.pid]
+
+
+def test_a_reader_that_has_left_ends_no_run() -> None:
+    told: list[events.Event] = []
+
+    def listen(event: events.Event) -> None:
+        told.append(event)
+        raise BrokenPipeError
+
+    collector = _Collector(listen)
+    collector._event_at -= 1
+    collector.tick()
+    collector.handle(done("runner_on_ok", "a", rbee_result={"x": 1}))
+    assert [type(e) for e in told] == [events.StillRunning, events.TaskDone]
+    assert collector.conclude(0, Path("verb.yml")).hosts["a"].result == {"x": 1}
