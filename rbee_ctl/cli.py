@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 completion.use_own_scripts()
+
+#: Signals so close together are one request to stop, seconds.
+_SAME_STOP_S = 0.5
 
 
 @app.callback(invoke_without_command=True)
@@ -114,14 +118,30 @@ def _usage_error(args: Sequence[str], error: typer.TyperException) -> OperationR
     return OperationResult(command_name(args), exit_code=ExitCode.USAGE, errors=(item,))
 
 
-def _sigterm(*_: object) -> None:
-    raise KeyboardInterrupt
+class _Stop:
+    """Handler of Ctrl+C and SIGTERM: a command ends by KeyboardInterrupt, in order.
+
+    One on the heels of another is the same one: timeout(1) signals its child and right after that the child's group. Taken
+    for a second one, it would break off the very end that the first has begun.
+    """
+
+    def __init__(self) -> None:
+        self._came = -_SAME_STOP_S
+
+    def __call__(self, *_: object) -> None:
+        now = time.monotonic()
+        if now - self._came >= _SAME_STOP_S:
+            self._came = now
+            raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run rbee-ctl and return its exit code."""
     args = sys.argv[1:] if argv is None else list(argv)
-    signal.signal(signal.SIGTERM, _sigterm)  # ends a command as Ctrl+C does: orderly
+    stop = _Stop()
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else whoever began us wants it ignored (`&` of sh)
+        signal.signal(signal.SIGINT, stop)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
     ui = Ui()

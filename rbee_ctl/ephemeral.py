@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from rbee_ctl.config import CLIENT_FILE
-from rbee_ctl.events import Event, TaskDone
+from rbee_ctl.events import Event, OnEvent, TaskDone
 from rbee_serve.contract.errors import ConnectionTimeout, RbeeError
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class Ephemeral:
         failed: RbeeError | None = None
         while self._owned:
             what, stop = self._owned[-1]
-            self._session.ui.narrate("ctl", "ephemeral", f"stopping {what}, which this command had started")
+            with contextlib.suppress(BrokenPipeError):  # it is stopped, whether anybody reads that or not
+                self._session.ui.narrate("ctl", "ephemeral", f"stopping {what}, which this command had started")
             try:
                 failed = _first_error(stop()) or failed
             except KeyboardInterrupt:
@@ -45,9 +47,18 @@ class Ephemeral:
             raise failed
 
     def ensure_queen(self, queen: QueenClient) -> None:
-        """Start the queen unless one answers, and own it then; raises what its playbook says."""
-        if ensure_queen(self._session, queen):
-            self._owned.append(("the queen", lambda: self._session.play("queen_stop")))
+        """Start the queen unless one answers, and own it as soon as it was started; raises what its playbook says."""
+
+        def own() -> None:
+            if not self._owned:
+                self._owned.append(("the queen", lambda: self._session.play("queen_stop")))
+
+        def listen(event: Event) -> None:
+            if isinstance(event, TaskDone) and event.changed:
+                own()
+
+        if ensure_queen(self._session, queen, listen):
+            own()
 
     def start_worker(self, node: str, request: Mapping[str, Any]) -> PlaybookResult:
         """Run ``worker_start`` on a machine and own what was not there before: the hive, the worker, its instance.
@@ -91,8 +102,8 @@ def _planned(result: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
-def ensure_queen(session: Session, queen: QueenClient) -> bool:
-    """Start the fleet's queen unless one answers; says whether it was started here.
+def ensure_queen(session: Session, queen: QueenClient, listen: OnEvent | None = None) -> bool:
+    """Start the fleet's queen unless one answers; says whether it was started here. ``listen`` gets the playbook's events.
 
     Raises ConnectionTimeout where no queen answers and it is none of the inventory's, and what its playbook says.
     """
@@ -102,7 +113,7 @@ def ensure_queen(session: Session, queen: QueenClient) -> bool:
         if not _of_the_inventory(session):
             raise
         session.ui.narrate("ctl", "queen", f"{e.message}; starting it")
-        play = session.play("queen_start")
+        play = session.play("queen_start", listen=listen)
         if (failed := _first_error(play)) is not None:
             raise failed from e
         if not any(outcome.changed for outcome in play.hosts.values()):

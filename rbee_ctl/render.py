@@ -49,8 +49,7 @@ class Ui:
         if self.events:
             self._event("token", t=text)
         elif text:
-            self.out.write(text)
-            self.out.flush()
+            _write(self.out, text)
             self._open_line = not text.endswith("\n")
 
     def end_of_tokens(self) -> None:
@@ -80,8 +79,7 @@ class Ui:
         if self._tty_err:
             drawn = bar(text, fancy=(self.err.encoding or "").lower().startswith("utf"))
             line = narration_line(actor, action, f"{drawn} {text}" if drawn else text)[: self._columns() - 1]
-            self.err.write(f"\r\x1b[K{_DIM if self._colour else ''}{line}{_RESET if self._colour else ''}")
-            self.err.flush()
+            _write(self.err, f"\r\x1b[K{_DIM if self._colour else ''}{line}{_RESET if self._colour else ''}")
             self._progress_shown = True
         else:
             line = narration_line(actor, action, text)
@@ -108,18 +106,17 @@ class Ui:
         if self.events:
             self._event("note", text=text)
             return
+        before = ""
         if self._progress_shown:
-            self.err.write("\r\x1b[K")
+            before = "\r\x1b[K"
             self._progress_shown = False
         if self._open_line and self._tty_out and self._tty_err:
-            self.err.write("\n")
+            before += "\n"
             self._open_line = False
-        self.err.write(f"{text}\n")
-        self.err.flush()
+        _write(self.err, f"{before}{text}\n")
 
     def _event(self, kind: str, **fields: Any) -> None:
-        self.out.write(json.dumps({"type": kind, **fields}, ensure_ascii=False, default=str) + "\n")
-        self.out.flush()
+        _write(self.out, json.dumps({"type": kind, **fields}, ensure_ascii=False, default=str) + "\n")
 
     def narrator(self, actor: str, action: str) -> events.OnEvent:
         """Return a listener that narrates a playbook; with ``verbose`` it shows Ansible's own output instead.
@@ -225,6 +222,18 @@ class Ui:
                 self.note(f"  | {line}")
         if error.hint:
             self.note(f"  try: {error.hint}")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """Write at once. That its reader has left is raised once: what is put in order because of it is told to nobody."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+        raise
 
 
 #: "15.2 of 98.4 MB", "12 of 30 layers", "[17/120]": how far something is.

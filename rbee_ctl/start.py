@@ -1,9 +1,10 @@
-"""Entry of ``rbee-ctl``: an installation without its libraries says what to type, and Ctrl+C is 130 from the first moment."""
+"""Entry of ``rbee-ctl``: an installation without its libraries says what to type, and a stop is 130 from the first moment."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 
 from rbee_ctl import ansible_ahead
@@ -14,6 +15,7 @@ def main() -> int:
     status: list[int] = []
     atexit.register(_leave, status)  # the first one registered is the last one called
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # imports alone take long enough for one to come
         code = _run()
     except KeyboardInterrupt:
         code = 130
