@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,15 @@ from typing import Any
 from rbee_ctl import content
 from rbee_ctl.bundle import Contents, Source, models_of
 from rbee_ctl.inventory import Inventory
+from rbee_serve import process_tree
 from rbee_serve.contract.errors import BY_CODE, BundleInvalid, ChecksumMismatch, DownloadFailed, InvalidRequest, MissingDependency
 from rbee_serve.contract.split_models import set_of
 
 Say = Callable[[str, str], None]
 
 NODES = "nodes/wheels.tar"
+#: Seconds that a builder has to end in order.
+_GRACE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,29 @@ def wheelhouse(*arguments: str) -> dict[str, Any]:
     """Run the role's builder; returns what it says of the wheels. Raises MissingDependency."""
     script = content.root() / "roles/rbee_wheels/files/build_wheelhouse.py"
     command = [sys.executable, str(script), f"--source={content.root()}", f"--cache={cache()}", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        tail = "\n".join((done.stderr or done.stdout).strip().splitlines()[-6:])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            out, err = process.communicate()
+        except BaseException:
+            _end(process)
+            raise
+    if process.returncode != 0:
+        tail = "\n".join((err or out).strip().splitlines()[-6:])
         raise MissingDependency(f"the wheels can not be made: {tail}", hint="make the bundle on a machine with internet and gcc")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    answer: dict[str, Any] = json.loads(out.splitlines()[-1])
     return answer
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a builder with pip and the compilers below it, which would go on for minutes: with time to take its scratch away."""
+    below = process_tree.descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    process_tree.kill(below, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_S)
+    below += process_tree.descendants(process.pid)
+    process.kill()
+    process_tree.kill(below)
 
 
 def misfit(contents: Contents, here: dict[str, Any]) -> str | None:

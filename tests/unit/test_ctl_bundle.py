@@ -7,6 +7,8 @@ import io
 import json
 import subprocess
 import tarfile
+import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from hub import Behaviour, Hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rbee_ctl import bundle, bundle_parts
+from rbee_ctl import bundle, bundle_parts, content
 from rbee_ctl.bundle import Source
 from rbee_ctl.inventory import Host, Inventory
+from rbee_serve import process_tree
 from rbee_serve.contract.errors import BundleInvalid, ChecksumMismatch, InvalidRequest
 
 FACTS: dict[str, Any] = {"rbee_version": "0.1.0", "python": "3.11", "machine": "x86_64", "models": []}
@@ -247,3 +250,38 @@ def test_wheels_and_models_are_laid_where_the_site_looks_and_the_second_time_not
     assert laid == [[here["archive"], str(tmp_path / "cache" / name)], []]
     assert (tmp_path / "cache" / name).read_bytes() == FILES[name]
     assert json.loads(contents.manifest())["format"] == 1
+
+
+def test_a_stop_ends_the_builder_of_wheels_and_the_compilers_below_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM reaches rbee-ctl alone, other than Ctrl+C in a terminal."""
+    script = tmp_path / "roles/rbee_wheels/files/build_wheelhouse.py"
+    script.parent.mkdir(parents=True)
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import subprocess
+            from pathlib import Path
+            compiler = subprocess.Popen(["setsid", "sleep", "7617"])
+            Path({str(tmp_path / "begun")!r}).touch()
+            compiler.wait()
+            """
+        )
+    )
+    monkeypatch.setattr(content, "root", lambda: tmp_path)
+    below: list[process_tree.Process] = []
+
+    def stopped(process: subprocess.Popen[str], *_: Any) -> None:
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        below.extend(process_tree.descendants(process.pid))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bundle_parts.wheelhouse("--plan")
+    assert below
+    limit = time.monotonic() + 10
+    while any(map(process_tree.alive, below)):
+        assert time.monotonic() < limit, "it goes on"
+        time.sleep(0.01)
