@@ -258,7 +258,7 @@ def test_stop_that_comes_while_ready_is_printed_is_an_orderly_end(model_path: Pa
     room = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
     os.write(writing, b"x" * room)
     command = [*CTL, "serve", "--json", "--model-path", str(model_path), "--model-id", MODEL]
-    env = clean_environment(TMPDIR=str(tmp_path))
+    env = clean_environment(TMPDIR=str(tmp_path), PYTHONUNBUFFERED="")  # without a buffer what was interrupted is gone
     with subprocess.Popen(command, stdout=writing, stderr=subprocess.DEVNULL, env=env) as process:
         os.close(writing)
         try:
