@@ -69,7 +69,7 @@ class Ui:
 
     def progress(self, actor: str, action: str, text: str) -> None:
         """Say how far something is: on a terminal in one line that is rewritten, else what is new but for its figures
-        at once and the rest at most once a second."""
+        or complete at once and the rest at most once a second."""
         if self.quiet or text == self._last_progress:
             return
         self._last_progress = text
@@ -84,7 +84,7 @@ class Ui:
         else:
             line = narration_line(actor, action, text)
             now, kind = time.monotonic(), _FIGURES.sub("", text)
-            if kind != self._progress_kind or now - self._progress_at >= PROGRESS_PAUSE_S:
+            if kind != self._progress_kind or now - self._progress_at >= PROGRESS_PAUSE_S or "(100 %)" in text:
                 self._progress_at, self._progress_kind = now, kind
                 self.note(line)
 

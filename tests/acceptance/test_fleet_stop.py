@@ -54,3 +54,16 @@ def test_the_queen_stops_alone_or_with_the_fleet(fleet: Fleet) -> None:
         done = fleet.lab.playbook("start")
         assert done.returncode == 0, done.stdout[-3000:]
     until(lambda: idle(fleet) >= {"lab1-cpu0", "lab2-cpu0"}, "the fleet is back")
+
+
+def test_a_queen_that_systemd_refuses_to_start_again_is_started_by_rbee(fleet: Fleet) -> None:
+    """systemd counts the starts that people ask for as well, and takes the sixth in five minutes for a crash loop."""
+    again = "for n in 1 2 3 4 5 6; do systemctl restart rbee-queen || exit 7; done"
+    try:
+        assert fleet.lab.ssh("lab1", again, check=False, timeout=120).returncode == 7
+        assert fleet.lab.ssh("lab1", "systemctl is-active rbee-queen", check=False).stdout.strip() == "failed"
+        done = fleet.lab.ctl("queen", "start")
+        assert done.returncode == 0, done.stderr
+    finally:
+        fleet.lab.ssh("lab1", "systemctl reset-failed rbee-queen; systemctl start rbee-queen")
+    until(lambda: idle(fleet) >= {"lab1-cpu0", "lab2-cpu0"}, "the registry is full again")

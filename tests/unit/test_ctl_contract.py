@@ -211,6 +211,9 @@ def test_progress_off_a_terminal_is_at_most_one_line_a_second(monkeypatch: pytes
         ui.progress("cpu0", "load", f"{step}")
         now[0] += 0.1
     assert 3 <= len(err.getvalue().splitlines()) <= 4
+    for text in ("copying x: 49 of 50 MB (98 %)", "copying x: 49.5 of 50 MB (99 %)", "copying x: 50 of 50 MB (100 %)"):
+        ui.progress("cpu0", "load", text)
+    assert [line[-6:] for line in err.getvalue().splitlines()[-2:]] == ["(98 %)", "100 %)"]
 
 
 class Terminal(io.StringIO):
