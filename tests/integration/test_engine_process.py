@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,8 @@ from rbee_serve.contract.api import StopReason
 from rbee_serve.contract.errors import AllSlotsBusy, PromptTooLong, RequestError, WorkerCrashed, WorkerLoading
 from rbee_serve.worker.engine.process import ProcessEngine
 from rbee_serve.worker.engine.protocol import EngineConfig, LoadProgress, Queued, Started, TokenOut
+from rbee_serve.worker.engine.spawn import EngineChild
+from rbee_serve.worker.engine.wire import pack
 
 pytestmark = pytest.mark.integration
 
@@ -427,3 +430,30 @@ def test_engine_never_falls_back_to_the_cpu(model_path: Path) -> None:
 
 def test_engine_loading_has_a_limit(model_path: Path) -> None:
     _says(_failed(config(model_path), load_timeout_s=0.01), "LOADING_TIMEOUT", ["not loaded after"])
+
+
+def test_what_an_engine_says_right_before_its_end_is_heard(model_path: Path) -> None:
+    """It has failed before the front listens, and has not read all that it was told: the kernel calls that a reset."""
+    words = pack({"failed": {"message": "no room", "code": "INSUFFICIENT_RAM"}})
+    script = "import socket, sys; socket.socket(fileno=int(sys.argv[1])).sendall(bytes.fromhex(sys.argv[2])); sys.exit(1)"
+    child = EngineChild.__new__(EngineChild)
+    child.connection, theirs = socket.socketpair()
+    child.connection.sendall(b"unread")
+    with theirs:
+        fd = theirs.fileno()
+        child.process = subprocess.Popen(
+            [sys.executable, "-c", script, str(fd), words.hex()], pass_fds=[fd], stderr=subprocess.PIPE
+        )
+    child.told = True
+    os.waitid(os.P_PID, child.process.pid, os.WEXITED | os.WNOWAIT)
+
+    async def run() -> LoadProgress:
+        engine = ProcessEngine(config(model_path), child=child)
+        await engine.start()
+        async with asyncio.timeout(60):
+            await engine.wait_dead()
+        await engine.close()
+        return engine.progress
+
+    progress = asyncio.run(run())
+    assert (progress.stage, progress.error_code, progress.error) == ("failed", "INSUFFICIENT_RAM", "no room")

@@ -71,6 +71,20 @@ class _Stream:
         return event
 
 
+class _Reader(asyncio.StreamReader):
+    """A reset connection is at its end after what had come before. asyncio's own reader forgets that for the error.
+
+    An engine that ends at once, because the model has no room, leaves what it was told meanwhile unread: that is a reset.
+    """
+
+    def set_exception(self, exc: Exception) -> None:
+        """End the stream."""
+        if isinstance(exc, ConnectionError):
+            self.feed_eof()
+        else:
+            super().set_exception(exc)
+
+
 def _ended(process: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop) -> asyncio.Future[int]:
     """Return the exit code of a process to come."""
     future, fd = loop.create_future(), os.pidfd_open(process.pid)
@@ -120,7 +134,10 @@ class ProcessEngine:
         child = self._child = self._child or EngineChild()
         self._ended = _ended(child.process, loop)
         self._heard = time.monotonic()
-        reader, self._writer = await asyncio.open_connection(sock=child.connection)
+        reader = _Reader()
+        protocol = asyncio.StreamReaderProtocol(reader)
+        transport, _ = await loop.create_connection(lambda: protocol, sock=child.connection)
+        self._writer = asyncio.StreamWriter(transport, protocol, reader, loop)
         errors = asyncio.StreamReader()
         self._stderr, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(errors), child.process.stderr)
         self._dead = loop.create_future()
