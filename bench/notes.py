@@ -1,8 +1,9 @@
 """Why a goal is missed where it is, shown beside the row as long as it is missed. What was not profiled says so."""
 
 NOTES: dict[str, str] = {
-    "throughput/1": "The same kernels; this machine's speed changes between sessions (1.13 x in one earlier the same day, at "
-    "nearly twice the tokens per second of both). What one stream costs beside llama.cpp's decode is not profiled.",
+    "throughput/1": "The same kernels. Per token the front takes 0.4 ms of CPU (reading the engine's message, asyncio, one event "
+    "written), beside two compute threads on two cores that it also shares with the client; a token takes 6 ms in all. "
+    "llama-server writes its events from one thread of C++.",
     "throughput/8": "The spreads of both servers overlap almost wholly: parity, on two cores that also run the client.",
     "throughput-1b/1": "The spreads of both servers overlap: parity. One stream reads all weights for each token, with the same "
     "kernels in both servers.",
@@ -18,11 +19,14 @@ NOTES: dict[str, str] = {
     "and the bindings, 20-80 looking for room and kernels while numpy is imported and the settings are read beside it, 180 the "
     "weights, 120 the context (190 MB of KV cache are zeroed), 20 the self test, 75 the prompt.",
     "wake/135M": "Most of it is the start (see start); 64 tokens are evaluated again to stay exact, and without the prefix it is "
-    "2 s more only.",
+    "0.7 s more only on a machine of this speed (2 s on the one of the day before: 0.305 x).",
     "woken/135M": "Weights, context and prompt are the same work; 0.2 s before it are interpreters, imports and bindings, which "
     "the peer's time leaves out, and the front's imports share its two cores.",
     "woken/1.1B": "Before llama.cpp's load 0.2 s of interpreters and imports, which the peer's time leaves out; the load is "
-    "slower while the front imports beside it.",
+    "slower while the front imports beside it. On a machine of half the speed, where those weigh less: 1.26 x.",
+    "wake/1.1B": "Nearly all of it is the start (see woken), which a quicker machine shortens less than the prompt; on one of "
+    "half the speed it was 0.162 x.",
+    "throughput-1b/8": "The spreads of both servers overlap wholly: parity.",
     "fleet-one/stop": "Profiled by CPU time, since modules no longer go Ansible's way to a node: Ansible's imports 0.5 s, its "
     "YAML files, plugins and the play 0.3 s, the task 0.1 s here and 0.1 s on the machine, rbee-ctl 0.4 s (a quarter of it is "
     "pydantic, by which the command line's library checks options).",
