@@ -4,7 +4,8 @@ NOTES: dict[str, str] = {
     "throughput/1": "The same kernels. Per token the front takes 0.4 ms of CPU (reading the engine's message, asyncio, one event "
     "written), beside two compute threads on two cores that it also shares with the client; a token takes 6 ms in all. "
     "llama-server writes its events from one thread of C++.",
-    "throughput/8": "The spreads of both servers overlap almost wholly: parity, on two cores that also run the client.",
+    "throughput/8": "The spreads of both servers overlap almost wholly (1.03 x three hours before): parity, on two cores that "
+    "also run the client.",
     "throughput-1b/1": "The spreads of both servers overlap: parity. One stream reads all weights for each token, with the same "
     "kernels in both servers.",
     "throughput/ttft-16": "Prompts are read one after the other, and each stream begins when its own is read; llama-server's "
@@ -26,12 +27,11 @@ NOTES: dict[str, str] = {
     "slower while the front imports beside it. On a machine of half the speed, where those weigh less: 1.26 x.",
     "wake/1.1B": "Nearly all of it is the start (see woken), which a quicker machine shortens less than the prompt; on one of "
     "half the speed it was 0.162 x.",
-    "throughput-1b/8": "The spreads of both servers overlap wholly: parity.",
-    "fleet-one/stop": "Profiled by CPU time, since modules no longer go Ansible's way to a node: Ansible's imports 0.5 s, its "
-    "YAML files, plugins and the play 0.3 s, the task 0.1 s here and 0.1 s on the machine, rbee-ctl 0.4 s (a quarter of it is "
-    "pydantic, by which the command line's library checks options).",
-    "fleet-one/start": "As for stop; the preflight is a task more, two tasks in which there is nothing to do cost 0.02 s each, "
-    "and a model that takes over three seconds to load is followed and reported by two more.",
+    "throughput-1b/8": "The spreads of both servers overlap; 0.999 x three hours before. The machine's speed changes by a fifth.",
+    "fleet-one/stop": "By CPU time: Ansible's YAML files, plugins and the play 0.3 s, the task 0.1 s here and 0.1 s on the machine; "
+    "Ansible's imports (0.4 s) and rbee-ctl's own run side by side.",
+    "fleet-one/start": "As for stop, with the preflight as a task more; two tasks in which there is nothing to do cost 0.02 s each. "
+    "By hand, on the same machine when it was quicker an hour before, it was 0.7 to 0.9 s.",
     "fleet-twenty/time": "All twenty machines are containers on the same two cores as Ansible: their Python, not the order of "
     "the work, is what takes the time.",
 }
