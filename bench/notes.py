@@ -27,7 +27,7 @@ NOTES: dict[str, str] = {
     "slower while the front imports beside it. On a machine of half the speed, where those weigh less: 1.26 x.",
     "wake/1.1B": "Nearly all of it is the start (see woken), which a quicker machine shortens less than the prompt; on one of "
     "half the speed it was 0.162 x.",
-    "throughput-1b/8": "The spreads of both servers overlap. The machine's speed changes by a fifth: 0.83, 0.999 and 1.02 x in a day.",
+    "throughput-1b/8": "The spreads overlap; the speed of the machine changes by a fifth: 0.83, 0.999 and 1.02 x in a day.",
     "fleet-one/stop": "By CPU time: Ansible's YAML files, plugins and the play 0.3 s, the task 0.1 s here, 0.1 s on the machine; "
     "Ansible's imports (0.4 s) and rbee-ctl's own run side by side.",
     "fleet-one/start": "As for stop, with the preflight as a task more; two tasks with nothing to do cost 0.02 s each. "
