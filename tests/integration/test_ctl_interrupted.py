@@ -88,6 +88,19 @@ class Project:
         self.running.append(process)
         return process
 
+    @contextlib.contextmanager
+    def on_a_terminal(self, *args: str, until: bytes) -> Iterator[tuple[subprocess.Popen[str], bytes]]:
+        """Start rbee-ctl on a terminal; yields it, and what it has written up to and with ``until``."""
+        ours, theirs = pty.openpty()
+        try:
+            process, said = self.begin(*args, terminal=theirs), b""
+            while until not in said:
+                said += os.read(ours, 1000)
+            yield process, said
+        finally:
+            os.close(ours)
+            os.close(theirs)
+
     def held(self, process: subprocess.Popen[str]) -> list[process_tree.Process]:
         """Wait until something holds; returns all that runs below the command then."""
 
@@ -218,17 +231,9 @@ def test_ctrl_c_between_two_tries_of_a_machine_that_does_not_answer(project: Pro
 @pytest.mark.S61
 def test_ctrl_c_at_the_question_changes_nothing(project: Project) -> None:
     project.write("playbooks/uninstall.yml", PLAYBOOK, gather="false")
-    ours, theirs = pty.openpty()
-    try:
-        process = project.begin("hive", "uninstall", "--node", "one", terminal=theirs)
-        said = b""
-        while b"[y/N]" not in said:
-            said += os.read(ours, 1000)
+    with project.on_a_terminal("hive", "uninstall", "--node", "one", until=b"[y/N]") as (process, _):
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130
-    finally:
-        os.close(ours)
-        os.close(theirs)
     assert not (project.folder / "held").exists()
 
 
@@ -248,14 +253,6 @@ def test_verbose_shows_ansibles_own_output_and_colours_are_for_terminals(project
     quiet = project.begin("hive", "stop", "--node", "one", "-q")
     assert quiet.communicate(timeout=60) == (out, "")
 
-    ours, theirs = pty.openpty()
-    try:
-        shown = project.begin("hive", "stop", "--node", "one", terminal=theirs)
-        said = b""
-        while b"report" not in said:
-            said += os.read(ours, 1000)
+    with project.on_a_terminal("hive", "stop", "--node", "one", until=b"report") as (shown, said):
         assert shown.wait(60) == 0
-    finally:
-        os.close(ours)
-        os.close(theirs)
     assert b"\x1b[2m" in said

@@ -112,11 +112,17 @@ def run(*args: str) -> tuple[int, dict[str, object]]:
     return envelope["exit_code"], envelope["data"]
 
 
-def test_import_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Home and inventory in ``tmp_path``, and no other setting."""
     for name in [n for n in os.environ if n.startswith("RBEE_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RBEE_INVENTORY", str(tmp_path / "inventory.yml"))
+
+
+@pytest.mark.usefixtures("at_home")
+def test_import_is_done_once(tmp_path: Path) -> None:
     (tmp_path / "inventory.yml").write_text("rbee_hives:\n  hosts:\n    plain: {ansible_host: 10.9.9.9}\n")
     (tmp_path / "config").write_text(SSH_CONFIG)
     arguments = ("hive", "import-ssh", "--ssh-config", str(tmp_path / "config"))
@@ -132,12 +138,9 @@ def test_import_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert run("hive", "get")[0] == 1  # which one?
 
 
-def test_a_name_that_no_machine_can_have_is_passed_over_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("at_home")
+def test_a_name_that_no_machine_can_have_is_passed_over_and_said(tmp_path: Path) -> None:
     """Workers' ids and the roles refuse it later."""
-    for name in [n for n in os.environ if n.startswith("RBEE_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("RBEE_INVENTORY", str(tmp_path / "inventory.yml"))
     (tmp_path / "inventory.yml").write_text("rbee_hives:\n  hosts:\n    plain: {}\n")
     (tmp_path / "config").write_text("Host gpu_box\n  HostName 192.0.2.7\nHost gpu-2\n  HostName 192.0.2.8\n")
     out, err = io.StringIO(), io.StringIO()
