@@ -18,6 +18,9 @@ PING = b": ping\n\n"
 #: Widths of a narration line's first two columns (SPEC 3.5).
 ACTOR_WIDTH, ACTION_WIDTH = 10, 15
 
+#: json.dumps makes an encoder anew for each call that is not of the usual form, which costs as much as the encoding.
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
 Event = dict[str, Any]
 Logprobs = dict[str, Any]
 
@@ -110,8 +113,7 @@ def loading(stage: str, **figures: Any) -> Event:
 
 def encode(event: Event) -> bytes:
     """Return the event as SSE bytes. JSON never holds a raw newline, so one ``data:`` line suffices."""
-    data = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {event['type']}\ndata: {data}\n\n".encode()
+    return f"event: {event['type']}\ndata: {_to_json(event)}\n\n".encode()
 
 
 def comment(event: Event) -> bytes:

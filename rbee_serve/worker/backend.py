@@ -35,10 +35,10 @@ class WorkerStream:
     async def events(self) -> AsyncGenerator[Sequence[tuple[str, Event]], None]:
         """Yield the events, each with no payload."""
         async with aclosing(self._api.events(self.generation, self._correlation_id)) as found:
-            async for event in found:
-                if event["type"] == "error":
-                    self.error = from_envelope({"error": event}, fallback="the generation failed")
-                yield (("", event),)
+            async for batch in found:
+                if batch[-1]["type"] == "error":
+                    self.error = from_envelope({"error": batch[-1]}, fallback="the generation failed")
+                yield [("", event) for event in batch]
 
     async def aclose(self) -> None:
         """Free the slot. Idempotent."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from typing import cast
 
@@ -32,7 +32,8 @@ class Generation:
         self._deadline = None
         if deadline is not None:
             self._deadline = asyncio.get_running_loop().time() + deadline - worker.wall()
-        self._events = cast("AsyncGenerator[EngineEvent, None]", worker.engine.generate(request))
+        self._events = cast("AsyncGenerator[Sequence[EngineEvent], None]", worker.engine.generate(request))
+        self._ahead: Sequence[EngineEvent] = ()  # came while the request was opened
         self._ending: RbeeError | None = None
         self._timer: asyncio.Timeout | None = None
         self._began = time.perf_counter()
@@ -46,13 +47,15 @@ class Generation:
 
         Raises what the engine raises (AllSlotsBusy, PromptTooLong, ...), RequestTimeout, or why it was ended meanwhile.
         """
-        event = await self._next()
-        while started and isinstance(event, Queued):
-            event = await self._next()
-        if isinstance(event, Started):
-            self._note(event)
-        elif not isinstance(event, Queued):
-            raise MalformedResponse(f"the engine began with {type(event).__name__}")
+        batch = await self._next()
+        while started and isinstance(batch[-1], Queued):
+            batch = await self._next()
+        if not isinstance(batch[0], Queued | Started):
+            raise MalformedResponse(f"the engine began with {type(batch[0]).__name__}")
+        for event in batch:
+            if isinstance(event, Started):
+                self._note(event)
+        self._ahead = batch
 
     def _note(self, event: Started) -> None:
         self.started = event
@@ -63,34 +66,45 @@ class Generation:
         if event.cached_tokens and event.cached_from:
             metrics.prefix_hits.labels(source=event.cached_from).inc()
 
-    async def events(self) -> AsyncIterator[Started | TokenOut | Finished]:
-        """Yield Started, tokens and, last, Finished: also when the client cancelled, then perhaps alone.
+    async def events(self) -> AsyncIterator[list[Started | TokenOut | Finished]]:
+        """Yield Started, tokens and, last, Finished: also when the client cancelled, then perhaps alone. Each time all that has
+        come since.
 
         Raises RequestTimeout, WorkerDraining, WorkerCrashed, InferenceFailed.
         """
-        metrics = self._worker.metrics
-        if self.started is not None:
-            yield self.started
-        while True:
+        while self.outcome is None:
             try:
-                event = await self._next()
+                batch = self._ahead or await self._next()
             except RequestCanceled:
-                event = self._cancelled()
-            if isinstance(event, Started):
-                self._note(event)
-                yield event
+                batch = [self._cancelled()]
+            self._ahead = ()
+            if events := self._counted(batch):
+                yield events
+
+    def _counted(self, batch: Sequence[EngineEvent]) -> list[Started | TokenOut | Finished]:
+        """Return the events that others get to see, after taking their figures."""
+        events: list[Started | TokenOut | Finished] = []
+        tokens = 0
+        for event in batch:
+            if isinstance(event, TokenOut):
+                tokens += 1
             elif isinstance(event, Finished):
                 self.outcome = event.stop_reason
-                yield event
-                return
-            elif isinstance(event, TokenOut):
-                self._last_token = time.perf_counter()
-                if self._first_token is None:
-                    self._first_token = self._last_token
-                    metrics.first_token_ms.observe(self._ms(self._began, self._first_token))
-                self.tokens_out += 1
-                metrics.tokens_generated.inc()
-                yield event
+            elif isinstance(event, Started):
+                if self.started is None:
+                    self._note(event)
+            else:
+                continue
+            events.append(event)
+        if tokens:
+            metrics = self._worker.metrics
+            self._last_token = time.perf_counter()
+            if self._first_token is None:
+                self._first_token = self._last_token
+                metrics.first_token_ms.observe(self._ms(self._began, self._first_token))
+            self.tokens_out += tokens
+            metrics.tokens_generated.inc(tokens)
+        return events
 
     def end(self, why: RbeeError) -> None:
         """End it from outside: whoever waits for the engine gets ``why`` at once. Later calls change nothing."""
@@ -118,7 +132,7 @@ class Generation:
                 facts |= {"prompt_tokens": self.started.prompt_tokens, "cached_tokens": self.started.cached_tokens}
             logger.info("request ended", extra=facts | {"duration_ms": round(lasted_ms, 1)})
 
-    async def _next(self) -> EngineEvent:
+    async def _next(self) -> Sequence[EngineEvent]:
         if self._ending is not None:
             raise self._failed(self._ending)
         # A timeout interrupts a wait; an event that is there already would slip past it.

@@ -10,7 +10,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, cast
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +28,7 @@ from rbee_serve.contract.api import (
     parse,
 )
 from rbee_serve.contract.errors import InvalidRequest, RbeeError, RequestCanceled
+from rbee_serve.contract.settings import WorkerSettings
 from rbee_serve.contract.tools import LLAMA3
 from rbee_serve.worker.engine.protocol import EngineInfo, Finished, GenerateRequest, Started, TokenOut
 from rbee_serve.worker.generation import Generation
@@ -169,38 +170,26 @@ class InferenceApi:
 
     async def _stream(self, generation: Generation, ident: str | None) -> AsyncGenerator[bytes, None]:
         async with aclosing(self.events(generation, ident)) as found:
-            async for event in found:
-                yield events.encode(event)
+            async for batch in found:
+                yield b"".join(map(events.encode, batch))
         yield events.DONE
 
-    async def events(self, generation: Generation, ident: str | None) -> AsyncGenerator[events.Event, None]:
-        """Yield the events of an opened request, ``end`` or ``error`` last; ``ident``: its correlation id."""
+    async def events(self, generation: Generation, ident: str | None) -> AsyncGenerator[list[events.Event], None]:
+        """Yield the events of an opened request, ``end`` or ``error`` last; each time all that has come since.
+
+        ``ident``: its correlation id.
+        """
         if generation.seed is None:
             raise RuntimeError("a request without a seed was opened")
-        s, prompt_tokens = self._worker.settings, 0
         try:
-            async for event in generation.events():
-                if isinstance(event, TokenOut):
-                    yield events.token(event.text, event.index, event.token_id, event.logprobs)
-                elif isinstance(event, Started):
-                    prompt_tokens = event.prompt_tokens
-                    yield events.started(
-                        generation.id,
-                        s.model_id,
-                        seed=generation.seed,
-                        prompt_tokens=prompt_tokens,
-                        cached_tokens=event.cached_tokens,
-                        worker_id=s.worker_id,
-                        tool_format=generation.tool_format,
-                    )
-                else:
-                    yield _end(event, prompt_tokens)
+            async for batch in generation.events():
+                yield [_event(event, generation, self._worker.settings) for event in batch]
         except RbeeError as e:
             logger.warning("stream failed", extra={"request_id": generation.id, "code": e.code, "reason": e.message})
-            yield events.error(e, ident)
+            yield [events.error(e, ident)]
         except Exception:
             logger.exception("stream failed", extra={"request_id": generation.id})
-            yield events.error(RbeeError("internal error; the worker's log has the details"), ident)
+            yield [events.error(RbeeError("internal error; the worker's log has the details"), ident)]
 
     async def _whole(self, generation: Generation) -> dict[str, object]:
         began = time.perf_counter()
@@ -209,14 +198,15 @@ class InferenceApi:
         logprobs: list[dict[str, Any]] = []
         last: Finished | None = None
         try:
-            async for event in generation.events():
-                if isinstance(event, TokenOut):
-                    pieces.append(event.text)
-                    ids.append(event.token_id)
-                    if event.logprobs is not None:
-                        logprobs.append(event.logprobs)
-                elif isinstance(event, Finished):
-                    last = event
+            async for batch in generation.events():
+                for event in batch:
+                    if isinstance(event, TokenOut):
+                        pieces.append(event.text)
+                        ids.append(event.token_id)
+                        if event.logprobs is not None:
+                            logprobs.append(event.logprobs)
+                    elif isinstance(event, Finished):
+                        last = event
         except RbeeError as e:
             e.details |= {"partial_text": "".join(pieces), "tokens_out": generation.tokens_out}
             raise
@@ -246,6 +236,22 @@ class InferenceApi:
 def new_request_id() -> str:
     """Return an id for a request whose client gave none."""
     return f"req-{uuid.uuid4()}"
+
+
+def _event(event: Started | TokenOut | Finished, generation: Generation, settings: WorkerSettings) -> events.Event:
+    if isinstance(event, TokenOut):
+        return events.token(event.text, event.index, event.token_id, event.logprobs)
+    if isinstance(event, Finished):
+        return _end(event, generation.started.prompt_tokens if generation.started else 0)
+    return events.started(
+        generation.id,
+        settings.model_id,
+        seed=cast("int", generation.seed),
+        prompt_tokens=event.prompt_tokens,
+        cached_tokens=event.cached_tokens,
+        worker_id=settings.worker_id,
+        tool_format=generation.tool_format,
+    )
 
 
 def _end(event: Finished, prompt_tokens: int) -> events.Event:

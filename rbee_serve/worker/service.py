@@ -90,7 +90,7 @@ async def _tested(settings: WorkerSettings, config: EngineConfig, child: EngineC
             await engine.embed(["a"])
             return {"loaded_s": round(loaded_s, 2), "token_id": None, "backend": settings.backend, "version": __version__}
         request = GenerateRequest("self-test", "a", parse_special=False, add_bos=True, params=params)
-        ids = [event.token_id async for event in engine.generate(request) if isinstance(event, TokenOut)]
+        ids = [e.token_id async for batch in engine.generate(request) for e in batch if isinstance(e, TokenOut)]
         if len(ids) != 1:
             raise InferenceFailed(f"one token expected, got {len(ids)}")
         return {

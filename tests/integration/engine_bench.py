@@ -7,15 +7,23 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from rbee_serve.contract.api import SamplingParams
 from rbee_serve.worker.engine.process import ProcessEngine
-from rbee_serve.worker.engine.protocol import EngineConfig, Finished, GenerateRequest, LoadProgress, Started, TokenOut
+from rbee_serve.worker.engine.protocol import (
+    EngineConfig,
+    EngineEvent,
+    Finished,
+    GenerateRequest,
+    LoadProgress,
+    Started,
+    TokenOut,
+)
 
 
 def config(model: Path, **changes: Any) -> EngineConfig:
@@ -89,6 +97,14 @@ def request(prompt: str, generated: Sequence[int] = (), **params: Any) -> Genera
     return GenerateRequest(f"r{next(_numbers)}", prompt, True, True, SamplingParams(**values), list(generated))
 
 
+async def each(engine: ProcessEngine, asked: GenerateRequest) -> AsyncGenerator[EngineEvent, None]:
+    """Yield the events of a request one by one."""
+    async with aclosing(engine.generate(asked)) as batches:
+        async for batch in batches:
+            for event in batch:
+                yield event
+
+
 async def ask(engine: ProcessEngine, prompt: str, generated: Sequence[int] = (), **params: Any) -> Answer:
     """Run one generation to its end."""
     return await gathered(engine, request(prompt, generated, **params))
@@ -97,7 +113,7 @@ async def ask(engine: ProcessEngine, prompt: str, generated: Sequence[int] = (),
 async def gathered(engine: ProcessEngine, asked: GenerateRequest) -> Answer:
     """Run a request to its end."""
     answer = Answer()
-    async for event in engine.generate(asked):
+    async for event in each(engine, asked):
         if isinstance(event, Started):
             answer.started = event
         elif isinstance(event, TokenOut):

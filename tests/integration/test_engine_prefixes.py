@@ -7,7 +7,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import pytest
-from engine_bench import Answer, ask, request, running
+from engine_bench import Answer, ask, each, request, running
 
 from rbee_serve.contract.api import StopReason
 from rbee_serve.contract.errors import PromptTooLong
@@ -39,7 +39,7 @@ def test_engine_evaluates_a_prefix_once_for_requests_that_arrive_together(model_
             assert min(cached[1:]) >= 128
             assert {a.started.cached_from for a in together[1:] if a.started} == {"memory"}
 
-            async with aclosing(engine.generate(request("A word. " + PREFIX + "gone", max_tokens=12))) as leading:
+            async with aclosing(each(engine, request("A word. " + PREFIX + "gone", max_tokens=12))) as leading:
                 assert isinstance(await anext(leading), Started)
                 followers = [asyncio.create_task(ask(engine, "A word. " + PREFIX, max_tokens=12)) for _ in range(2)]
                 await asyncio.sleep(0)

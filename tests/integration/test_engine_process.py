@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from engine_bench import ask, config, gathered, loaded, request, running, until, until_free
+from engine_bench import ask, config, each, gathered, loaded, request, running, until, until_free
 from standing_still import standing_still
 
 from rbee_serve.contract.api import StopReason
@@ -130,7 +130,7 @@ def test_engine_cancel_frees_the_slot_at_once(model_path: Path) -> None:
     async def run() -> None:
         async with running(model_path, queue_max=1, slots=1, prompt_block_tokens=32) as engine:
             for prompt, wait_for, most in (("Hi", TokenOut, 900), (LONG, Started, 100)):
-                async with aclosing(engine.generate(request(prompt, max_tokens=most, ignore_eos=True))) as events:
+                async with aclosing(each(engine, request(prompt, max_tokens=most, ignore_eos=True))) as events:
                     async for event in events:
                         if isinstance(event, wait_for):
                             break
@@ -161,7 +161,7 @@ def test_engine_cancel_ends_the_evaluation_of_a_prompt_within_its_block(model_pa
         long = "word " * 3000
         async with running(model_path, slots=1, queue_max=1, context_tokens=3200, prompt_block_tokens=3200) as engine:
             before = await ask(engine, "Once upon a time", max_tokens=8)
-            async with aclosing(engine.generate(request(long, max_tokens=5))) as events:
+            async with aclosing(each(engine, request(long, max_tokens=5))) as events:
                 assert isinstance(await anext(events), Started)
             again = await ask(engine, long[:600] + "the end", max_tokens=1)
             assert again.started is not None
@@ -177,7 +177,7 @@ def test_engine_running_stream_is_not_held_up_by_a_long_prompt(model_path: Path)
     async def run() -> None:
         async with running(model_path, slots=2, prompt_block_tokens=64, stream_gap_s=0.001) as engine:
             stream, newcomer = request("Once upon a time", max_tokens=400, ignore_eos=True), request(LONG, max_tokens=1)
-            async with aclosing(engine.generate(stream)) as events:
+            async with aclosing(each(engine, stream)) as events:
                 await anext(events)
                 await anext(events)
                 assert (await gathered(engine, newcomer)).reason == StopReason.MAX_TOKENS
@@ -194,7 +194,7 @@ def test_engine_slow_reader_slows_nobody(model_path: Path) -> None:
 
     async def run() -> None:
         async with running(model_path, slots=2) as engine:
-            slow = engine.generate(request("Once upon a time", max_tokens=60))
+            slow = each(engine, request("Once upon a time", max_tokens=60))
             assert isinstance(await anext(slow), Started)
             fast = await ask(engine, "Once upon a time", max_tokens=60)
             await until_free(engine)  # the unread stream ends as well
@@ -216,7 +216,7 @@ def test_engine_fifty_cancels_leave_nothing(model_path: Path) -> None:
             await asyncio.gather(*(ask(engine, f"Number {i}", temperature=1, max_tokens=4) for i in range(4)))
             before, tasks, memory = usage(engine), len(asyncio.all_tasks()), psutil.Process(engine.pid).memory_info().rss
             for i in range(50):
-                async with aclosing(engine.generate(request(f"Story {i}", temperature=1, max_tokens=100))) as events:
+                async with aclosing(each(engine, request(f"Story {i}", temperature=1, max_tokens=100))) as events:
                     async for event in events:
                         if isinstance(event, TokenOut) or i % 2:
                             break
@@ -249,7 +249,7 @@ def test_engine_two_hundred_random_requests_and_cancels_leave_nothing(model_path
 
             async def one(prompt: str, way: int, leave_after: int) -> None:
                 ids = []
-                async with aclosing(engine.generate(request(prompt, max_tokens=6, **ways[way]))) as events:
+                async with aclosing(each(engine, request(prompt, max_tokens=6, **ways[way]))) as events:
                     async for event in events:
                         if isinstance(event, TokenOut):
                             ids.append(event.token_id)
@@ -288,7 +288,7 @@ def test_engine_serves_eight_clients_for_as_long_as_they_like(model_path: Path) 
                     answer = await ask(engine, prompts[n], max_tokens=8, **ways[n % 4])
                     assert answer.ids == alone[n].ids
                     if (n + turn) % 3 == 0:
-                        async with aclosing(engine.generate(request(LONG, max_tokens=50))) as events:
+                        async with aclosing(each(engine, request(LONG, max_tokens=50))) as events:
                             assert isinstance(await anext(events), Queued | Started)
                     elif n % 2:
                         assert len((await engine.embed([prompts[n]])).vectors) == 1

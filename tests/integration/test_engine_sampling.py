@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_bench import Answer, ask, directly, request, running
+from engine_bench import Answer, ask, directly, each, request, running
 
 from rbee_serve.contract.errors import PromptTooLong, RequestError
 from rbee_serve.worker.engine.protocol import TokenOut
@@ -204,7 +204,7 @@ def test_engine_logprobs_of_a_continuation_are_the_same(model_path: Path) -> Non
         async with running(model_path) as engine:
             whole = await ask(engine, SHORT, max_tokens=20, logprobs=3, temperature=1, seed=4, logit_bias={28: 2.0})
             again = request(SHORT, whole.ids[:9], max_tokens=20, logprobs=3, temperature=1, seed=4, logit_bias={28: 2.0})
-            rest = [event async for event in engine.generate(again) if isinstance(event, TokenOut)]
+            rest = [event async for event in each(engine, again) if isinstance(event, TokenOut)]
             assert [(t.token_id, t.logprobs) for t in rest] == [(t.token_id, t.logprobs) for t in whole.tokens[9:]]
 
     asyncio.run(run())

@@ -53,6 +53,7 @@ class ScriptedEngine:
         self.requests: list[GenerateRequest] = []
         self.running: set[str] = set()
         self.granted: asyncio.Event | None = None  # requests wait for it before they start
+        self.at_once = False  # all of an answer comes together
         self.closed = False
         self.age_s = 0.0
         self._progress = LoadProgress("starting")
@@ -104,7 +105,7 @@ class ScriptedEngine:
     def times(self) -> tuple[float, float]:
         return 2.0, 1.5
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Sequence[EngineEvent]]:
         if self.refusal is not None:
             raise self.refusal
         if len(self.running) >= self.slots:
@@ -112,19 +113,23 @@ class ScriptedEngine:
         self.requests.append(request)
         self.running.add(request.request_id)
         try:
+            if self.at_once:
+                tokens = [TokenOut(i, 100 + i, word) for i, word in enumerate(self.words)]
+                yield [Queued(), Started(prompt_tokens=7, cached_tokens=3), *tokens, Finished("EOS", len(tokens), 1.0, 2.0)]
+                return
             if self.granted is not None:
-                yield Queued()
+                yield [Queued()]
                 await self.granted.wait()
-            yield Started(prompt_tokens=7, cached_tokens=3)
+            yield [Started(prompt_tokens=7, cached_tokens=3)]
             done = len(request.generated_ids)
             for index, word in enumerate(self.words[: request.params.max_tokens]):
                 if self.breaks_after == index:
                     raise WorkerCrashed("the engine process was killed by SIGKILL")
                 if index >= done:
-                    yield TokenOut(index, 100 + index, word)
+                    yield [TokenOut(index, 100 + index, word)]
             if self.endless:
                 await asyncio.Event().wait()
-            yield Finished("EOS", len(self.words), 1.0, 2.0)
+            yield [Finished("EOS", len(self.words), 1.0, 2.0)]
         finally:
             self.running.discard(request.request_id)
 

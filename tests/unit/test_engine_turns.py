@@ -178,6 +178,23 @@ def test_turns_a_burst_without_end_does_not_hold_up_for_ever(clock: Clock) -> No
     assert ("tokens", 1) in model.calls
 
 
+def test_turns_a_step_is_known_to_be_tokens_alone_and_to_be_followed_by_another(clock: Clock) -> None:
+    """What a step brought may wait for the next one only then."""
+    engine = Scheduler(Model(clock), 2, gap_s=GAP_S)  # type: ignore[arg-type]
+    assert not engine.decodes_only, "nothing to do"
+    engine.submit(asked("a", 64, 1, answer=3))
+    assert not engine.decodes_only, "a prompt"
+    run(engine, 1)
+    assert engine.decodes_only
+    engine.submit(asked("b", 64, 2))
+    assert not engine.decodes_only, "a prompt beside it"
+    run(engine, 1)
+    engine.submit(asked("c", 64, 3))
+    assert engine.decodes_only, "who waits has no slot"
+    run(engine, 2)
+    assert not engine.decodes_only, "a slot is free for who waits"
+
+
 def test_turns_who_waits_is_told_so_at_once(clock: Clock) -> None:
     """For a prefix that another evaluates and for a slot: whoever asked knows that the worker lives, before any call is made."""
     model = Model(clock)

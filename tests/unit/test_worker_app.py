@@ -94,6 +94,27 @@ def test_stream_has_started_tokens_end_and_done_once() -> None:
     with_front(check)
 
 
+def all_at_once() -> ScriptedEngine:
+    engine = ScriptedEngine()
+    engine.at_once = True
+    return engine
+
+
+def test_what_comes_together_is_told_event_by_event_and_counted() -> None:
+    async def check(front: Front) -> None:
+        answer = await front.infer()
+        told = answer.events()
+        assert [e if e == "[DONE]" else e["type"] for e in told] == ["started", "token", "token", "token", "end", "[DONE]"]
+        assert [e["i"] for e in told[1:4]] == [0, 1, 2]
+        assert (await front.infer(P | {"stream": False})).json()["token_ids"] == [100, 101, 102]
+        figures = (await front.get("/metrics")).body.decode()
+        assert "worker_tokens_generated_total 6.0" in figures
+        assert "worker_tokens_in_total 14.0" in figures, "each start counts once"
+        assert front.worker.active == {}
+
+    with_front(check, all_at_once)
+
+
 def test_whole_answer_has_text_figures_and_ids() -> None:
     async def check(front: Front) -> None:
         body = (await front.infer(P | {"stream": False, "seed": 5})).json()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import itertools
 import logging
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from rbee_serve.contract.api import SamplingParams
@@ -51,38 +50,47 @@ _PARK_S = 10.0
 
 
 class _Stream:
-    """Events of one request between the reader of the socket and its consumer. At most max_tokens + 2 are ever held."""
+    """Events of one request between the connection and its consumer. At most max_tokens + 2 are ever held."""
 
     def __init__(self) -> None:
-        self.events: deque[EngineEvent | RbeeError] = deque()
-        self.wake = asyncio.Event()
+        self._events: list[EngineEvent] = []
+        self._error: RbeeError | None = None
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, event: EngineEvent | RbeeError) -> None:
-        self.events.append(event)
-        self.wake.set()
-
-    async def get(self) -> EngineEvent:
-        while not self.events:
-            self.wake.clear()
-            await self.wake.wait()
-        event = self.events.popleft()
+        """Add an event; an error is the last."""
         if isinstance(event, RbeeError):
-            raise event
-        return event
-
-
-class _Reader(asyncio.StreamReader):
-    """A reset connection is at its end after what had come before. asyncio's own reader forgets that for the error.
-
-    An engine that ends at once, because the model has no room, leaves what it was told meanwhile unread: that is a reset.
-    """
-
-    def set_exception(self, exc: Exception) -> None:
-        """End the stream."""
-        if isinstance(exc, ConnectionError):
-            self.feed_eof()
+            self._error = event
         else:
-            super().set_exception(exc)
+            self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def get(self) -> list[EngineEvent]:
+        """Return all that has come since, at least one event; raises the error when nothing comes before it any more."""
+        while not self._events:
+            if self._error is not None:
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        events, self._events = self._events, []
+        return events
+
+
+class _Connection(asyncio.Protocol):
+    """The front's end of the engine's connection. What came before a reset is read all the same: an engine that ends at once,
+    because the model has no room, leaves what it was told meanwhile unread, and that is a reset."""
+
+    def __init__(self, heard: Callable[[bytes], None], lost: Callable[[], None]) -> None:
+        self._heard, self._lost = heard, lost
+
+    def data_received(self, data: bytes) -> None:
+        """Pass on what came, in the same turn of the event loop."""
+        self._heard(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the end."""
+        self._lost()
 
 
 def _ended(process: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop) -> asyncio.Future[int]:
@@ -120,7 +128,9 @@ class ProcessEngine:
         self._child = child
         self._ended: asyncio.Future[int] | None = None  # the process's exit code
         self._stderr: asyncio.BaseTransport | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._connection: asyncio.Transport | None = None
+        self._unpacker = Unpacker()
+        self._lost = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._dead: asyncio.Future[str] | None = None
         self._closing = False
@@ -134,17 +144,14 @@ class ProcessEngine:
         child = self._child = self._child or EngineChild()
         self._ended = _ended(child.process, loop)
         self._heard = time.monotonic()
-        reader = _Reader()
-        protocol = asyncio.StreamReaderProtocol(reader)
-        transport, _ = await loop.create_connection(lambda: protocol, sock=child.connection)
-        self._writer = asyncio.StreamWriter(transport, protocol, reader, loop)
+        self._dead = loop.create_future()
+        self._connection, _ = await loop.create_connection(lambda: _Connection(self._read, self._lost.set), sock=child.connection)
         errors = asyncio.StreamReader()
         self._stderr, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(errors), child.process.stderr)
-        self._dead = loop.create_future()
         if not child.told:
             self._write(configuration(self._config))
         listener = asyncio.create_task(self._listen(errors))
-        self._tasks = [asyncio.create_task(self._read(reader, listener)), asyncio.create_task(self._limit_loading()), listener]
+        self._tasks = [asyncio.create_task(self._bury(listener)), asyncio.create_task(self._limit_loading()), listener]
 
     async def close(self) -> None:
         """End the process (idempotent): close the connection, wait until it has ended by itself, else kill.
@@ -154,8 +161,8 @@ class ProcessEngine:
         self._closing = True
         for task in self._tasks:
             task.cancel()
-        if self._writer is not None:
-            self._writer.close()
+        if self._connection is not None:
+            self._connection.close()
         if self._ended is not None:
             parks = self._config.prefix_store_dir is not None and self._info is not None
             await asyncio.wait({self._ended}, timeout=_PARK_S if parks else 2)
@@ -210,7 +217,7 @@ class ProcessEngine:
 
     # --- requests -----------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Sequence[EngineEvent]]:
         """Submit and yield what comes of it; see protocol.Engine."""
         self._require_ready()
         total = self._config.slots
@@ -233,10 +240,10 @@ class ProcessEngine:
         stream = self._streams[request.request_id] = _Stream()
         try:
             self._write(message)
-            event: EngineEvent | None = None
-            while not isinstance(event, Finished):
-                event = await stream.get()
-                yield event
+            events: list[EngineEvent] = []
+            while not events or not isinstance(events[-1], Finished):
+                events = await stream.get()
+                yield events
         finally:
             # The slot counts as taken until the engine has said that it is free: admission stays exact.
             if self._streams.get(request.request_id) is stream:
@@ -289,21 +296,17 @@ class ProcessEngine:
         self._write(pack(message))
 
     def _write(self, data: bytes) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            self._writer.write(data)
+        if self._connection is not None and not self._connection.is_closing():
+            self._connection.write(data)
 
-    async def _read(self, reader: asyncio.StreamReader, listener: asyncio.Task[None]) -> None:
-        unpacker = Unpacker()
+    def _read(self, data: bytes) -> None:
+        self._heard = time.monotonic()
         try:
-            with contextlib.suppress(ConnectionError):
-                while data := await reader.read(1 << 18):
-                    self._heard = time.monotonic()
-                    for message in unpacker.feed(data):
-                        self._dispatch(message)
+            for message in self._unpacker.feed(data):
+                self._dispatch(message)
         except Exception:
             _log.exception("a message of the engine could not be read; ending it")
             self._kill()
-        await self._bury(listener)
 
     async def _listen(self, errors: asyncio.StreamReader) -> None:
         """Log what the engine writes on stderr and keep its last lines: they tell why it died."""
@@ -388,7 +391,8 @@ class ProcessEngine:
             self._kill()
 
     async def _bury(self, listener: asyncio.Task[None]) -> None:
-        """The connection is closed: say why the process ended, to everyone who waits."""
+        """When the connection is lost, say why the process ended, to everyone who waits."""
+        await self._lost.wait()
         if self._ended is None or self._dead is None or self._closing:
             return
         code = await asyncio.shield(self._ended)

@@ -170,8 +170,9 @@ class Engine(Protocol):
     def times(self) -> tuple[float, float]:
         """Seconds that the engine has worked, and of these in llama.cpp's decode; reported twice a second."""
 
-    def generate(self, request: GenerateRequest) -> AsyncIterator[EngineEvent]:
-        """Submit and yield perhaps Queued, then Started, TokenOut*, Finished (alone after a cancellation).
+    def generate(self, request: GenerateRequest) -> AsyncIterator[Sequence[EngineEvent]]:
+        """Submit and yield perhaps Queued, then Started, TokenOut*, Finished (alone after a cancellation); each time all that
+        has come since.
 
         Closing the iterator cancels the request and frees its slot within one engine step. Raises PromptTooLong,
         AllSlotsBusy (admission is atomic and happens before the first event), InferenceFailed, WorkerCrashed.

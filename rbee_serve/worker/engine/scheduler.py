@@ -143,6 +143,13 @@ class Scheduler:
         """Whether a step would do anything."""
         return bool(self._waiting) or any(s.generation for s in self._slots)
 
+    @property
+    def decodes_only(self) -> bool:
+        """Whether the next step is a token for every stream and nothing else: short, and followed by another one."""
+        running = [s.generation for s in self._slots if s.generation is not None]
+        admits = bool(self._waiting) and len(running) < len(self._slots)
+        return bool(running) and not admits and not any(g.filling for g in running)
+
     def submit(self, request: GenerateRequest) -> list[Event]:
         """Take a request; the answer is ``started`` when it gets a slot at once, ``queued`` when it has to wait, or an error."""
         try:
