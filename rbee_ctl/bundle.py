@@ -14,9 +14,10 @@ manifest. So two bundles of the same contents are equal, and whatever differs fr
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import shutil
+import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -91,7 +92,10 @@ def _silent(name: str, done: int, total: int) -> None:
 
 
 def write(target: Path, sources: Iterable[Source], facts: dict[str, Any], on_bytes: OnBytes = _silent) -> Contents:
-    """Write a bundle and return what is in it; nothing is left at ``target`` by a failure. Raises OSError."""
+    """Write a bundle and return what is in it; nothing is left at ``target`` by a failure.
+
+    Raises BundleInvalid where another run writes to it or a source changes meanwhile, OSError.
+    """
     by_name = {s.name: s.path for s in sorted(sources, key=lambda s: s.name)}
     if long := [n for n in by_name if len(n.encode()) > _LONGEST_NAME]:
         raise BundleInvalid(f"names are too long for a bundle: {', '.join(long)}", hint="rename these model files")
@@ -105,25 +109,50 @@ def write(target: Path, sources: Iterable[Source], facts: dict[str, Any], on_byt
         done += contents.files[name][0]
         on_bytes("reading", done, total)
     part = target.with_name(target.name + ".partial")
-    try:
-        with part.open("wb") as out:
+    with part.open("ab") as out:
+        if not _alone(out, part):
+            raise BundleInvalid(f"another run is writing {target}", hint="wait for it, or name another file")
+        try:
+            out.truncate(0)
             for name, data in ((MANIFEST, contents.manifest()), (SUMS, contents.sums()), (README, text)):
                 out.write(_header(name, len(data)) + data + bytes(-len(data) % _BLOCK))
             done = 0
             for name, path in by_name.items():
                 size = contents.files[name][0]
                 out.write(_header(name, size))
-                with path.open("rb") as f:
-                    shutil.copyfileobj(f, out, _CHUNK)
+                if _copy(path, out) != contents.files[name]:
+                    raise BundleInvalid(f"{path} has changed while the bundle was written", hint="repeat the command")
                 out.write(bytes(-size % _BLOCK))
                 done += size
                 on_bytes("writing", done, total)
             end = out.tell() + 2 * _BLOCK
             out.write(bytes(2 * _BLOCK + -end % _RECORD))
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+            out.flush()
+            part.replace(target)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
     return contents
+
+
+def _alone(out: IO[bytes], path: Path) -> bool:
+    """Whether nobody else writes the file, and it has not become somebody's bundle since it was opened."""
+    try:
+        fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return path.stat().st_ino == os.fstat(out.fileno()).st_ino
+    except (BlockingIOError, FileNotFoundError):
+        return False
+
+
+def _copy(path: Path, out: IO[bytes]) -> tuple[int, str]:
+    """Copy a file and return the size and SHA-256 of what was copied."""
+    size, digest = 0, hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(_CHUNK):
+            out.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
+    return size, digest.hexdigest()
 
 
 def read(path: Path, into: Path | None = None, on_bytes: OnBytes = _silent) -> Contents:

@@ -70,6 +70,34 @@ def test_equal_contents_give_equal_bytes_and_come_out_as_they_went_in(tmp_path: 
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_two_that_write_one_bundle_do_not_mix(tmp_path: Path, made: bytes) -> None:
+    target, refused = tmp_path / "b.tar", []
+
+    def other(step: str, done: int, total: int) -> None:
+        if step == "writing" and not refused:
+            with pytest.raises(BundleInvalid, match="another run is writing") as e:
+                bundle.write(target, sources(tmp_path / "other"), FACTS)
+            refused.append(e.value)
+
+    (tmp_path / "b.tar.partial").write_bytes(b"left by a run that was killed")
+    bundle.write(target, sources(tmp_path / "one"), FACTS, other)
+    assert len(refused) == 1
+    assert target.read_bytes() == made
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_file_that_changes_while_it_is_packed_makes_no_bundle(tmp_path: Path) -> None:
+    found = sources(tmp_path / "one")
+
+    def change(step: str, done: int, total: int) -> None:
+        if step == "reading" and done == total:
+            found[0].path.write_bytes(bytes(len(FILES[found[0].name])))
+
+    with pytest.raises(BundleInvalid, match="has changed"):
+        bundle.write(tmp_path / "b.tar", found, FACTS, change)
+    assert not list(tmp_path.glob("b.tar*"))
+
+
 def test_everybody_s_tar_and_sha256sum_can_read_it(tmp_path: Path, made: bytes) -> None:
     (tmp_path / "b.tar").write_bytes(made)
     subprocess.run(["tar", "-xf", "b.tar"], cwd=tmp_path, check=True)
