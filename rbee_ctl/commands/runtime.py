@@ -110,6 +110,15 @@ def build(
             "one, else the public index",
         ),
     ] = None,
+    cmake_args: Annotated[
+        str | None,
+        typer.Option(
+            "--cmake-args",
+            metavar="ARGS",
+            help="CMake settings of this build, as -DCMAKE_CUDA_ARCHITECTURES=86; default: rbee_runtime_cmake_args of the "
+            "inventory, else for every architecture that llama.cpp names",
+        ),
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> OperationResult:
@@ -124,7 +133,7 @@ def build(
             hint=f"a wheel is installed by: rbee-ctl worker download --type {kind} --source {source}",
             field="source",
         )
-    variables = _variables(kind, rbee_runtime_source=source)
+    variables = _variables(kind, rbee_runtime_source=source, rbee_runtime_cmake_args=cmake_args)
     return per_host("worker build", s.play("runtime_build", limit=s.one_node(node), extra_vars=variables), "runtime_made")
 
 

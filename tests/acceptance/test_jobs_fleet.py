@@ -113,6 +113,7 @@ def doors(fleet: Fleet, hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> I
     worker = {**hives["lab2"]["rbee_workers"][0], "threads": 1}
     hives["lab3"] = {"ansible_host": lab.address("lab3"), "rbee_install_path": "/srv/rbee", "rbee_workers": [worker]}
     hives["lab2"] |= {"rbee_runtime_source": f"http://127.0.0.1:{INDEX_PORT}/simple/", "rbee_hub_endpoint": hub.url}
+    hives["lab2"]["rbee_runtime_cmake_args"] = "-DCMAKE_CUDA_ARCHITECTURES=86"
     hives["gone"] = {"ansible_host": "127.0.0.1", "ansible_port": 9, "rbee_workers": []}
     jobs = {"rbee_queen_jobs": True, "rbee_queen_jobs_ssh_key": str(lab.directory / "id"), "rbee_queen_jobs_hub_token": HUB_TOKEN}
     data["all"]["children"]["rbee_queen"]["hosts"]["lab1"] = jobs
@@ -363,6 +364,9 @@ def test_a_runtime_is_downloaded_and_one_compiled_by_jobs(doors: Doors, tmp_path
         made.append(built["hosts"]["lab2"]["runtime"])
         assert [line.rpartition(" ")[2] for line in said] == ["part0.c", "part1.c", "part2.c"]
         assert (made[1]["source"], made[1]["made"]) == ("built here", True)
+        kept = ("runtime", "get", "--node", "lab2", "--type", "cpu", "--version", made[1]["version"])
+        flags = doors.ctl(*kept)["data"]["hosts"]["lab2"]["runtime"]["build"]["cmake_args"]
+        assert {"-DGGML_NATIVE=OFF", "-DCMAKE_CUDA_ARCHITECTURES=86"} <= set(flags)
         listed = doors.job_result("worker_binary_list", hive_id="lab2")["hosts"]["lab2"]["runtimes"]
         assert {m["version"] for m in made} <= {r["version"] for r in listed}
         lab.ssh("lab2", "systemctl stop test-index")

@@ -132,14 +132,41 @@ def test_vulkan_headers_that_are_too_old_are_said_before_ten_minutes_of_compilin
     assert "Debian 13" in made.last["hint"]
 
 
-def test_a_compiler_s_line_is_short_for_people_and_whole_in_the_journal(tmp_path: Path, wheels: Path) -> None:
-    line = "[23/650] /usr/bin/g++ -DA -I/x/include -O3 -o CMakeFiles/a.o -c /work/llama.cpp/ggml-cpu/unary-ops.cpp"
+LINES = (
+    (
+        "g++ ggml-cpu/unary-ops.cpp",
+        "/usr/bin/g++ -DA -I/x/include -O3 -o CMakeFiles/a.o -c /work/llama.cpp/ggml-cpu/unary-ops.cpp",
+    ),
+    ("nvcc ggml-cuda/argmax.cu", "/usr/bin/nvcc -DA -O3 -x cu -c /work/src/ggml-cuda/argmax.cu -o CMakeFiles/argmax.cu.o"),
+    ("clang++ ggml-cuda/argmax.cu", "/usr/bin/clang++ -DA -O3 -o CMakeFiles/argmax.cu.o -x hip -c /work/src/ggml-cuda/argmax.cu"),
+)
+
+
+@pytest.mark.parametrize(("short", "rest"), LINES, ids=[line[0].split()[0] for line in LINES])
+def test_a_compiler_s_line_is_short_for_people_and_whole_in_the_journal(
+    tmp_path: Path, wheels: Path, short: str, rest: str
+) -> None:
+    line = f"[23/650] {rest}"
     backend = GOOD_BACKEND.replace("{go!r}", repr(str(tmp_path))).replace("{{", "{").replace("}}", "}")
     source_package(wheels, backend.replace("def build_wheel", f"print({line!r}, flush=True)\ndef build_wheel"))
     done = subprocess.run(command_of(tmp_path, wheels, build=True), capture_output=True, text=True, timeout=120, check=False)
     said = [json.loads(text)["human"] for text in (tmp_path / "progress.jsonl").read_text().splitlines()]
-    assert "[23/650] g++ ggml-cpu/unary-ops.cpp" in said
+    assert f"[23/650] {short}" in said
     assert line in done.stderr
+
+
+def test_what_is_no_setting_of_cmake_is_refused_before_anything_is_done(tmp_path: Path, wheels: Path) -> None:
+    made = make(tmp_path, wheels, build=True, cmake_args="-DGGML_NATIVE=OFF --trace")
+    assert (made.code, made.last["code"]) == (1, "INVALID_REQUEST")
+    assert "'--trace'" in made.last["message"]
+    assert len(made.lines) == 1
+
+
+def test_an_index_that_pip_does_not_trust_is_said_to_be_that(tmp_path: Path, wheels: Path) -> None:
+    """pip asks another machine by https alone; its last line says no more than that there is no such version."""
+    made = make(tmp_path, wheels, build=True, index="http://192.0.2.1/simple/")
+    assert (made.code, made.last["code"]) == (1, "DOWNLOAD_FAILED")
+    assert "not a trusted or secure host" in made.last["message"]
 
 
 def test_a_compiler_that_fails_is_heard_while_it_works_and_its_last_lines_are_kept(tmp_path: Path, wheels: Path) -> None:

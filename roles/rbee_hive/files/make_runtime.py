@@ -45,8 +45,8 @@ LIBRARIES = {"cuda": "libggml-cuda", "rocm": "libggml-hip", "vulkan": "libggml-v
 TAIL_LINES = 25
 #: In a wheel's .dist-info: how it was compiled.
 BUILD_RECORD = "rbee-build.json"
-#: ninja's count, the compiler, and the source file with its folder.
-COMPILER_LINE = re.compile(r"\s*(\[\d+/\d+\]) (?:\S*/)?(\S+) .* -c (?:\S*/)?([^/\s]+/[^/\s]+)$")
+#: ninja's count, the compiler, and the source file with its folder; nvcc is told after it what to write.
+COMPILER_LINE = re.compile(r"\s*(\[\d+/\d+\]) (?:\S*/)?(\S+) .* -c (?:\S*/)?([^/\s]+/[^/\s]+)(?: -o \S+)?$")
 #: Where headers are looked for, and the first Vulkan headers with all that llama.cpp uses (VK_EXT_layer_settings).
 INCLUDE_PATHS = "/usr/local/include:/usr/include"
 VULKAN_HEADERS = 272
@@ -146,6 +146,13 @@ def vulkan_headers(include_path: str) -> int:
 
 def build(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
     """Compile the wheel as an unprivileged user and return its path."""
+    if wrong := [a for a in options.cmake_args.split() if not re.fullmatch(r"-D\w+(:\w+)?=\S*", a)]:
+        raise FailError(
+            "INVALID_REQUEST",
+            f"{wrong[0]!r} is no setting of CMake: -DNAME=VALUE expected",
+            "mend --cmake-args (rbee_runtime_cmake_args), as -DCMAKE_CUDA_ARCHITECTURES=86",
+            field="cmake_args",
+        )
     if lacking := missing(options.type, options.tool_path, options.include_path):
         verb = "is" if len(lacking) == 1 else "are"
         raise FailError(
@@ -218,11 +225,16 @@ def source_package(options: argparse.Namespace, work: Path, progress: Progress) 
     if code != 0 or not found:
         raise FailError(
             "DOWNLOAD_FAILED",
-            f"{options.index or options.wheels} gave no source of {what}: {tail[-1] if tail else 'it said nothing'}",
+            f"{options.index or options.wheels} gave no source of {what}: {refused(tail)}",
             "check --source, and that this machine reaches it; or build elsewhere and use rbee-ctl runtime download",
             exit_code=code,
         )
     return found[0]
+
+
+def refused(tail: list[str]) -> str:
+    """Return what pip said of an index: its last line, or why it did not even ask (plain http to another machine)."""
+    return next((line for line in tail if "not a trusted" in line), tail[-1] if tail else "it said nothing")
 
 
 def with_record(wheel: Path, target: Path, record: dict[str, Any]) -> Path:
@@ -272,7 +284,7 @@ def fetch(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
     if code != 0 or not found:
         raise FailError(
             "DOWNLOAD_FAILED",
-            f"the index {options.index} gave no wheel of {what}: {tail[-1] if tail else 'it said nothing'}",
+            f"the index {options.index} gave no wheel of {what}: {refused(tail)}",
             "check --source, or build it: rbee-ctl runtime build",
             exit_code=code,
         )
