@@ -24,8 +24,9 @@ An error carries what failed, with the figures in ``details``, and in ``hint`` t
 
 from __future__ import annotations
 
+import copy
 from enum import IntEnum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class ExitCode(IntEnum):
@@ -87,6 +88,12 @@ class RbeeError(Exception):
         self.message = message
         self.hint = hint
         self.details = details
+
+    def with_details(self, **more: Any) -> Self:
+        """Return this error with more details, as an object of its own: one error may be raised for several requests."""
+        found = copy.copy(self)
+        found.details = {**self.details, **more}
+        return found
 
     def envelope(self, correlation_id: str | None = None) -> dict[str, Any]:
         """Return the one error shape on the wire.

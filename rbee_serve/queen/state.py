@@ -170,8 +170,7 @@ async def collect(stream: Stream) -> str:
             pieces += [event["t"] for _, event in batch if event["type"] == "token"]
     text = "".join(pieces)
     if stream.error is not None:
-        stream.error.details |= {"partial_text": text, "tokens_out": len(stream.ids)}
-        raise stream.error
+        raise stream.error.with_details(partial_text=text, tokens_out=len(stream.ids))
     return text
 
 

@@ -208,8 +208,7 @@ class InferenceApi:
                     elif isinstance(event, Finished):
                         last = event
         except RbeeError as e:
-            e.details |= {"partial_text": "".join(pieces), "tokens_out": generation.tokens_out}
-            raise
+            raise e.with_details(partial_text="".join(pieces), tokens_out=generation.tokens_out) from e
         started = generation.started
         answer: dict[str, object] = {
             "request_id": generation.id,

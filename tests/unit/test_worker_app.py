@@ -100,6 +100,27 @@ def all_at_once() -> ScriptedEngine:
     return engine
 
 
+@pytest.mark.parametrize("path", ["/v1/inference", "/v1/completions"])
+def test_those_who_are_ended_together_are_told_their_own_text_alone(path: str) -> None:
+    """One error ends all that run, and each answer has a part of its own in it."""
+
+    async def check(front: Front) -> None:
+        asked = []
+        for count in (1, 2):
+            asked.append(front.ask("POST", path, {"model": "m", "prompt": "Hello", "max_tokens": count, "stream": False}))
+            await until(lambda: sum(g.tokens_out for g in front.worker.active.values()) == len(asked) * (len(asked) + 1) // 2)
+        streamed = front.ask("POST", "/v1/inference", P)
+        await until(lambda: sum(g.tokens_out for g in front.worker.active.values()) == 6)
+        await front.lifecycle.on_shutdown()
+        one, two = [(await exchange.finish()).json()["error"] for exchange in asked]
+        assert (one["code"], two["code"]) == ("WORKER_DRAINING", "WORKER_DRAINING")
+        assert "one two" not in json.dumps(one)
+        assert "partial_text" not in json.dumps((await streamed.finish()).events()[-2])
+        assert (one["details"]["partial_text"], two["details"]["partial_text"]) == ("one ", "one two ")
+
+    with_front(check, lambda: ScriptedEngine(endless=True, slots=3), drain_timeout_s=0.05)
+
+
 def test_what_comes_together_is_told_event_by_event_and_counted() -> None:
     async def check(front: Front) -> None:
         answer = await front.infer()

@@ -238,8 +238,7 @@ class Answer:
             elif isinstance(part, End):
                 self.stop_reason, self.stop_sequence = part.stop_reason, part.stop_sequence
             elif isinstance(part, Failed):
-                part.error.details |= {"partial_text": self.text, "tokens_out": self.reading.tokens_out}
-                raise part.error
+                raise part.error.with_details(partial_text=self.text, tokens_out=self.reading.tokens_out)
 
 
 class Generations:
