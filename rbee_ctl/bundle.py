@@ -114,6 +114,7 @@ def write(target: Path, sources: Iterable[Source], facts: dict[str, Any], on_byt
             raise BundleInvalid(f"another run is writing {target}", hint="wait for it, or name another file")
         try:
             out.truncate(0)
+            out.seek(0)
             for name, data in ((MANIFEST, contents.manifest()), (SUMS, contents.sums()), (README, text)):
                 out.write(_header(name, len(data)) + data + bytes(-len(data) % _BLOCK))
             done = 0
@@ -139,9 +140,11 @@ def _alone(out: IO[bytes], path: Path) -> bool:
     """Whether nobody else writes the file, and it has not become somebody's bundle since it was opened."""
     try:
         fcntl.flock(out, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return path.stat().st_ino == os.fstat(out.fileno()).st_ino
-    except (BlockingIOError, FileNotFoundError):
+    except BlockingIOError:
         return False
+    except OSError:
+        pass  # a file system without locks
+    return path.exists() and path.stat().st_ino == os.fstat(out.fileno()).st_ino
 
 
 def _copy(path: Path, out: IO[bytes]) -> tuple[int, str]:

@@ -155,11 +155,19 @@ def test_a_compiler_s_line_is_short_for_people_and_whole_in_the_journal(
     assert line in done.stderr
 
 
-def test_what_is_no_setting_of_cmake_is_refused_before_anything_is_done(tmp_path: Path, wheels: Path) -> None:
-    made = make(tmp_path, wheels, build=True, cmake_args="-DGGML_NATIVE=OFF --trace")
+@pytest.mark.parametrize("wrong", ["--trace", "-DX='a", "-DX", "-P/tmp/x.cmake"])
+def test_what_is_no_setting_of_cmake_is_refused_before_anything_is_done(tmp_path: Path, wheels: Path, wrong: str) -> None:
+    made = make(tmp_path, wheels, build=True, cmake_args=f"-DGGML_NATIVE=OFF {wrong}")
     assert (made.code, made.last["code"]) == (1, "INVALID_REQUEST")
-    assert "'--trace'" in made.last["message"]
+    assert wrong in made.last["message"].replace('"', "'")
     assert len(made.lines) == 1
+
+
+def test_settings_of_cmake_reach_the_build_as_a_shell_has_them(tmp_path: Path, wheels: Path) -> None:
+    shown = "import os, shlex; print('given', shlex.split(os.environ['CMAKE_ARGS'])[:2], flush=True)\n"
+    source_package(wheels, shown + BACKEND)
+    made = make(tmp_path, wheels, build=True, cmake_args="-DCMAKE_CXX_FLAGS='-O2 -g' -DA=;b")
+    assert any("given ['-DCMAKE_CXX_FLAGS=-O2 -g', '-DA=;b']" in line["human"] for line in made.lines)
 
 
 def test_an_index_that_pip_does_not_trust_is_said_to_be_that(tmp_path: Path, wheels: Path) -> None:

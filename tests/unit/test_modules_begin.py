@@ -70,3 +70,11 @@ def test_a_runtime_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert sorted((one.pop("joined"), other.pop("joined"))) == [False, True]
     assert one == other
     assert systemd.units == [one["unit"]]
+
+
+def test_a_dollar_reaches_the_program_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """systemd puts the values of variables into a service's command line, and nothing where there is none."""
+    seen: list[str] = []
+    monkeypatch.setattr(rbee_node, "run", lambda *argv, **_: seen.extend(argv))
+    rbee_node.begin("a.service", tmp_path / "told/a", (), "make", "--cmake-args=-DCMAKE_INSTALL_RPATH=${ORIGIN}")
+    assert seen[-2:] == ["make", "--cmake-args=-DCMAKE_INSTALL_RPATH=$${ORIGIN}"]

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -146,13 +147,7 @@ def vulkan_headers(include_path: str) -> int:
 
 def build(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
     """Compile the wheel as an unprivileged user and return its path."""
-    if wrong := [a for a in options.cmake_args.split() if not re.fullmatch(r"-D\w+(:\w+)?=\S*", a)]:
-        raise FailError(
-            "INVALID_REQUEST",
-            f"{wrong[0]!r} is no setting of CMake: -DNAME=VALUE expected",
-            "mend --cmake-args (rbee_runtime_cmake_args), as -DCMAKE_CUDA_ARCHITECTURES=86",
-            field="cmake_args",
-        )
+    flags = [*cmake_settings(options.cmake_args), *TYPES[options.type][0]]
     if lacking := missing(options.type, options.tool_path, options.include_path):
         verb = "is" if len(lacking) == 1 else "are"
         raise FailError(
@@ -172,12 +167,11 @@ def build(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
     unpack = ["tar", "--extract", "--no-same-owner", "--strip-components=1", f"--directory={source}", f"--file={package}"]
     hook = work / "hook.cmake"
     hook.write_text(options.cmake_hook, encoding="utf-8")
-    flags = [*options.cmake_args.split(), *TYPES[options.type][0]]
     # The folders of the build have the same names each time, seen from each other: a compiler cache knows the files again.
     home["SKBUILD_BUILD_DIR"] = str(work / "compiled")
     if options.ccache:
         home |= {"CCACHE_DIR": options.ccache, "CCACHE_BASEDIR": str(work), "CCACHE_NOHASHDIR": "1"}
-    home["CMAKE_ARGS"] = " ".join([*flags, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={hook}"])
+    home["CMAKE_ARGS"] = shlex.join([*flags, f"-DCMAKE_PROJECT_llama_cpp_INCLUDE={hook}"])
     pip = [pip_python(work), "-m", "pip", "wheel", "--verbose", "--no-deps", "--no-cache-dir", *where(options)]
     code, tail = run(unpack, progress, "building", user=user, **home)
     if code == 0:
@@ -201,6 +195,22 @@ def build(options: argparse.Namespace, work: Path, progress: Progress) -> Path:
         "compiler": compiler.split("\n", 1)[0],
     }
     return with_record(wheels[0], work / wheels[0].name, record)
+
+
+def cmake_settings(text: str) -> list[str]:
+    """Return the words of ``text``, as a shell has them; raises FailError unless each is -DNAME=VALUE."""
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quotation mark alone
+        words = [text]
+    if wrong := [w for w in words if not re.fullmatch(r"-D\w+(:\w+)?=[^'\"\n]*", w)]:
+        raise FailError(
+            "INVALID_REQUEST",
+            f"{wrong[0]!r} is no setting of CMake: -DNAME=VALUE expected",
+            "mend --cmake-args (rbee_runtime_cmake_args), as -DCMAKE_CUDA_ARCHITECTURES=86; spaces go into quotation marks",
+            field="cmake_args",
+        )
+    return words
 
 
 def where(options: argparse.Namespace) -> list[str]:

@@ -159,7 +159,7 @@ def begin(unit, told, properties, *command, environment=None):
         *[f"--property={p}" for p in (*properties, *kept)],
         *[f"--setenv={k}={v}" for k, v in (environment or {}).items()],
         "--",
-        *command,
+        *[word.replace("$", "$$") for word in command],  # systemd puts variables in where it finds a dollar
         check=True,
     )
 
