@@ -55,7 +55,7 @@ class Generation:
         for event in batch:
             if isinstance(event, Started):
                 self._note(event)
-        self._ahead = batch
+        self._ahead = [event for event in batch if not isinstance(event, Queued | Started)]
 
     def _note(self, event: Started) -> None:
         self.started = event
@@ -72,12 +72,13 @@ class Generation:
 
         Raises RequestTimeout, WorkerDraining, WorkerCrashed, InferenceFailed.
         """
+        if self.started is not None:
+            yield [self.started]
         while self.outcome is None:
             try:
-                batch = self._ahead or await self._next()
+                batch = await self._next()
             except RequestCanceled:
                 batch = [self._cancelled()]
-            self._ahead = ()
             if events := self._counted(batch):
                 yield events
 
@@ -91,8 +92,7 @@ class Generation:
             elif isinstance(event, Finished):
                 self.outcome = event.stop_reason
             elif isinstance(event, Started):
-                if self.started is None:
-                    self._note(event)
+                self._note(event)
             else:
                 continue
             events.append(event)
@@ -138,6 +138,9 @@ class Generation:
         # A timeout interrupts a wait; an event that is there already would slip past it.
         if self._deadline is not None and asyncio.get_running_loop().time() >= self._deadline:
             raise self._failed(self._late())
+        if self._ahead:
+            batch, self._ahead = self._ahead, ()
+            return batch
         self._timer = asyncio.timeout_at(self._deadline)
         try:
             async with self._timer:

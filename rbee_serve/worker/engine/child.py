@@ -191,6 +191,8 @@ class EngineLoop:
             messages = self.receive(TICK_S if idle else 0.0)
             if idle:
                 began = time.perf_counter()  # waiting is no work
+            if messages:  # a text to tokenize or a prefix to read may take its time
+                self.give_out([])
             events: list[Event] = []
             for message in messages:
                 events += self._handle(message, scheduler)
@@ -199,7 +201,11 @@ class EngineLoop:
             if events or not holds:
                 self.give_out(events)
             if scheduler.has_work:
-                scheduler.step(self.hold if holds else self.give_out)
+                try:
+                    scheduler.step(self.hold if holds else self.give_out)
+                except Exception:
+                    self.give_out([])
+                    raise
             self._busy_s += time.perf_counter() - began
             if embedder.has_work and (rows := scheduler.spare(LEAST_ROWS, embedder.token_s)) != 0:
                 for number, answer in embedder.step(rows):

@@ -131,6 +131,7 @@ class ProcessEngine:
         self._connection: asyncio.Transport | None = None
         self._unpacker = Unpacker()
         self._lost = asyncio.Event()
+        self._unreadable = False
         self._tasks: list[asyncio.Task[None]] = []
         self._dead: asyncio.Future[str] | None = None
         self._closing = False
@@ -300,11 +301,14 @@ class ProcessEngine:
             self._connection.write(data)
 
     def _read(self, data: bytes) -> None:
+        if self._unreadable:  # what comes after a message that is missing must not look like the whole
+            return
         self._heard = time.monotonic()
         try:
             for message in self._unpacker.feed(data):
                 self._dispatch(message)
         except Exception:
+            self._unreadable = True
             _log.exception("a message of the engine could not be read; ending it")
             self._kill()
 
