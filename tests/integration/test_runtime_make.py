@@ -132,6 +132,16 @@ def test_vulkan_headers_that_are_too_old_are_said_before_ten_minutes_of_compilin
     assert "Debian 13" in made.last["hint"]
 
 
+def test_a_rocm_that_is_too_old_is_said_before_anything_is_done(tmp_path: Path, wheels: Path) -> None:
+    """Debian 12's and 13's: llama.cpp refuses it."""
+    for tool, says in (("gcc", ""), ("g++", ""), ("make", ""), ("hipcc", ""), ("hipconfig", "echo 5.7.31921-0")):
+        (tmp_path / tool).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / tool).chmod(0o755)
+    made = make(tmp_path, wheels, type="rocm", build=True, tool_path=str(tmp_path))
+    assert (made.last["code"], made.last["details"]["missing"]) == ("MISSING_DEPENDENCY", ["ROCm >= 6.1 (here 5.7)"])
+    assert "Debian 14" in made.last["hint"]
+
+
 LINES = (
     (
         "g++ ggml-cpu/unary-ops.cpp",
@@ -139,6 +149,7 @@ LINES = (
     ),
     ("nvcc ggml-cuda/argmax.cu", "/usr/bin/nvcc -DA -O3 -x cu -c /work/src/ggml-cuda/argmax.cu -o CMakeFiles/argmax.cu.o"),
     ("clang++ ggml-cuda/argmax.cu", "/usr/bin/clang++ -DA -O3 -o CMakeFiles/argmax.cu.o -x hip -c /work/src/ggml-cuda/argmax.cu"),
+    ("linking", ": && /usr/bin/cmake -E rm -f libggml.a && /usr/bin/ar qc libggml.a a.o b.o && /usr/bin/ranlib libggml.a && :"),
 )
 
 

@@ -29,11 +29,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+_ROCM = "ROCm 6.1 or newer (AMD's package rocm-hip-sdk; Debian 14: hipcc libhipblas-dev librocblas-dev)"
 #: CMake's switch of each type, and what compiles it: tool -> what has it.
 TYPES: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
     "cpu": ((), {}),
     "cuda": (("-DGGML_CUDA=ON",), {"nvcc": "the CUDA toolkit (Debian: nvidia-cuda-toolkit)"}),
-    "rocm": (("-DGGML_HIP=ON",), {"hipcc": "ROCm (its package rocm-hip-sdk)"}),
+    "rocm": (("-DGGML_HIP=ON",), {"hipcc": _ROCM}),
     "vulkan": (("-DGGML_VULKAN=ON",), {"glslc": "the Vulkan SDK (Debian: glslc libvulkan-dev)"}),
 }
 COMPILERS = {"gcc": "gcc", "g++": "g++", "make": "make"}
@@ -43,6 +44,8 @@ CERTIFICATES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bun
 TOOL_PATHS = "/usr/local/cuda/bin:/opt/rocm/bin:/usr/local/bin:/usr/bin:/bin"
 #: Library that a wheel of the type must hold beside libllama.so; one that only seemed to be built is refused.
 LIBRARIES = {"cuda": "libggml-cuda", "rocm": "libggml-hip", "vulkan": "libggml-vulkan"}
+#: ninja's count of a step that is a shell's: libraries are put together.
+LINK_LINE = re.compile(r"\s*(\[\d+/\d+\]) : && ")
 TAIL_LINES = 25
 #: In a wheel's .dist-info: how it was compiled.
 BUILD_RECORD = "rbee-build.json"
@@ -51,6 +54,8 @@ COMPILER_LINE = re.compile(r"\s*(\[\d+/\d+\]) (?:\S*/)?(\S+) .* -c (?:\S*/)?([^/
 #: Where headers are looked for, and the first Vulkan headers with all that llama.cpp uses (VK_EXT_layer_settings).
 INCLUDE_PATHS = "/usr/local/include:/usr/include"
 VULKAN_HEADERS = 272
+#: The first ROCm that llama.cpp takes.
+ROCM = (6, 1)
 #: Loads llama.cpp from the environment, without the packages around it.
 LOADS = (
     "import ctypes, importlib.util as i\n"
@@ -84,8 +89,9 @@ class Progress:
 
 def brief(line: str) -> str:
     """Return ``[23/650] g++ ggml-cpu/unary-ops.cpp`` for a compiler's command line, other lines as they are."""
-    found = COMPILER_LINE.match(line)
-    return "{} {} {}".format(*found.groups()) if found else line
+    if found := COMPILER_LINE.match(line):
+        return "{} {} {}".format(*found.groups())
+    return f"{found[1]} linking" if (found := LINK_LINE.match(line)) else line
 
 
 def sha256(path: Path) -> str:
@@ -133,7 +139,18 @@ def missing(kind: str, path: str, include_path: str) -> dict[str, str]:
     if kind == "vulkan" and (found := vulkan_headers(include_path)) < VULKAN_HEADERS:
         what = f"Vulkan headers >= 1.3.{VULKAN_HEADERS}{f' (here 1.3.{found})' if found else ''}"
         lacking[what] = "libvulkan-dev of Debian 13 or newer, or the Vulkan SDK"
+    if kind == "rocm" and (rocm := rocm_version(path)) and rocm < ROCM:
+        lacking[f"ROCm >= {ROCM[0]}.{ROCM[1]} (here {rocm[0]}.{rocm[1]})"] = _ROCM
     return lacking
+
+
+def rocm_version(path: str) -> tuple[int, int] | None:
+    """Return what hipconfig says; None where it does not say."""
+    if (tool := shutil.which("hipconfig", path=path)) is None:
+        return None
+    said = subprocess.run([tool, "--version"], env=environment(), capture_output=True, text=True, check=False).stdout
+    found = re.match(r"(\d+)\.(\d+)", said.strip())
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def vulkan_headers(include_path: str) -> int:
