@@ -315,6 +315,64 @@ def test_prefix_takes_the_slot_used_longest_ago_and_spoils_no_long_one(clock: Cl
     assert model.holds[1] == 100, "b was used longest ago by then"
 
 
+class Rows(Model):
+    """Notes how many passes over the weights each step would take llama.cpp."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.passes: list[int] = []
+        self.streams: list[int] = []
+
+    def decode_step(self, rows: list[tuple[int, int, int]]) -> int:
+        seqs = [seq for _, _, seq in rows]
+        self.streams.append(len(rows))
+        self.passes.append(1 + sum(b != a + 1 for a, b in itertools.pairwise(seqs)))
+        return super().decode_step(rows)
+
+
+def mixed(name: str, number: int) -> GenerateRequest:
+    """A prompt of 300 tokens that shares at most one with that of another number below 64."""
+    return replace(asked(name, 0, 0), prompt_ids=[number // 8, number % 8] * 150)
+
+
+def test_streams_run_in_slots_without_a_gap_and_what_those_held_is_kept(clock: Clock) -> None:
+    model = Rows(clock)
+    engine = Scheduler(model, 6, gap_s=GAP_S)  # type: ignore[arg-type]
+    serve(engine, mixed("first", 63))
+    for turn in range(4):
+        serve(engine, *[mixed(f"r{turn}-{n}", turn * 3 + n) for n in range(3)])
+    assert {passes for streams, passes in zip(model.streams, model.passes, strict=True) if streams == 3} == {1}
+    assert model.copied, "the oldest slot alone is not always beside the others"
+    told = serve(engine, *[mixed(f"again-{number}", number) for number in range(7, 12)])
+    assert [facts["cached_tokens"] > 200 for facts in told.values()] == [True] * 5, "the last prompts are still there"
+
+
+def test_a_stream_takes_the_place_of_one_that_has_ended(clock: Clock) -> None:
+    model = Rows(clock)
+    engine = Scheduler(model, 5, gap_s=GAP_S)  # type: ignore[arg-type]
+    for first, answer in ((1, 90), (2, 2), (3, 90)):
+        engine.submit(asked(f"r{first}", 64, first, answer=answer))
+    run(engine, 8)
+    assert model.passes[-1] == 2, "r2 has ended between them"
+    engine.submit(asked("newcomer", 64, 4, answer=9))
+    run(engine, 4)
+    assert model.passes[-1] == 1
+
+
+def test_a_cache_that_takes_long_to_move_stays_where_it_is(clock: Clock) -> None:
+    model = Rows(clock)
+    model.copying_s = 10.0
+    engine = Scheduler(model, 4, gap_s=GAP_S)  # type: ignore[arg-type]
+    for first in range(1, 5):
+        serve(engine, asked(f"r{first}", 300, first))
+        clock.now += 1
+    serve(engine, asked("x", 300, 2))
+    clock.now += 1
+    serve(engine, asked("y", 300, 7), asked("z", 300, 6))
+    assert model.copied == []
+    assert {model.holds[seq] > 0 for seq in range(4)} == {True}
+
+
 def test_prefix_of_a_recurrent_model_is_taken_whole_or_not_at_all(clock: Clock) -> None:
     """Its state can not be cut: nobody waits for it, nothing of it is copied, and a conversation goes on where it was."""
     model = Model(clock)

@@ -361,12 +361,40 @@ class Scheduler:
             donor = max(self._slots, key=lambda s: shares[s.seq])
             if donor is not slot and self._pays(len(donor.cached), shares[donor.seq] - keep):
                 slot, keep, generation.copies = oldest, shares[oldest.seq], True
+            slot = self._beside(free, slot, shares, keep)
+            keep = shares[slot.seq]
         self._keep(slot, generation, self._model.cut(slot.seq, keep))
         slot.generation, generation.began = generation, time.monotonic()
         request = generation.request
         generation.sampler = Sampler(self._model, request.params, prompt.tolist(), request.generated_ids, generation.constraint)
         generation.leader = self._leader_for(slot, generation)
         return [] if generation.waits else [self._started(generation)]
+
+    def _beside(self, free: list[Slot], chosen: Slot, shares: dict[int, int], keep: int) -> Slot:
+        """Return the slot that leaves the fewest gaps among the running sequences, of those with about ``keep`` tokens of the
+        prompt or more. What else it holds moves to the chosen one, which would have lost its own.
+
+        llama.cpp makes one pass over the weights for each row of sequences without a gap in their numbers: eight streams
+        in 0 and 2 to 8 took 25 ms a token where 0 to 7 take 14, in 0, 2, 4 ... 14 even 47.
+        """
+        free = [s for s in free if shares[s.seq] > keep - _WORTH_COPYING]
+        slot = min(free, key=lambda s: (self._rows(s), s.last_used))
+        held = len(slot.cached)
+        if self._rows(slot) == self._rows(chosen):
+            return chosen
+        if held > shares[slot.seq]:
+            quick = not self._token_s or self._model.copy_s(held) <= _WORTH_COPYING * self._token_s
+            if not (quick and self._model.can_be_cut and self._may_copy(held)):
+                return chosen
+            self._owed_s += self._model.copy(slot.seq, chosen.seq, held)
+            self._filled_since, self._prompts_next = True, False
+            chosen.cached, chosen.canonical, chosen.last_used = slot.cached, slot.canonical, slot.last_used
+        return slot
+
+    def _rows(self, slot: Slot) -> int:
+        """Return in how many rows of sequences without a gap the running ones would be with one more in ``slot``."""
+        running = {s.seq for s in self._slots if s.generation is not None} | {slot.seq}
+        return sum(seq - 1 not in running for seq in running)
 
     def _pays(self, held: int, gained: int) -> bool:
         """Whether copying a sequence of ``held`` positions takes less time than evaluating the ``gained`` ones of them.
