@@ -316,18 +316,33 @@ def test_prefix_takes_the_slot_used_longest_ago_and_spoils_no_long_one(clock: Cl
 
 
 class Rows(Model):
-    """Notes how many passes over the weights each step would take llama.cpp."""
+    """Notes how many passes over the weights each step would take llama.cpp, and which tokens each sequence holds."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)
         self.passes: list[int] = []
         self.streams: list[int] = []
+        self.tokens: dict[int, list[int]] = {}
+
+    def prefill(self, tokens: NDArray[np.int32], start: int, seq: int, owner: str, *, logits: bool) -> int:
+        self.tokens[seq] = [*self.tokens.get(seq, [])[:start], *tokens.tolist()]
+        return super().prefill(tokens, start, seq, owner, logits=logits)
 
     def decode_step(self, rows: list[tuple[int, int, int]]) -> int:
         seqs = [seq for _, _, seq in rows]
         self.streams.append(len(rows))
         self.passes.append(1 + sum(b != a + 1 for a, b in itertools.pairwise(seqs)))
+        for token, position, seq in rows:
+            self.tokens[seq] = [*self.tokens[seq][:position], token]
         return super().decode_step(rows)
+
+    def copy(self, source: int, target: int, held: int) -> float:
+        self.tokens[target] = self.tokens[source][:held]
+        return super().copy(source, target, held)
+
+    def agrees_with(self, engine: Scheduler) -> bool:
+        """Whether each sequence holds what its slot is said to."""
+        return all(self.tokens.get(s.seq, [])[: len(s.cached)] == s.cached.tolist() for s in engine._slots)
 
 
 def mixed(name: str, number: int) -> GenerateRequest:
@@ -341,6 +356,7 @@ def test_streams_run_in_slots_without_a_gap_and_what_those_held_is_kept(clock: C
     serve(engine, mixed("first", 63))
     for turn in range(4):
         serve(engine, *[mixed(f"r{turn}-{n}", turn * 3 + n) for n in range(3)])
+        assert model.agrees_with(engine)
     assert {passes for streams, passes in zip(model.streams, model.passes, strict=True) if streams == 3} == {1}
     assert model.copied, "the oldest slot alone is not always beside the others"
     told = serve(engine, *[mixed(f"again-{number}", number) for number in range(7, 12)])
@@ -354,9 +370,50 @@ def test_a_stream_takes_the_place_of_one_that_has_ended(clock: Clock) -> None:
         engine.submit(asked(f"r{first}", 64, first, answer=answer))
     run(engine, 8)
     assert model.passes[-1] == 2, "r2 has ended between them"
-    engine.submit(asked("newcomer", 64, 4, answer=9))
+    engine.submit(asked("newcomer", 64, 4, answer=40))
     run(engine, 4)
     assert model.passes[-1] == 1
+
+
+def test_moves_keep_the_gap_of_running_streams_and_are_not_made_for_a_few_tokens(clock: Clock) -> None:
+    model = Rows(clock)
+    model.copying_s = 0.03
+    gap_s = 0.1  # three moves, not six
+    engine = Scheduler(model, 8, gap_s=gap_s)  # type: ignore[arg-type]
+    for number in range(8):
+        serve(engine, mixed(f"warm{number}", number))
+        clock.now += 1
+    engine.submit(replace(asked("runs", 0, 0, answer=300), prompt_ids=[0, 4] * 160))  # goes on in slot 4
+    run(engine, 4)
+    before, copied = len(model.calls), len(model.copied)
+    for n in range(6):
+        engine.submit(replace(asked(f"brief{n}", 0, 0, answer=2), prompt_ids=[6, n] * 150))
+    run(engine, 40)
+    assert len(model.copied) == copied, "two tokens are not worth a move"
+    for n in range(6):
+        engine.submit(replace(asked(f"long{n}", 0, 0, answer=40), prompt_ids=[5, n] * 150))
+    run(engine, 60)
+    assert len(model.copied) > copied
+    assert model.agrees_with(engine)
+    calls = list(zip(model.ended, model.calls, strict=True))[before - 1 :]
+    steps = [at for at, (kind, _) in calls if kind == "tokens"]
+    assert max(b - a for a, b in itertools.pairwise(steps)) <= gap_s + STEP_S + 1e-9
+
+
+def test_of_two_neighbours_the_one_whose_cache_moves_quickly_is_taken(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Rows(clock)
+    monkeypatch.setattr(model, "copy_s", lambda held: held * TOKEN_S / 10)
+    engine = Scheduler(model, 5, gap_s=GAP_S)  # type: ignore[arg-type]
+    for number, length in enumerate((300, 900, 64, 100, 64)):  # slots 0 to 4
+        serve(engine, replace(mixed(f"warm{number}", number), prompt_ids=[6, number] * (length // 2)))
+        clock.now += 1
+    running = replace(mixed("goes on", 2), prompt_ids=[6, 2] * 200)  # in slot 2, which has its beginning
+    engine.submit(running)
+    run(engine, 6)
+    engine.submit(mixed("newcomer", 30))
+    run(engine, 6)
+    assert model.passes[-1] == 1
+    assert model.copied == [(3, 0)], "not 900 tokens"
 
 
 def test_a_cache_that_takes_long_to_move_stays_where_it_is(clock: Clock) -> None:

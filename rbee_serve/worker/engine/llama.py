@@ -244,7 +244,9 @@ class Model:
         """Return the seconds that copying a sequence of ``held`` positions takes, reckoned from the bytes that are moved."""
         if self.config.backend != "cpu":
             return self.stream_bytes / _DEVICE_BYTES_S
-        return self._state_bytes(held) / _STATE_BYTES_S if self._as_state(held) else self.stream_bytes / _STREAM_BYTES_S
+        if self._as_state(held) and self.state_settled:
+            return self._state_bytes(held) / _STATE_BYTES_S
+        return self.stream_bytes / _STREAM_BYTES_S
 
     def _state_bytes(self, held: int) -> float:
         return self.stream_bytes * held / self.context_tokens

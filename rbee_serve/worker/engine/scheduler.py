@@ -35,6 +35,8 @@ EOS, MAX_TOKENS, STOP_SEQUENCE, CANCELLED, ERROR = "EOS", "MAX_TOKENS", "STOP_SE
 _INTERRUPTED = 2
 #: Copying a cached prefix from another slot pays from this many tokens on.
 _WORTH_COPYING = 32
+#: Moving what a slot holds pays for a stream of so many tokens.
+_WORTH_MOVING = 16
 #: Reading a prefix from disk pays from this many tokens on; shorter ones are not written either.
 _WORTH_STORING = 128
 #: Steps of the vocabulary's tree that grammars need (a few ms; each token takes two) between two looks at the clock, and the
@@ -361,7 +363,7 @@ class Scheduler:
             donor = max(self._slots, key=lambda s: shares[s.seq])
             if donor is not slot and self._pays(len(donor.cached), shares[donor.seq] - keep):
                 slot, keep, generation.copies = oldest, shares[oldest.seq], True
-            slot = self._beside(free, slot, shares, keep)
+            slot = self._beside(generation, free, slot, shares)
             keep = shares[slot.seq]
         self._keep(slot, generation, self._model.cut(slot.seq, keep))
         slot.generation, generation.began = generation, time.monotonic()
@@ -370,26 +372,38 @@ class Scheduler:
         generation.leader = self._leader_for(slot, generation)
         return [] if generation.waits else [self._started(generation)]
 
-    def _beside(self, free: list[Slot], chosen: Slot, shares: dict[int, int], keep: int) -> Slot:
-        """Return the slot that leaves the fewest gaps among the running sequences, of those with about ``keep`` tokens of the
-        prompt or more. What else it holds moves to the chosen one, which would have lost its own.
+    def _beside(self, generation: Generation, free: list[Slot], chosen: Slot, shares: dict[int, int]) -> Slot:
+        """Return the slot that leaves the fewest gaps among the running sequences, of those with about as much of the prompt as
+        the chosen one. What else it holds moves to that one, which would have lost its own.
 
         llama.cpp makes one pass over the weights for each row of sequences without a gap in their numbers: eight streams
         in 0 and 2 to 8 took 25 ms a token where 0 to 7 take 14, in 0, 2, 4 ... 14 even 47.
         """
-        free = [s for s in free if shares[s.seq] > keep - _WORTH_COPYING]
-        slot = min(free, key=lambda s: (self._rows(s), s.last_used))
-        held = len(slot.cached)
+        alike = [s for s in free if shares[s.seq] > shares[chosen.seq] - _WORTH_COPYING]
+        left = generation.request.params.max_tokens - generation.generated
+        slot = min(
+            (s for s in alike if s is chosen or self._movable(s, shares, left)), key=lambda s: (self._rows(s), s.last_used)
+        )
         if self._rows(slot) == self._rows(chosen):
             return chosen
-        if held > shares[slot.seq]:
-            quick = not self._token_s or self._model.copy_s(held) <= _WORTH_COPYING * self._token_s
-            if not (quick and self._model.can_be_cut and self._may_copy(held)):
-                return chosen
-            self._owed_s += self._model.copy(slot.seq, chosen.seq, held)
+        if self._loses(slot, shares):
+            self._owed_s += self._model.copy(slot.seq, chosen.seq, len(slot.cached))
             self._filled_since, self._prompts_next = True, False
             chosen.cached, chosen.canonical, chosen.last_used = slot.cached, slot.canonical, slot.last_used
         return slot
+
+    @staticmethod
+    def _loses(slot: Slot, shares: dict[int, int]) -> bool:
+        """Whether the slot holds more beyond its share of a prompt than is evaluated as quickly as moved."""
+        return len(slot.cached) - shares[slot.seq] >= _WORTH_COPYING
+
+    def _movable(self, slot: Slot, shares: dict[int, int], left: int) -> bool:
+        """Whether what the slot would lose can be moved in less time than a stream of ``left`` tokens gains by its place."""
+        if not self._loses(slot, shares):
+            return True
+        held = len(slot.cached)
+        quick = self._model.copy_s(held) <= _WORTH_COPYING * self._token_s
+        return quick and left >= _WORTH_MOVING and self._model.can_be_cut and self._may_copy(held)
 
     def _rows(self, slot: Slot) -> int:
         """Return in how many rows of sequences without a gap the running ones would be with one more in ``slot``."""
