@@ -87,7 +87,7 @@ class EngineLoop:
             raise FrontGone from None
 
     def give_out(self, events: list[Event]) -> None:
-        """Send the events of one step as one message, at once unless they may be held."""
+        """Send at once what was held and the events of one step, as one message."""
         self._held += events
         if self._held:
             self._gave_out = time.monotonic()
