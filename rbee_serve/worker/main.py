@@ -1,19 +1,17 @@
 """``rbee-worker --config FILE``: one worker as a process, under systemd or by hand.
 
-The order of imports is the start's speed: the engine process is begun first, gets the configuration that the settings file most
-likely means (early.py), and loads while the settings are validated and the front's own modules (service.py) are imported.
+The order of imports is the start's speed: the engine process is forked off as soon as its own modules are there, gets the
+configuration that the settings file most likely means (early.py), and loads while the settings are validated and the rest of the
+front's modules (service.py) is imported.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from rbee_serve.worker.engine.spawn import EngineChild
 
 if TYPE_CHECKING:
     import argparse
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
     from rbee_serve.common.sdnotify import Notifier
     from rbee_serve.contract.settings import WorkerSettings
     from rbee_serve.worker.engine.protocol import EngineConfig
+    from rbee_serve.worker.engine.spawn import EngineChild
 
 #: Arguments that begin so need no engine.
 _WITHOUT_ENGINE = ("--ch", "--he", "--ve", "-h")
@@ -58,6 +57,8 @@ def _run(args: argparse.Namespace, child: EngineChild | None, guess: dict[str, A
     settings = WorkerSettings.load(args.config)
     config = engine_config(settings)
     if child is not None:
+        import dataclasses
+
         from rbee_serve.worker.engine import wire
 
         if guess == dataclasses.asdict(config):
@@ -85,12 +86,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     gc.disable()  # a tenth of the time that imports take
     # An abbreviated or wrong argument may begin an engine that nobody needs: it is ended below.
-    child = None if any(a.startswith(_WITHOUT_ENGINE) for a in arguments) else EngineChild()
+    child = None if any(a.startswith(_WITHOUT_ENGINE) for a in arguments) else _begin_engine()
     try:
         return _main(arguments, child, None if child is None else _tell_early(child, arguments))
     finally:
         if child is not None:
             child.close()
+
+
+def _begin_engine() -> EngineChild:
+    from rbee_serve.worker.engine import child, spawn
+
+    return spawn.EngineChild(child.run)
 
 
 def _tell_early(child: EngineChild, arguments: list[str]) -> dict[str, Any] | None:

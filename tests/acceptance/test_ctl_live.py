@@ -190,9 +190,9 @@ def test_status_shows_a_unit_that_failed_too_often_and_its_last_words(live: Live
 def test_a_model_that_is_never_loaded_is_given_up_with_how_far_it_came(live: Live) -> None:
     live.settings("[Service]", "Environment=RBEE_LOAD_TIMEOUT_S=2", "RestartSec=100ms")
     live.sh(f"systemctl stop {UNIT}")
-    # The engine's process stands still as soon as there is one; systemd's restarts bring new ones. By its own command line: one
-    # that is stopped between fork and exec would hold its parent for ever.
-    engine = "pkill -STOP -P $p -f worker.engine.child"
+    # The engine's process stands still as soon as there is one; systemd's restarts bring new ones. By its own name:
+    # one that is executed and stopped before that would hold its parent for ever.
+    engine = "pkill -STOP -P $p -x rbee-engine"
     loop = f"while sleep 0.02; do p=$(systemctl show -p MainPID --value {UNIT}); [ $p = 0 ] || {engine}; done"
     live.sh(f"systemd-run --unit=freezer sh -c '{loop}'")
     try:

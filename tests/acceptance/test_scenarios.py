@@ -26,7 +26,7 @@ from rbee_ctl.demo_model import MODEL_ID
 scenarios("features")
 
 LONG = {"prompt": "Once upon a time", "max_tokens": 2000, "temperature": 0, "ignore_eos": True}
-ENGINE = "pgrep -f rbee_serve.worker.engine.child"
+ENGINE = "pgrep -x rbee-engine"
 
 
 class World:
@@ -505,7 +505,7 @@ def _(world: World, node: str) -> None:
 
 @then("the engine that served it is at rest")
 def _(world: World) -> None:
-    ticks = "cat $(pgrep -f rbee_serve.worker.engine.child | sed 's,.*,/proc/&/stat,') | awk '{s += $14 + $15} END {print s}'"
+    ticks = f"cat $({ENGINE} | sed 's,.*,/proc/&/stat,') | awk '{{s += $14 + $15}} END {{print s}}'"
     lab, node = world.lab, world.seen["node"]
     before = int(lab.ssh(node, f"{ticks}; sleep 1; {ticks}").stdout.split()[0])
     after = int(lab.ssh(node, ticks).stdout.split()[0])

@@ -69,10 +69,13 @@ def test_engine_cuts_what_is_there_and_copies_the_same_bits_either_way(model_pat
         import numpy as np
         from engine_bench import config
         from rbee_serve.worker.engine import llama
+        from rbee_serve.worker.engine.context import Context
         from rbee_serve.worker.engine.model_file import read_header
+        from rbee_serve.worker.engine.weights import Weights
 
         path = Path(sys.argv[1])
-        model = llama.Model(config(path, slots=3, context_tokens=2048), read_header(path), lambda done: None)
+        weights = Weights(config(path, slots=3, context_tokens=2048), read_header(path), lambda done: None)
+        model = llama.Model(Context(weights))
         cuts = [model.cut(0, 5)]
         ids = np.arange(100, 164, dtype=np.int32)
         assert model.prefill(ids, 0, 0, "r", logits=True) == 0

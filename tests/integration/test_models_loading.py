@@ -23,6 +23,7 @@ from worker_process import WorkerProcess
 
 from bench.models import random_1b
 from rbee_serve.models import gguf
+from rbee_serve.worker.engine import child
 
 pytestmark = pytest.mark.integration
 
@@ -38,7 +39,7 @@ def loading(worker: WorkerProcess) -> dict[str, Any] | None:
 
 def is_engine(pid: int) -> bool:
     """Whether a child of the front has become what it is for."""
-    return b"rbee_serve.worker.engine.child" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8").strip() == child.NAME
 
 
 def read_from_disk(directory: Path, model: Path) -> int:

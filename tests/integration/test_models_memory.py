@@ -23,10 +23,12 @@ import json, re, sys
 from pathlib import Path
 import numpy as np
 from rbee_serve.models import gguf
+from rbee_serve.worker.engine.context import Context
 from rbee_serve.worker.engine.llama import Model
 from rbee_serve.worker.engine.protocol import EngineConfig
+from rbee_serve.worker.engine.weights import Weights
 config = EngineConfig(**json.loads(sys.argv[1]))
-model = Model(config, gguf.read(config.model_path), lambda share: None)
+model = Model(Context(Weights(config, gguf.read(config.model_path), lambda share: None)))
 for slot in range(config.slots):
     model.prefill(np.ones(64, np.int32), 0, slot, "", logits=True)
 rollup = Path("/proc/self/smaps_rollup").read_text()

@@ -15,8 +15,9 @@ def imported_by(code: str) -> set[str]:
 
 def test_the_engine_begins_before_anything_large_is_imported() -> None:
     loaded = imported_by("import rbee_serve.worker.main")
-    assert "rbee_serve.worker.engine.spawn" in loaded
     assert not loaded & {"argparse", "asyncio", "logging", "pydantic", "tomllib", "starlette", "rbee_serve.contract.settings"}
+    forked = imported_by("import rbee_serve.worker.engine.child, rbee_serve.worker.engine.spawn")
+    assert not forked & {"argparse", "asyncio", "logging", "pydantic", "tomllib", "numpy", "llama_cpp"}
 
 
 def test_the_front_imports_neither_numpy_nor_what_only_some_requests_need() -> None:
@@ -25,9 +26,9 @@ def test_the_front_imports_neither_numpy_nor_what_only_some_requests_need() -> N
     assert not loaded & {"numpy", "llama_cpp", "jinja2", "httpx"}
 
 
-def test_the_engine_can_load_weights_before_numpy_is_imported_and_never_imports_pydantic() -> None:
+def test_the_engine_can_load_weights_and_make_its_context_before_numpy_is_imported_and_never_imports_pydantic() -> None:
     loaded = imported_by("import rbee_serve.worker.engine.child as child\nchild.bindings()")
-    assert {"rbee_serve.worker.engine.weights", "llama_cpp.llama_cpp"} <= loaded
+    assert {"rbee_serve.worker.engine.weights", "rbee_serve.worker.engine.context", "llama_cpp.llama_cpp"} <= loaded
     assert not loaded & {"numpy", "rbee_serve.worker.engine.llama", "rbee_serve.worker.engine.scheduler"}
     rest = imported_by("import rbee_serve.worker.engine.child as child\nchild.import_rest()")
     assert {"numpy", "rbee_serve.worker.engine.llama", "rbee_serve.worker.engine.scheduler"} <= rest

@@ -2,7 +2,8 @@
 
 Everything happens in one thread, so what it reports (a tick at least once a second) is proof that generation moves. A second
 one only reads: it hears of a cancellation while llama.cpp computes and ends the evaluation of that prompt. At the start a third
-one imports what is needed after the weights, numpy first of all, while they are loaded.
+one imports numpy and what else is needed last, while llama.cpp makes the context: it asks nobody meanwhile, whereas it tells its
+progress of each matrix that it loads, and the front has done with its own imports by then.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, RbeeError
 from rbee_serve.worker.engine import room
+from rbee_serve.worker.engine.context import Context
 from rbee_serve.worker.engine.interrupt import Interrupt
 from rbee_serve.worker.engine.model_file import read_header
 from rbee_serve.worker.engine.protocol import EngineConfig, GenerateRequest
@@ -42,12 +44,16 @@ TICK_S = 0.5
 HOLD_S = 0.015
 #: How soon the interpreter's lock is passed on during the start: llama.cpp tells its progress of each matrix, and would wait.
 _SWITCH_S = 1e-4
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
+#: What ps and top call the process.
+NAME = "rbee-engine"
 
 
 def die_with(parent: int) -> None:
     """Ask the kernel to kill this process when the worker's front goes: no orphan may hold the model's memory."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    libc.prctl(_PR_SET_NAME, NAME.encode())
     if os.getppid() != parent:
         raise SystemExit("the worker's front is gone")
 
@@ -134,7 +140,7 @@ class EngineLoop:
     def configuration(self) -> tuple[EngineConfig, bool]:
         """Wait for the first message: what to load, and whether that was said early."""
         first: Any = None
-        if self._messages.empty():  # else loading comes first
+        if self._messages.empty():  # nothing to load yet
             self._imports.start()
         while first is None:
             with contextlib.suppress(queue.Empty):
@@ -160,17 +166,18 @@ class EngineLoop:
                 self.send({"load": {"stage": "loading_to_vram", "layers_loaded": loaded, "layers_total": layers}})
 
         progress(0.0)
+        weights = Weights(config, header, progress)
         if self._imports.ident is None:
             self._imports.start()
-        weights = Weights(config, header, progress)
         while early:
             early = not any("settled" in message for message in self.receive(60.0))
+        context = Context(weights, self._interrupt)
 
         from rbee_serve.worker.engine import llama
         from rbee_serve.worker.engine.prefix_store import PrefixStore
         from rbee_serve.worker.engine.scheduler import Scheduler
 
-        model = llama.Model(config, header, progress, self._interrupt, weights)
+        model = llama.Model(context)
         store = None
         if config.prefix_store_dir is not None:
             store = PrefixStore(Path(config.prefix_store_dir), model.state_fingerprint, config.prefix_store_max_bytes)
@@ -280,20 +287,20 @@ def import_rest() -> None:
         from rbee_serve.worker.engine import embedding, llama, prefix_store, scheduler  # noqa: F401
 
 
-def main() -> None:
-    """Entry: ``child FD PARENT_PID``; the first message is the configuration."""
+def run(connection: socket.socket, parent: int) -> None:
+    """Be the engine: the first message is the configuration. Returns never; ends with SystemExit."""
     gc.disable()
     usual_s = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_S)
     os.environ["GGML_NO_BACKTRACE"] = "1"  # else an assert starts gdb first
     # Device numbers are nvidia-smi's, as everywhere in rbee; CUDA by itself puts the fastest first.
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-    die_with(int(sys.argv[2]))
+    die_with(parent)
     # Ctrl+C in a terminal and systemd's SIGTERM reach the whole group: the front decides, streams may still be draining.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    loop = EngineLoop(socket.socket(fileno=int(sys.argv[1])))
+    loop = EngineLoop(connection)
     loop.listen()
     with contextlib.suppress(RbeeError):  # loading says it again, to somebody who listens
         bindings()
@@ -313,5 +320,5 @@ def main() -> None:
         raise
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":  # ``child FD PARENT_PID``
+    run(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]))

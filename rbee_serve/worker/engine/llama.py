@@ -1,4 +1,4 @@
-"""The only place that knows llama.cpp, with weights.py: batches, KV cache, tokens. Runs in the engine process alone.
+"""The only place that knows llama.cpp, with weights.py and context.py: batches, cache, tokens. In the engine process alone.
 
 Bound to llama-cpp-python's low-level module. A C++ exception or a failed assert ends the process, so nothing unchecked
 is passed on: pointers are tested for NULL (a NULL pointer object is not None), lengths are computed here.
@@ -9,30 +9,20 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rbee_serve.contract.errors import ConfigInvalid, InsufficientRam, InsufficientVram, ModelFileInvalid
-from rbee_serve.worker.engine import failures, interrupt, libs
+from rbee_serve.worker.engine import libs
 from rbee_serve.worker.engine.batch import Batch
-from rbee_serve.worker.engine.blocks import Blocks
 from rbee_serve.worker.engine.model_file import fingerprint
-from rbee_serve.worker.engine.weights import Weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from rbee_serve.models import gguf
-    from rbee_serve.worker.engine.protocol import EngineConfig
+    from rbee_serve.worker.engine.context import Context
 
-_KV_TYPES = {"f16": 1, "q8_0": 8}  # enum ggml_type
-#: Q4_0, Q4_1, Q8_0 (enum ggml_type): their matmul kernels give the same bits whatever the batch, those of K-quants, Q5 and
-#: floats do not (one row takes another way than several) or were not measured.
-_BATCH_INVARIANT = frozenset({2, 3, 8})
-_TYPE_NAMES = {0: "F32", 1: "F16", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
 #: An f16 cache of this many positions and more is read by another kernel when exactly one stream decodes.
 _F16_EXACT_TOKENS = 256
 
@@ -47,37 +37,23 @@ INTERRUPTED = 2
 
 
 class Model:
-    """A loaded model with one context of ``slots`` sequences. Not thread-safe: the engine's loop owns it.
+    """A loaded model with its context. Not thread-safe: the engine's loop owns it.
 
-    ``ll``: the bindings; ``ctx``, ``vocab``: llama.cpp's handles; ``context_tokens``: room of each sequence.
+    ``ll``: the bindings; ``vocab``: llama.cpp's handle; the rest is the context's (context.py).
     """
 
-    def __init__(
-        self,
-        config: EngineConfig,
-        header: gguf.Header,
-        on_progress: Callable[[float], None],
-        interrupt_: interrupt.Interrupt | None = None,
-        weights: Weights | None = None,
-    ) -> None:
-        """Make the context; ``interrupt_`` can end the evaluation of a prompt; ``weights``: where they are loaded already, else
-        they are now, and ``on_progress`` gets 0..1.
-
-        Raises what loading them does, BackendUnavailable (weights not on the device), InsufficientRam or InsufficientVram (no
-        room for the context).
-        """
-        weights = self._weights = weights or Weights(config, header, on_progress)
+    def __init__(self, context: Context) -> None:
+        weights = context.weights
         ll = self.ll = weights.ll
-        self.config, self.header, self.log = config, header, weights.log
+        self.config, self.header, self.log = weights.config, weights.header, weights.log
         self.variant, self.isa, self.device, self.threads = weights.variant, weights.isa, weights.device, weights.threads
         self.model, self.vocab = weights.model, weights.vocab
-        self._interrupt = interrupt_ or interrupt.Interrupt()
-        self._load_adapters()
-        self.batch_invariant = self._is_batch_invariant()
-        self._check_deterministic()
-        self.blocks = Blocks(config.prompt_block_tokens, two_kernels=self.batch_invariant and config.kv_type == "f16")
-        self._make_context()
-        self.log.check_placed(config.backend, self.device)
+        self._context, self._interrupt = context, context.interrupt
+        self.ctx, self.memory, self.context_tokens = context.ctx, context.memory, context.context_tokens
+        self.recurrent, self.can_be_cut, self.causal = context.recurrent, context.can_be_cut, context.causal
+        self.batch_invariant, self.blocks = context.batch_invariant, context.blocks
+        self.stream_bytes = context.stream_bytes
+        self._batch = Batch(ll, context.rows)
         self.n_vocab: int = ll.llama_vocab_n_tokens(self.vocab)
         self._pieces: dict[int, bytes] = {}
         self._views: dict[int, NDArray[np.float32]] = {}
@@ -86,89 +62,9 @@ class Model:
         self._copies_pending = False
         self.decode_s = 0.0  # seconds spent in llama_decode
 
-    # --- loading ------------------------------------------------------------------------------------------------
-
-    @property
-    def can_be_cut(self) -> bool:
-        """Whether the last positions of a sequence can be taken back: not with recurrent layers or sliding windows."""
-        return not self.recurrent and self.ll.llama_model_n_swa(self.model) == 0
-
-    @property
-    def recurrent(self) -> bool:
-        """Whether layers carry one state through the text: it stands for all positions, and none of them can be taken back."""
-        return bool(self.ll.llama_model_is_recurrent(self.model) or self.ll.llama_model_is_hybrid(self.model))
-
-    def _is_batch_invariant(self) -> bool:
-        """Whether a stream's bits are known not to depend on what else is in the batch (CPU, dense, full attention)."""
-        experts = self.header.values.get(f"{self.header.architecture}.expert_count", 0)
-        usual = self.config.backend == "cpu" and self.can_be_cut and not experts and not self.config.lora
-        return usual and self.header.matrix_types <= _BATCH_INVARIANT
-
-    def _check_deterministic(self) -> None:
-        if not self.config.deterministic or self.batch_invariant:
-            return
-        others = sorted(_TYPE_NAMES.get(t, str(t)) for t in self.header.matrix_types - _BATCH_INVARIANT)
-        reason = f"weights of type {', '.join(others)}" if others else "its architecture, LoRA adapters or a GPU"
-        raise ConfigInvalid(
-            f"deterministic: this model can not be evaluated so that a stream's tokens do not depend on the others: {reason}",
-            hint="use a Q4_0, Q4_1 or Q8_0 file on a CPU, or set deterministic = false: streams are then continued elsewhere "
-            "approximately",
-            weights=others,
-        )
-
-    def _load_adapters(self) -> None:
-        ll = self.ll
-        self._adapters: list[Any] = []
-        for path, _ in self.config.lora:
-            if not Path(path).is_file():
-                raise ModelFileInvalid(f"lora: there is no adapter file {path}", path=path)
-            adapter = ll.llama_adapter_lora_init(self.model, path.encode())
-            if not adapter:
-                raise ModelFileInvalid(f"lora: llama.cpp could not load {path} for this model: {self.log.reason}", path=path)
-            self._adapters.append(adapter)
-
     def apply_adapters(self, ctx: Any) -> None:
-        """Put the LoRA adapters of the settings on a context; raises ModelFileInvalid."""
-        if not self._adapters:
-            return
-        n = len(self._adapters)
-        adapters = (self.ll.llama_adapter_lora_p_ctypes * n)(*self._adapters)
-        scales = (ctypes.c_float * n)(*(scale for _, scale in self.config.lora))
-        if self.ll.llama_set_adapters_lora(ctx, adapters, n, scales) != 0:
-            raise ModelFileInvalid(f"lora: llama.cpp could not apply the adapters: {self.log.reason}")
-
-    def _make_context(self) -> None:
-        ll, config = self.ll, self.config
-        trained = ll.llama_model_n_ctx_train(self.model)
-        self.context_tokens = min(config.context_tokens, trained) if trained > 0 else config.context_tokens
-        params = ll.llama_context_default_params()
-        params.n_seq_max = config.slots
-        params.n_ctx = self.context_tokens * config.slots
-        params.n_batch = params.n_ubatch = max(self.blocks.capacity, config.slots, 1 + config.draft_tokens)
-        params.n_outputs_max = max(config.slots, 1 + config.draft_tokens)
-        params.n_threads = params.n_threads_batch = self.threads
-        params.type_k = params.type_v = _KV_TYPES[config.kv_type]
-        params.flash_attn_type = 1  # with it off, prompt and decode never agree
-        params.kv_unified = False
-        params.abort_callback = ll.ggml_abort_callback(interrupt.CALLBACK)
-        params.abort_callback_data = self._interrupt.data
-        self.ctx = ll.llama_init_from_model(self.model, params)
-        if not self.ctx:
-            found = failures.cause(self.log.errors, self.device)
-            error = found[0] if found else InsufficientRam if config.backend == "cpu" else InsufficientVram
-            raise error(
-                f"llama.cpp could not make a context of {config.slots} slots x {self.context_tokens} tokens: {self.log.reason}",
-                hint='fewer slots, a smaller context_tokens or kv_type = "q8_0" take less memory',
-                slots=config.slots,
-                context_tokens=self.context_tokens,
-            )
-        self.context_tokens = min(self.context_tokens, ll.llama_n_ctx_seq(self.ctx))
-        self.stream_bytes = self.log.cache_mib * (1 << 20) / config.slots  # of the cache, the part of one slot
-        self.apply_adapters(self.ctx)
-        self.memory = ll.llama_get_memory(self.ctx)
-        #: Whether a token may see those before it alone; else a text must be evaluated in one call.
-        self.causal = bool(self.header.values.get(f"{self.header.architecture}.attention.causal", True)) and bool(self.memory)
-        self._batch = Batch(ll, params.n_batch)
+        """Put the LoRA adapters of the settings on another context; raises ModelFileInvalid."""
+        self._context.apply_adapters(ctx)
 
     # --- decoding -----------------------------------------------------------------------------------------------
 

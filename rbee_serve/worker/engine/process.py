@@ -40,7 +40,7 @@ from rbee_serve.worker.engine.protocol import (
     Started,
     TokenOut,
 )
-from rbee_serve.worker.engine.spawn import EngineChild
+from rbee_serve.worker.engine.spawn import EngineChild, Forked
 from rbee_serve.worker.engine.wire import Unpacker, configuration, pack
 
 _log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class _Connection(asyncio.Protocol):
         self._lost()
 
 
-def _ended(process: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop) -> asyncio.Future[int]:
+def _ended(process: subprocess.Popen[bytes] | Forked, loop: asyncio.AbstractEventLoop) -> asyncio.Future[int]:
     """Return the exit code of a process to come."""
     future, fd = loop.create_future(), os.pidfd_open(process.pid)
 

@@ -124,16 +124,24 @@ class Sampler:
         before = None if self._reported is None else logits.copy()
         if len(self._bias[0]):
             logits[self._bias[0]] += self._bias[1]
+        token = self._drawn(logits, row) if self._chain is not None or self._by_hand else self._greedy(logits)
+        self._position += 1
+        return token, None if before is None else self._report(before, token, self._reported or 0)
+
+    def _greedy(self, logits: NDArray[np.float32]) -> int:
+        """Return the likeliest token. Which ones end a text is asked for only where that one does: 20 ms the first time."""
+        token = int(np.argmax(logits))
+        if self._ban_eog and self._model.is_eog(token):
+            logits[self._model.eog_ids] = -np.inf
+            token = int(np.argmax(logits))
+        return token
+
+    def _drawn(self, logits: NDArray[np.float32], row: int) -> int:
         if self._ban_eog:
             logits[self._model.eog_ids] = -np.inf
         if self._by_hand:
-            token = self._choose_by_hand(logits)
-        elif self._chain is None:
-            token = int(np.argmax(logits))
-        else:
-            token = int(self._model.ll.llama_sampler_sample(self._chain, self._model.ctx, row))
-        self._position += 1
-        return token, None if before is None else self._report(before, token, self._reported or 0)
+            return self._choose_by_hand(logits)
+        return int(self._model.ll.llama_sampler_sample(self._chain, self._model.ctx, row))
 
     # --- with a grammar -----------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Loading the weights: what takes longest of a start, and needs nothing but the standard library and llama.cpp's bindings.
 
-Apart from llama.py so that the engine process loads while another thread imports the rest of it, numpy first of all.
+Apart from llama.py so that the engine process loads before the rest of it is imported, numpy first of all.
 """
 
 from __future__ import annotations
