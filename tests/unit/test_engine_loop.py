@@ -59,17 +59,18 @@ def test_tokens_of_quick_steps_are_told_together(heard: Heard) -> None:
     heard.loop.hold(events("token", 0))
     assert heard.since() == [[("token", 0)]], "the first waits for nobody"
     for n in range(1, 3):
-        heard.now += HOLD_S * 0.4
+        heard.now += HOLD_S * 0.3
         heard.loop.hold(events("token", n))
         assert heard.since() == []
-    heard.now += HOLD_S * 0.4
+    heard.now += HOLD_S * 0.3
     heard.loop.hold(events("token", 3))
     assert heard.since() == [[("token", 1), ("token", 2), ("token", 3)]]
 
 
-def test_tokens_of_slow_steps_are_told_one_by_one(heard: Heard) -> None:
+@pytest.mark.parametrize("step", [0.6, 1.0, 5.0])
+def test_tokens_of_slow_steps_are_told_one_by_one_so_that_no_pause_doubles(heard: Heard, step: float) -> None:
     for n in range(3):
-        heard.now += HOLD_S
+        heard.now += HOLD_S * step
         heard.loop.hold(events("token", n))
         assert heard.since() == [[("token", n)]]
 

@@ -40,8 +40,9 @@ if TYPE_CHECKING:
 
 TICK_S = 0.5
 #: Tokens of quick steps are sent together, some sixty times a second. Each message costs the front 0.3 ms on cores that it
-#: shares with the compute threads, which wait for one another: one by one, a small model lost a tenth of its speed.
-HOLD_S = 0.015
+#: shares with the compute threads, which wait for one another: one by one, a small model lost a tenth of its speed. No pause
+#: becomes longer than this by it.
+HOLD_S = 0.02
 #: How soon the interpreter's lock is passed on during the start: llama.cpp tells its progress of each matrix, and would wait.
 _SWITCH_S = 1e-4
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15
@@ -80,6 +81,7 @@ class EngineLoop:
         self._ticked = 0.0
         self._held: list[Event] = []
         self._gave_out = 0.0
+        self._stepped = 0.0
         self._timed = 0.0
         self._busy_s = 0.0
         self._imports = threading.Thread(target=import_rest, name="imports")
@@ -101,8 +103,11 @@ class EngineLoop:
             self.send({"events": events})
 
     def hold(self, events: list[Event]) -> None:
-        """Send the events of a step that is followed at once by the next one: mere tokens wait, up to ``HOLD_S`` after others."""
-        if time.monotonic() - self._gave_out < HOLD_S and all(kind == "token" for kind, _, _ in events):
+        """Send the events of a step that is followed at once by the next one. Mere tokens wait for those of the next step where
+        these, if it takes as long as the last, will be there within ``HOLD_S`` after the tokens that were sent last."""
+        now = time.monotonic()
+        step_s, self._stepped = now - self._stepped, now
+        if now + step_s - self._gave_out < HOLD_S and all(kind == "token" for kind, _, _ in events):
             self._held += events
         else:
             self.give_out(events)
