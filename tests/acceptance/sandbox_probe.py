@@ -3,10 +3,12 @@
 import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
-neighbour = sys.argv[1]
+#: Process id of another worker, the machine's address, and one that it has of no private network.
+neighbour, inside, outside = sys.argv[1:]
 own = os.environ["CREDENTIALS_DIRECTORY"]
 name = Path(own).name.removeprefix("rbee-worker@").removesuffix(".service")
 other = "/run/credentials/rbee-worker@cpu0.service/fleet-token"
@@ -14,6 +16,10 @@ other = "/run/credentials/rbee-worker@cpu0.service/fleet-token"
 
 def read(path):
     return lambda: Path(path).read_bytes()
+
+
+def connect(address):
+    return lambda: socket.create_connection((address, 22), timeout=2).close()
 
 
 def write(path):
@@ -33,6 +39,8 @@ attempts = {
     "shadow": read("/etc/shadow"),
     "home of root": lambda: list(Path("/root").iterdir()) and 1 / len(list(Path("/root").iterdir())),
     "device of another": lambda: os.open("/dev/nvidia7", os.O_RDWR),
+    "network of the fleet": connect(inside),
+    "internet": connect(outside),
     "kernel messages": lambda: os.open("/dev/kmsg", os.O_RDONLY),
     **{f"write to {p}": write(p) for p in ("/etc", "/etc/rbee", "/opt/rbee", "/usr", "/var/lib/rbee/models", "/run", "/root")},
     "namespace": lambda: os.unshare(0x10000000) if hasattr(os, "unshare") else _unshare(),

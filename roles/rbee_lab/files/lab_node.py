@@ -226,6 +226,7 @@ def _launch(node: Node, memory_mib: int | None) -> subprocess.Popen[bytes] | Non
         "--link-journal=no",
         "--kill-signal=SIGRTMIN+3",
         "--console=pipe",
+        "--system-call-filter=bpf",  # for IPAddressDeny= and the like: systemd has the kernel run its programs
         "/sbin/rbee-lab-init",
     ]
     console = node.directory / "console.log"
