@@ -26,6 +26,11 @@ _TIMEOUT = httpx.Timeout(5.0, connect=5.0)
 _LAST_BEAT_S = 5.0
 #: Pause between beats while the queen does not answer.
 _AWAY_S = 2.0
+#: Said where there was no connection at all: the unit lets a worker talk to few addresses, and to no name server in the internet.
+_UNREACHABLE = (
+    "is the queen up, and in a private network? A worker's unit reaches those and the address that queen_url spells out; "
+    "a public address behind a name, or a public name server: rbee_worker_networks in the inventory (IPAddressAllow=)"
+)
 
 
 def _trust(queen_url: str, settings: WorkerSettings) -> ssl.SSLContext | bool:
@@ -123,16 +128,19 @@ class HeartbeatSender:
         record = self._worker.record()
         self._seq += 1
         self._told = record.status
+        hint: dict[str, str] = {}
         body = Heartbeat(worker=record, timestamp=self._worker.wall(), seq=self._seq).model_dump_json()
         try:
             response = await self._client.post(self._url, content=body, headers={"Content-Type": "application/json"})
             problem = None if response.is_success else f"HTTP {response.status_code}: {response.text[:200]}"
         except httpx.HTTPError as e:
             problem = f"{type(e).__name__}: {e}"
+            if isinstance(e, httpx.ConnectError | httpx.ConnectTimeout):
+                hint = {"hint": _UNREACHABLE}
         self._worker.told = None if problem else record.status
         self._worker.metrics.heartbeats.labels(result="failed" if problem else "ok").inc()
         if problem and not self._lost:
-            logger.warning("the queen does not take heartbeats; trying on", extra={"url": self._url, "reason": problem})
+            logger.warning("the queen does not take heartbeats; trying on", extra={"url": self._url, "reason": problem} | hint)
         elif not problem and self._lost:
             logger.info("the queen takes heartbeats again", extra={"url": self._url})
         self._lost = problem is not None

@@ -159,3 +159,21 @@ def test_queen_that_refuses_is_a_warning_with_its_reason(caplog: pytest.LogCaptu
     (record,) = caplog.records
     assert "409" in vars(record)["reason"]
     assert "WORKER_ALREADY_REGISTERED" in vars(record)["reason"]
+    assert "hint" not in vars(record)
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectTimeout, httpx.ConnectError])
+def test_queen_that_can_not_be_connected_to_is_a_warning_with_what_to_look_at(
+    caplog: pytest.LogCaptureFixture, error: type[httpx.TransportError]
+) -> None:
+    async def unreachable(_: httpx.Request) -> httpx.Response:
+        raise error("no way")
+
+    async def run() -> None:
+        worker, _ = make(ScriptedEngine(), QueenStandIn())
+        await HeartbeatSender(worker, "http://q", None, transport=httpx.MockTransport(unreachable)).beat()
+
+    asyncio.run(run())
+    (record,) = caplog.records
+    assert "no way" in vars(record)["reason"]
+    assert "rbee_worker_networks" in vars(record)["hint"]
