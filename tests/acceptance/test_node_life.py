@@ -71,7 +71,7 @@ class Node:
     def enforces_address_lists(self, outside: str) -> bool:
         """Whether the kernel under the lab runs systemd's programs for cgroups (BPF)."""
         connect = f"import socket; socket.create_connection(('{outside}', 22), 2)"
-        refused = f'systemd-run --wait -q -p IPAddressDeny=any python3 -c "{connect}" || echo refused'
+        refused = f'systemd-run --wait --collect -q -p IPAddressDeny=any python3 -c "{connect}" || echo refused'
         return self.sh(refused).endswith("refused")
 
     def workers(self) -> dict[str, dict[str, Any]]:

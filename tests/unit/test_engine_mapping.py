@@ -18,6 +18,13 @@ def resident(path: Path) -> int:
     return total
 
 
+def flags(path: Path) -> list[str]:
+    """Return the kernel's flags of this process's mapping of the file (VmFlags)."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    next(line for line in lines if line.endswith(str(path)))
+    return next(line for line in lines if line.startswith("VmFlags:")).split()[1:]
+
+
 def test_pages_go_and_come_back_as_they_were(tmp_path: Path) -> None:
     file, other = tmp_path / "m.gguf", tmp_path / "other"
     content = os.urandom(1 << 20)
@@ -30,6 +37,7 @@ def test_pages_go_and_come_back_as_they_were(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(file)
     assert let_go([link]) == 1 << 20
+    assert "nh" in flags(file.resolve()), "a read would bring back all that the page cache holds as one"
     assert (resident(file.resolve()), resident(other.resolve())) == (0, 1 << 20)
     assert ours[:] == content
 

@@ -63,18 +63,62 @@ def test_its_end_and_its_last_words_are_its_own(body: str, code: int, words: str
     assert bool(found["words"]) == bool(words)
 
 
-def test_it_goes_with_a_front_that_is_killed() -> None:
+def test_where_nobody_may_wait_its_end_is_known_all_the_same() -> None:
+    """A supervisor or a shell may have made SIGCHLD ignored, which programs inherit: the kernel then keeps no exit code."""
     script = """
 import os, signal, sys
-from rbee_serve.worker.engine import child, spawn
-engine = spawn.EngineChild(child.run)
-print(engine.process.pid, flush=True)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+from rbee_serve.worker.engine.spawn import EngineChild
+child = EngineChild(lambda connection, parent: sys.exit(3))
+print(child.process.wait(), child.process.wait())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["0", "0"]
+
+
+def test_without_a_standard_error_nothing_of_the_front_runs_in_it_either() -> None:
+    script = """
+import os, sys
+from rbee_serve.worker.engine.spawn import EngineChild
+try:
+    code = EngineChild(lambda connection, parent: sys.exit(7)).process.wait()
+finally:
+    os.write(1, b"once ")
+print(code)
+"""
+    shell = '"$0" -c "$1" 2>&-'
+    done = subprocess.run(["sh", "-c", shell, sys.executable, script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["once", "7"]
+
+
+_MAIN = """
+import os, signal, sys
+from pathlib import Path
+from rbee_serve.worker import main
+engine = main._begin_engine()
+while (name := Path(f"/proc/{engine.process.pid}/comm").read_text().strip()) != "rbee-engine":
+    pass
+"""
+
+
+def test_the_worker_forks_it_while_it_has_one_thread() -> None:
+    script = """
+own, theirs = (Path(f"/proc/{pid}/cmdline").read_bytes() for pid in ("self", engine.process.pid))
+print(own == theirs, len(os.listdir("/proc/self/task")))
+engine.close()
+"""
+    done = subprocess.run([sys.executable, "-c", _MAIN + script], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["True", "1"]
+
+
+def test_it_goes_with_a_front_that_is_killed_though_it_stands_still() -> None:
+    """It can not find the connection closed: the kernel ends it."""
+    script = """
+os.kill(engine.process.pid, signal.SIGSTOP)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    front = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    front = subprocess.Popen([sys.executable, "-c", _MAIN + script], stdout=subprocess.PIPE)
     assert front.stdout is not None
     with front.stdout:
-        pid = int(front.stdout.readline())
-        assert front.stdout.read() == "", "the engine, which holds the same pipe, has ended"
+        assert front.stdout.read() == b"", "whoever holds the pipe has ended"
     assert front.wait(60) == -9
-    assert pid > 0

@@ -1,4 +1,4 @@
-"""The engine process: loads the model, then one loop of reading messages and stepping. Started by process.py.
+"""The engine process: loads the model, then one loop of reading messages and stepping. Begun by spawn.py.
 
 Everything happens in one thread, so what it reports (a tick at least once a second) is proof that generation moves. A second
 one only reads: it hears of a cancellation while llama.cpp computes and ends the evaluation of that prompt. At the start a third
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 
 TICK_S = 0.5
 #: Tokens of quick steps are sent together, some sixty times a second. Each message costs the front 0.3 ms on cores that it
-#: shares with the compute threads, which wait for one another: one by one, a small model lost a tenth of its speed. No pause
-#: becomes longer than this by it.
+#: shares with the compute threads, which wait for one another: one by one, a small model lost a tenth of its speed. A
+#: pause becomes longer by it only where a step takes longer than the one before, and by less than this.
 HOLD_S = 0.02
 #: How soon the interpreter's lock is passed on during the start: llama.cpp tells its progress of each matrix, and would wait.
 _SWITCH_S = 1e-4

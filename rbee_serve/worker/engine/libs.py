@@ -1,6 +1,6 @@
 """What llama.cpp's libraries offer on this machine: kernels for its CPU, devices, and what they say while loading.
 
-Functions take the bindings (``ll``) as an argument; only llama.py imports them.
+Functions take the bindings (``ll``) as an argument; only weights.py imports them.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ class Model:
 
     @property
     def eog_ids(self) -> NDArray[np.int64]:
-        """All tokens that end a generation; asked for only where they are forbidden (40 ms the first time)."""
+        """All tokens that end a generation; asked for only where one is to be forbidden (20 ms the first time)."""
         if self._eog_ids is None:
             self._eog_ids = np.array([i for i in range(self.n_vocab) if self.is_eog(i)], np.int64)
         return self._eog_ids

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-_MADV_DONTNEED = 4
+_MADV_DONTNEED, _MADV_NOHUGEPAGE = 4, 15
 
 
 def regions(paths: Iterable[Path], maps: str) -> list[tuple[int, int]]:
@@ -32,7 +32,8 @@ def let_go(paths: Iterable[Path]) -> int:
     """Take the files' pages out of this process; return how many bytes of mappings that concerns.
 
     They stay in the page cache, and what is read of them again comes back from there: only that it counts as memory of this
-    process ends. Files that are mapped no longer, or have gone, are none.
+    process ends. It comes back without the rest of the 2 MB that the page cache may hold as one (15 MB for the norms of a 135 M
+    model). Files that are mapped no longer, or have gone, are none.
     """
     try:
         found = regions(paths, Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape"))
@@ -42,4 +43,5 @@ def let_go(paths: Iterable[Path]) -> int:
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for start, length in found:
         madvise(start, length, _MADV_DONTNEED)
+        madvise(start, length, _MADV_NOHUGEPAGE)
     return sum(length for _, length in found)

@@ -1,4 +1,4 @@
-"""The engine's process and the connection to it. Standard library alone: it is started before anything else is imported.
+"""The engine's process and the connection to it. Standard library alone: it is begun before the front's own modules are imported.
 
 Its imports and the loading of the model then run beside the front's own imports, which take about as long. ``rbee-worker``
 forks it: a second interpreter and what both import would take 60 ms of the start. Whoever has threads, or is no worker, has
@@ -48,8 +48,10 @@ class Forked:
     def wait(self) -> int:
         """Wait for the end; return the exit code, less than 0 for a signal's number."""
         if self.returncode is None:
-            _, status = os.waitpid(self.pid, 0)
-            self.returncode = os.waitstatus_to_exitcode(status)
+            try:
+                self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            except ChildProcessError:  # whoever started us ignores SIGCHLD: nobody learns the code
+                self.returncode = 0
         return self.returncode
 
     def send_signal(self, number: int) -> None:
@@ -74,13 +76,15 @@ def _run_and_exit(body: Callable[[], object], keep: int, stderr: int) -> NoRetur
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str):
-            sys.stderr.write(f"{e.code}\n")
+            print(e.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-        os._exit(code)
+        try:
+            if sys.stderr is not None:  # closed when we began
+                sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 class EngineChild:
