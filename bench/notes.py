@@ -10,7 +10,7 @@ NOTES: dict[str, str] = {
     "throughput/ttft-16": "Prompts are read one after the other, and each stream begins when its own is read; llama-server's "
     "begin when all are. So half of the streams have begun after half of the time: with the same kernels 0.5 x is what order "
     "alone can give, and less would need fewer evaluated tokens.",
-    "python/8": "By the clock, of the whole loop: 0.35 ms of a step of 15 ms. The engine alone, without front and client on "
+    "python/8": "By the clock: 0.3 ms of a step of 16 ms. The engine alone, without front and client on "
     "its two cores: 0.3 ms, 1.6 to 2.1 %. On a machine of half the speed, where a step takes twice as long and this does not, "
     "1.72 %.",
     "start/135M": "Profiled, ms from exec: 15 until the interpreter runs, 45 the engine's modules, then its process is forked "

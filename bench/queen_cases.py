@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from bench import fleets, models, peers
 from bench.client import Stream, at_once, stream
-from bench.engine_cases import Run, metric
+from bench.engine_cases import Run, metrics
 from bench.results import Row
 from bench.servers import Server
 
@@ -217,7 +217,7 @@ async def _killed(run: Run, server: Server, workers: dict[str, Server], tokens: 
 
 
 def _busy(worker: Server) -> bool:
-    return metric(worker, "worker_slots_busy") > 0
+    return metrics(worker, ["worker_slots_busy"])[0] > 0
 
 
 CASES: dict[str, Callable[[Run], None]] = {

@@ -86,16 +86,21 @@ def test_engine_cuts_what_is_there_and_copies_the_same_bits_either_way(model_pat
         rows = [(77, 40, seq) for seq in range(3 if owed else 1)] if cuts[-1] else []
         assert not rows or model.decode_step(rows) == 0
         same = [bool((model.logits(n) == model.logits(0)).all()) for n in range(len(rows))]
-        print(json.dumps([cuts, owed, same, model.copy_s(40), model.copy_s(2048)]))
+        rows = [(500, 41, 2), (9000, 41, 0), (70, 41, 1)] if owed else []
+        assert not rows or model.decode_step(rows) == 0
+        best = [[model.best(n) for n in range(len(rows))], [int(model.logits(n).argmax()) for n in range(len(rows))]]
+        print(json.dumps([cuts, owed, same, model.copy_s(40), model.copy_s(2048), best]))
     """
 
     def done(path: Path, what: str) -> Any:
         command = [sys.executable, "-c", textwrap.dedent(program), str(path), what]
         return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=120, cwd=Path(__file__).parent).stdout)
 
-    cuts, owed, same, few_s, all_s = done(model_path, "copy")
+    cuts, owed, same, few_s, all_s, best = done(model_path, "copy")
     assert (cuts, same) == ([0, 64, 0, 40], [True, True, True])
     assert owed == [0.0, all_s], "few positions at once, a whole room with the next call"
     assert 0 < few_s < all_s
+    assert best[0] == best[1], "the likeliest of all rows together are those of the rows, whatever order llama.cpp took them in"
+    assert len(set(best[0])) == 3, best
     assert done(uncut_models.recurrent(tmp_path / "recurrent.gguf"), "")[0] == [0, 64, 0, 0]
     assert done(uncut_models.windowed(tmp_path / "windowed.gguf"), "")[0] == [0, 64, 0, 40]

@@ -78,6 +78,9 @@ class Model:
     def logits(self, index: int) -> NDArray[np.float32]:
         return np.arange(self.n_vocab, dtype=np.float32)
 
+    def best(self, index: int) -> int:
+        return int(self.logits(index).argmax())
+
     def cut(self, seq: int, keep: int) -> int:
         self.kept = keep
         if self.holds.get(seq, 0) < keep or (self.recurrent and self.holds.get(seq, 0) != keep):

@@ -114,7 +114,9 @@ class EngineLoop:
 
     def receive(self, timeout_s: float) -> list[Any]:
         """Return the messages that have arrived, waiting up to ``timeout_s`` for the first."""
-        messages = []
+        messages: list[Any] = []
+        if not timeout_s and self._messages.empty():
+            return messages
         with contextlib.suppress(queue.Empty):
             messages.append(self._messages.get(timeout=timeout_s) if timeout_s else self._messages.get_nowait())
             while True:

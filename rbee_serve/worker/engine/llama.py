@@ -56,7 +56,8 @@ class Model:
         self._batch = Batch(ll, context.rows)
         self.n_vocab: int = ll.llama_vocab_n_tokens(self.vocab)
         self._pieces: dict[int, bytes] = {}
-        self._views: dict[int, NDArray[np.float32]] = {}
+        self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
+        self._best: list[int] | None = None  # of the last call
         self._eog: dict[int, bool] = {}
         self._eog_ids: NDArray[np.int64] | None = None
         self._copies_pending = False
@@ -99,19 +100,35 @@ class Model:
         began = time.perf_counter()
         code = int(self.ll.llama_decode(self.ctx, self._batch.struct))
         self.decode_s += time.perf_counter() - began
-        self._copies_pending = False
+        self._copies_pending, self._best = False, None
         return code
 
     def logits(self, index: int) -> NDArray[np.float32]:
         """Return a view (no copy) on the logits of batch row ``index`` of the last call; -1: the last one kept."""
-        pointer = self.ll.llama_get_logits_ith(self.ctx, index)
+        row: NDArray[np.float32] = self._view(self.ll.llama_get_logits_ith(self.ctx, index), 1)[0]
+        return row
+
+    def best(self, index: int) -> int:
+        """Return the likeliest token of row ``index`` of the last `decode_step`, or of the last row kept (-1).
+
+        Asked for before anybody changes the row's logits. All rows are looked at together: one by one they take twice as long.
+        """
+        if index < 0:
+            return int(self.logits(index).argmax())
+        best = self._best
+        if best is None:
+            rows = self._view(self.ll.llama_get_logits(self.ctx), self._batch.size)
+            best = self._best = list(map(int, rows.argmax(axis=1)))
+        return best[index]
+
+    def _view(self, pointer: Any, rows: int) -> NDArray[np.float32]:
         if not pointer:
-            raise RuntimeError(f"llama.cpp has no logits for row {index}")
-        # The rows lie in one buffer for as long as the context lives: a view on each is made once (2.5 us saved a token).
-        address = ctypes.addressof(pointer.contents)
-        view = self._views.get(address)
+            raise RuntimeError("llama.cpp has no logits for this row")
+        # The rows lie in one buffer for as long as the context lives: a view is made once (2.5 us saved).
+        key = ctypes.addressof(pointer.contents), rows
+        view = self._views.get(key)
         if view is None:
-            view = self._views[address] = np.ctypeslib.as_array(pointer, shape=(self.n_vocab,))
+            view = self._views[key] = np.ctypeslib.as_array(pointer, shape=(rows, self.n_vocab))
         return view
 
     # --- KV cache -----------------------------------------------------------------------------------------------

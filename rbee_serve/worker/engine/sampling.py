@@ -67,6 +67,8 @@ class Sampler:
             self._last = self._dist(self._seed, len(generated)) if params.temperature > 0 else ll.llama_sampler_init_greedy()
             if not self._by_hand:
                 ll.llama_sampler_chain_add(self._chain, self._last)
+        #: The likeliest token it is, as the model gives it; which ones end a text is asked for only where one would.
+        self._plain = self._chain is None and not self._by_hand and self._reported is None and not params.logit_bias
 
     def _penalties(self, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int]) -> list[Any]:
         """Repetition counts the prompt's tokens too, presence and frequency (OpenAI) the generated ones alone."""
@@ -120,28 +122,25 @@ class Sampler:
         With it, where asked for, its log probability and those of the likeliest tokens, as contract.events.token has them.
         Raises InvalidRequest or InferenceFailed when the grammar allows no token.
         """
+        if self._plain:
+            token = self._model.best(row)
+            if not (self._ban_eog and self._model.is_eog(token)):
+                self._position += 1
+                return token, None
         logits = self._model.logits(row)
         before = None if self._reported is None else logits.copy()
         if len(self._bias[0]):
             logits[self._bias[0]] += self._bias[1]
-        token = self._drawn(logits, row) if self._chain is not None or self._by_hand else self._greedy(logits)
-        self._position += 1
-        return token, None if before is None else self._report(before, token, self._reported or 0)
-
-    def _greedy(self, logits: NDArray[np.float32]) -> int:
-        """Return the likeliest token. Which ones end a text is asked for only where that one does: 20 ms the first time."""
-        token = int(np.argmax(logits))
-        if self._ban_eog and self._model.is_eog(token):
-            logits[self._model.eog_ids] = -np.inf
-            token = int(np.argmax(logits))
-        return token
-
-    def _drawn(self, logits: NDArray[np.float32], row: int) -> int:
         if self._ban_eog:
             logits[self._model.eog_ids] = -np.inf
         if self._by_hand:
-            return self._choose_by_hand(logits)
-        return int(self._model.ll.llama_sampler_sample(self._chain, self._model.ctx, row))
+            token = self._choose_by_hand(logits)
+        elif self._chain is None:
+            token = int(np.argmax(logits))
+        else:
+            token = int(self._model.ll.llama_sampler_sample(self._chain, self._model.ctx, row))
+        self._position += 1
+        return token, None if before is None else self._report(before, token, self._reported or 0)
 
     # --- with a grammar -----------------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ class TextAssembler:
 
     def __init__(self, stops: Sequence[str] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._whole = True  # no character is open
         self._stops = [s for s in stops if s]
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
@@ -28,7 +29,11 @@ class TextAssembler:
 
     def push(self, piece: bytes) -> str:
         """Add a token's bytes; return the text that became certain. Sets ``stopped_by`` when a stop string is complete."""
-        new = self._decoder.decode(piece)
+        if self._whole and piece.isascii():
+            new = piece.decode("ascii")
+        else:
+            new = self._decoder.decode(piece)
+            self._whole = not self._decoder.getstate()[0]
         if self.stopped:
             return ""
         if not self._stops:
