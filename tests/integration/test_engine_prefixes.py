@@ -109,6 +109,27 @@ def test_engine_full_contexts_damage_nobody(model_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_engine_streams_that_others_leave_alone_say_the_same_and_keep_caches(model_path: Path) -> None:
+    """They end one after the other, those between others first, so that running ones change places with what free slots hold."""
+    prompts = [f"Item {n} of {n * n}. " + "Once upon a time there was a fox. " * 16 for n in range(6)]
+    lengths = (100, 10, 90, 30, 80, 110)
+
+    async def run() -> None:
+        async with running(model_path, slots=1, deterministic=True) as engine:
+            alone = [await ask(engine, p, max_tokens=n, ignore_eos=True) for p, n in zip(prompts, lengths, strict=True)]
+        async with running(model_path, slots=8, deterministic=True) as engine:
+            for n in range(8):  # every slot holds something
+                await ask(engine, f"{n} bottles. " * 40, max_tokens=2)
+            asked = (ask(engine, p, max_tokens=n, ignore_eos=True) for p, n in zip(prompts, lengths, strict=True))
+            together = await asyncio.gather(*asked)
+            assert [a.ids for a in together] == [a.ids for a in alone]
+            again = await asyncio.gather(*(ask(engine, p, max_tokens=5, ignore_eos=True) for p in prompts))
+            assert [a.ids for a in again] == [a.ids[:5] for a in alone]
+            assert all(a.started and a.started.cached_tokens > 60 for a in again)
+
+    asyncio.run(run())
+
+
 def test_engine_continues_to_the_end_of_its_context_and_refuses_what_a_larger_one_holds(model_path: Path) -> None:
     """The last token of a full context is not lost; one that the context has no room for must not look like an end."""
     prompt = "word " * 60

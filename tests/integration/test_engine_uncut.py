@@ -89,18 +89,35 @@ def test_engine_cuts_what_is_there_and_copies_the_same_bits_either_way(model_pat
         rows = [(500, 41, 2), (9000, 41, 0), (70, 41, 1)] if owed else []
         assert not rows or model.decode_step(rows) == 0
         best = [[model.best(n) for n in range(len(rows))], [int(model.logits(n).argmax()) for n in range(len(rows))]]
-        print(json.dumps([cuts, owed, same, model.copy_s(40), model.copy_s(2048), best]))
+        places = []
+        for first, second in ([(0, 1), (1, 0)] if owed else []):
+            if places:
+                cuts_back = [model.cut(0, 42), model.cut(1, 42)]
+                exchanged = model.exchange(0, 1)
+            assert model.decode_step([(100, 42, first), (100, 42, second)]) == 0
+            places.append([model.logits(n).copy() for n in range(2)])
+        if owed:
+            equal = [bool((a == b).all()) for a, b in zip(*places)]
+            differ = bool((places[0][0] != places[0][1]).any())
+            model.cut(2, 0)
+            swaps = [cuts_back, exchanged, equal, differ, model.exchange(0, 2), model.cut(0, 43), model.cut(2, 43)]
+            swaps += [model.exchange_s(40, 0) < model.exchange_s(40, 40) < model.exchange_s(2048, 10**6)]
+        print(json.dumps([cuts, owed, same, model.copy_s(40), model.copy_s(2048), best, swaps if owed else None]))
     """
 
     def done(path: Path, what: str) -> Any:
         command = [sys.executable, "-c", textwrap.dedent(program), str(path), what]
         return json.loads(subprocess.run(command, capture_output=True, check=True, timeout=120, cwd=Path(__file__).parent).stdout)
 
-    cuts, owed, same, few_s, all_s, best = done(model_path, "copy")
+    cuts, owed, same, few_s, all_s, best, swaps = done(model_path, "copy")
     assert (cuts, same) == ([0, 64, 0, 40], [True, True, True])
     assert owed == [0.0, all_s], "few positions at once, a whole room with the next call"
     assert 0 < few_s < all_s
     assert best[0] == best[1], "the likeliest of all rows together are those of the rows, whatever order llama.cpp took them in"
     assert len(set(best[0])) == 3, best
+    back, exchanged, equal, differ, into_empty, *rest = swaps
+    assert (back, exchanged) == ([42, 42], [True, True])
+    assert (equal, differ) == ([True, True], True), "two that have changed places give the same bits as before"
+    assert (into_empty, rest) == ([True, False], [0, 43, True])
     assert done(uncut_models.recurrent(tmp_path / "recurrent.gguf"), "")[0] == [0, 64, 0, 0]
     assert done(uncut_models.windowed(tmp_path / "windowed.gguf"), "")[0] == [0, 64, 0, 40]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import os
 import weakref
 from dataclasses import replace
@@ -97,6 +98,9 @@ class Model:
         self.holds[target] = self.holds[source]
         self.owed_s += self.copying_s
         return self.copying_s
+
+    def exchange_s(self, first_held: int, second_held: int) -> float:
+        return math.inf
 
     def load_state(self, seq: int, state: memoryview) -> bool:
         self.holds[seq] = len(state)
@@ -376,6 +380,85 @@ def test_a_stream_takes_the_place_of_one_that_has_ended(clock: Clock) -> None:
     engine.submit(asked("newcomer", 64, 4, answer=40))
     run(engine, 4)
     assert model.passes[-1] == 1
+
+
+class Exchanging(Rows):
+    """Two sequences change places; ``answer``: whether the first one moves, and whether the second one's is kept."""
+
+    exchanging_s = 0.001  # a position
+    answer = True, True
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.exchanged: list[tuple[int, int]] = []
+
+    def exchange_s(self, first_held: int, second_held: int) -> float:
+        return (first_held + second_held) * self.exchanging_s
+
+    def exchange(self, first: int, second: int) -> tuple[bool, bool]:
+        self.exchanged.append((first, second))
+        moved, kept = self.answer
+        ours, theirs = (self.tokens.get(seq, []) for seq in (first, second))
+        held = self.holds.get(first, 0), self.holds.get(second, 0)
+        if moved:
+            self.tokens[second], self.holds[second] = ours, held[0]
+            self.tokens[first], self.holds[first] = (theirs, held[1]) if kept else ([], 0)
+        else:
+            self.tokens[second], self.holds[second] = [], 0
+        return self.answer
+
+
+def ends_between(model: Exchanging, **answers: int) -> tuple[Scheduler, dict[str, list[int]]]:
+    """Run three streams in slots 0 to 2, of which the middle one ends first; slots 3 and 4 hold prompts of before."""
+    engine = Scheduler(model, 5, gap_s=GAP_S)  # type: ignore[arg-type]
+    serve(engine, *[mixed(f"before{n}", n) for n in range(5)])
+    told: dict[str, list[int]] = {}
+
+    def collect(events: list[Any]) -> None:
+        for kind, name, payload in events:
+            if kind == "token":
+                told.setdefault(name, []).append(payload[0])
+
+    for n, name in enumerate(("a", "b", "c")):
+        engine.submit(replace(mixed(name, n), params=asked(name, 0, 0, answer=answers.get(name, 90)).params))
+    while engine.has_work:
+        engine.step(collect)
+    return engine, told
+
+
+def test_streams_close_ranks_when_one_between_them_ends_and_no_cache_is_lost(clock: Clock) -> None:
+    model = Exchanging(clock)
+    model.exchanging_s = 0.0001
+    engine, told = ends_between(model, b=5)
+    assert told == {"a": [*range(90)], "b": [*range(5)], "c": [*range(90)]}
+    assert len(model.exchanged) == 1
+    two = [passes for streams, passes in zip(model.streams, model.passes, strict=True) if streams == 2]
+    assert two[:2] == [1, 1], "before the next token"
+    assert set(two) == {1}
+    assert model.agrees_with(engine)
+    again = serve(engine, *[mixed(f"again{n}", n) for n in range(5)])
+    assert [facts["cached_tokens"] > 200 for facts in again.values()] == [True] * 5
+
+
+@pytest.mark.parametrize(
+    ("cost_s", "left"), [(0.0001, 6), (0.002, 90)], ids=["for a few tokens", "where it takes longer than the gap"]
+)
+def test_ranks_stay_open_where_closing_them_does_not_pay(clock: Clock, cost_s: float, left: int) -> None:
+    model = Exchanging(clock)
+    model.exchanging_s = cost_s
+    _, told = ends_between(model, a=left, b=5, c=left)
+    assert model.exchanged == []
+    assert len(told["c"]) == left
+
+
+@pytest.mark.parametrize("answer", [(False, False), (True, False)])
+def test_an_exchange_that_llama_cpp_refuses_harms_no_stream(clock: Clock, answer: tuple[bool, bool]) -> None:
+    model = Exchanging(clock)
+    model.exchanging_s, model.answer = 0.0001, answer
+    engine, told = ends_between(model, b=5)
+    assert told == {"a": [*range(90)], "b": [*range(5)], "c": [*range(90)]}
+    assert model.exchanged
+    assert model.agrees_with(engine)
 
 
 def test_moves_keep_the_gap_of_running_streams_and_are_not_made_for_a_few_tokens(clock: Clock) -> None:

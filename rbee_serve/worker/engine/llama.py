@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +182,26 @@ class Model:
         self.ll.llama_memory_seq_cp(self.memory, source, target, -1, -1)
         self._copies_pending = True
         return self.copy_s(self.context_tokens)
+
+    def exchange_s(self, first_held: int, second_held: int) -> float:
+        """Return the seconds that exchanging two sequences of so many positions takes; infinite where it is not done: on a GPU,
+        of large ones, of models whose states can not be cut, and while a copy is owed."""
+        size = self._state_bytes(first_held) + self._state_bytes(second_held)
+        done = self.config.backend == "cpu" and self.can_be_cut and self.state_settled and size <= _STATE_BYTES_MAX
+        return size / _STATE_BYTES_S if done else math.inf
+
+    def exchange(self, first: int, second: int) -> tuple[bool, bool]:
+        """Exchange what two sequences hold; return whether the first one's moved, else it is where it was, and whether the second
+        one's was kept, else it is gone. By saved states: their bits stay what they are."""
+        state = self.save_state(first)
+        other = self.save_state(second) if self.ll.llama_memory_seq_pos_max(self.memory, second) >= 0 else None
+        if not state or not self.load_state(second, state):
+            self.cut(second, 0)
+            return False, False
+        if other:
+            return True, self.load_state(first, other)
+        self.cut(first, 0)
+        return True, False
 
     @property
     def state_settled(self) -> bool:

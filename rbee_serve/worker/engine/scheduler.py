@@ -103,6 +103,11 @@ def common_prefix(a: NDArray[np.int32], b: NDArray[np.int32]) -> int:
     return int(differs[0]) if len(differs) else n
 
 
+def _rows_of(seqs: set[int]) -> int:
+    """Return in how many rows without a gap these sequences are."""
+    return sum(seq - 1 not in seqs for seq in seqs)
+
+
 def look_up(ids: NDArray[np.int32], count: int) -> list[int]:
     """Guess what follows: what followed the last place where the same three tokens, else the same two, stood before."""
     for length in (3, 2):
@@ -135,6 +140,8 @@ class Scheduler:
         self._filled_since = False  # whether a block was evaluated or a prefix copied since then
         self._prompts_next = False  # whether what is evaluated beside has had the last turn that a gap allows in any case
         self._owed_s = 0.0  # what the next call will do beside: copies
+        self._step_s = 0.0  # seconds that the last step of several streams took
+        self._loose = False  # whether there may be gaps among the running sequences that nobody has looked at
         self._constraints = Constraints(model)
         self._slots = [Slot(i) for i in range(slots)]
         self._waiting: deque[Generation] = deque()
@@ -278,6 +285,8 @@ class Scheduler:
                     give_out(events)
                 return
         if decoding:
+            if self._loose and len(decoding) == len(running) > 1:
+                decoding = self._closed_ranks(decoding)
             events = self._decode_alone(*decoding[0]) if self._draft_tokens and len(running) == 1 else self._decode(decoding)
             self._decoded, self._filled_since, self._owed_s = time.monotonic(), False, 0.0
             give_out(events)
@@ -407,8 +416,42 @@ class Scheduler:
 
     def _rows(self, slot: Slot) -> int:
         """Return in how many rows of sequences without a gap the running ones would be with one more in ``slot``."""
-        running = {s.seq for s in self._slots if s.generation is not None} | {slot.seq}
-        return sum(seq - 1 not in running for seq in running)
+        return _rows_of({s.seq for s in self._slots if s.generation is not None} | {slot.seq})
+
+    def _closed_ranks(self, decoding: list[tuple[Slot, Generation]]) -> list[tuple[Slot, Generation]]:
+        """Move one running stream into a gap that ended ones have left, where that pays for all; return who runs where.
+
+        It changes places with what the free slot holds, so that no cache is lost.
+        """
+        if not self._model.state_settled:  # after the next call it is
+            return decoding
+        self._loose = False
+        seqs = {slot.seq for slot, _ in decoding}
+        rows, free = _rows_of(seqs), [s for s in self._slots if s.generation is None]
+        if rows < 2 or not free or not self._step_s:
+            return decoding
+        moves = [
+            (_rows_of(seqs - {slot.seq} | {gap.seq}), self._model.exchange_s(g.done, len(gap.cached)), n, gap)
+            for n, (slot, g) in enumerate(decoding)
+            for gap in free
+        ]
+        after, cost_s, n, gap = min(moves, key=lambda move: move[:3])
+        left = min(g.request.params.max_tokens - g.generated for _, g in decoding)
+        # How many tokens they will really be given nobody knows: half.
+        if after >= rows or cost_s > self._step_s * (1 - after / rows) * left / 2 or not self._has_time_for(cost_s, self._gap_s):
+            return decoding
+        slot, generation = decoding[n]
+        moved, kept = self._model.exchange(slot.seq, gap.seq)
+        if not kept:
+            gap.cached, gap.canonical = gap.cached[:0], 0
+        if not moved:
+            return decoding
+        slot.cached, gap.cached = gap.cached, slot.cached
+        slot.canonical, gap.canonical = gap.canonical, slot.canonical
+        slot.last_used, gap.last_used = gap.last_used, slot.last_used
+        slot.generation, gap.generation = None, generation
+        self._loose = True
+        return [(s, s.generation) for s in self._slots if s.generation is not None]
 
     def _pays(self, held: int, gained: int) -> bool:
         """Whether copying a sequence of ``held`` positions takes less time than evaluating the ``gained`` ones of them.
@@ -566,9 +609,12 @@ class Scheduler:
         return self._give_out(slot, generation, -1)
 
     def _decode(self, decoding: list[tuple[Slot, Generation]]) -> list[Event]:
+        began = time.monotonic()
         code = self._model.decode_step([(g.made[-1], g.done, s.seq) for s, g in decoding])
         if code != 0:
             return self._failed(decoding, code)
+        if not self._owed_s:
+            self._step_s = time.monotonic() - began
         events: list[Event] = []
         for row, (slot, generation) in enumerate(decoding):
             generation.done += 1
@@ -631,6 +677,7 @@ class Scheduler:
 
     def _release(self, slot: Slot, generation: Generation, reason: str) -> Event:
         """Free the slot; its cache stays for whoever shares the beginning."""
+        self._loose = True
         slot.generation, slot.last_used = None, time.monotonic()
         slot.cached = np.concatenate([generation.ids, np.array(generation.made, np.int32)])[: generation.done]
         if generation.constraint is not None:
