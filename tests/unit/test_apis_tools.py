@@ -66,11 +66,18 @@ CASES = [
     (LLAMA3, '{"answer": 42, "name": 7}', '{"answer": 42, "name": 7}', []),
     (LLAMA3, "Paris is {nice}.", "Paris is {nice}.", []),
     (LLAMA3, " \n", " \n", []),
+    (LLAMA3, " {", " {", []),
+    (LLAMA3, '\n{"name": "nobody"}', '\n{"name": "nobody"}', []),
+    (LLAMA3, f" {written('weather', WEATHER, 'parameters')}", "", TWO[:1]),
     (MISTRAL, f"[TOOL_CALLS][{written('weather', WEATHER)}, {written('add', ADD)}]", "", TWO),
     (MISTRAL, f"[{written('weather', WEATHER)}]", "", TWO[:1]),  # the tag is a control token that shows no text
     (MISTRAL, f"Sure.[TOOL_CALLS]add[ARGS]{json.dumps(ADD)}", "Sure.", TWO[1:]),
     (MISTRAL, "[1, 2] is a list", "[1, 2] is a list", []),
     (MISTRAL, "plain [TOOL", "plain [TOOL", []),
+    (MISTRAL, " [ {1}]", " [ {1}]", []),
+    (MISTRAL, "[TOOL_CALLS] [ {1}]", "[TOOL_CALLS] [ {1}]", []),
+    (HERMES, "<tool_call>\n{1}", "<tool_call>\n{1}", []),
+    (HERMES, "<tool_call>\n", "<tool_call>\n", []),
 ]
 
 

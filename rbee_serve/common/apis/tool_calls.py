@@ -203,7 +203,7 @@ class Parser:
         if self._mode == "object" and self._object is not None:
             if not self._announced:
                 self._say(self._tag + self._object.raw)
-        elif self._mode in ("start", "text", "name"):
+        elif self._mode in ("start", "text", "name") or (self._mode == "between" and self._tag):
             self._say(self._tag + self._held)
         found, self._found, self._held, self._mode = self._found, [], "", "plain"
         return found
@@ -237,6 +237,7 @@ class Parser:
                     self._mode = "text"
                     return True
                 rest = rest[1:]
+            self._tag = self._before(rest)
             self._begin(rest)
             return True
         if self._format == LLAMA3 and not rest.startswith(self._opener):
@@ -267,7 +268,9 @@ class Parser:
         if not rest:
             return False
         if rest[0] in "[{":
-            self._held, self._mode = rest.removeprefix("["), "between"
+            calls = rest.removeprefix("[")
+            self._tag += self._before(calls)
+            self._held, self._mode = calls, "between"
             return True
         at = rest.find("{")
         if at < 0:
@@ -288,6 +291,7 @@ class Parser:
         if not rest:
             return False
         if rest[0] == "{":
+            self._tag += self._before(rest)
             self._begin(rest)
             return True
         closer = "</tool_call>" if self._format == HERMES else "]" if self._format == MISTRAL else self._opener
@@ -309,6 +313,10 @@ class Parser:
         if self._held:
             self._mode = "text"
         return bool(self._held)
+
+    def _before(self, rest: str) -> str:
+        """Return what stands before the rest of what is held: text, should no call follow."""
+        return self._held[: len(self._held) - len(rest)]
 
     def _begin(self, rest: str) -> None:
         self._object, self._announced = _CallObject(self._names), False
