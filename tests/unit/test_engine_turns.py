@@ -457,7 +457,37 @@ def test_an_exchange_that_llama_cpp_refuses_harms_no_stream(clock: Clock, answer
     model.exchanging_s, model.answer = 0.0001, answer
     engine, told = ends_between(model, b=5)
     assert told == {"a": [*range(90)], "b": [*range(5)], "c": [*range(90)]}
-    assert model.exchanged
+    assert len(model.exchanged) == 1, "it is not tried again and again"
+    assert model.agrees_with(engine)
+
+
+def test_ranks_are_closed_in_the_next_gap_where_this_one_has_no_time_left(clock: Clock) -> None:
+    model = Exchanging(clock)
+    model.exchanging_s = 0.0001
+    engine = Scheduler(model, 5, gap_s=GAP_S)  # type: ignore[arg-type]
+    for name, first, answer in (("a", 1, 90), ("b", 2, 5), ("c", 3, 90)):
+        engine.submit(asked(name, 64, first, answer=answer))
+    engine._has_time_for = lambda seconds, gap_s: False  # type: ignore[method-assign]
+    while (2, 2) not in zip(model.streams, model.passes, strict=True):  # streams, passes of a step
+        run(engine, 1)
+    run(engine, 2)
+    assert model.passes[-3:] == [2, 2, 2]
+    del engine._has_time_for  # type: ignore[method-assign]
+    run(engine, 2)
+    assert model.passes[-2:] == [1, 1]
+
+
+def test_a_stream_that_begins_apart_from_the_others_joins_them(clock: Clock) -> None:
+    """In the slot that has most of its prompt; its place there is no reason to stay."""
+    model = Exchanging(clock)
+    model.exchanging_s = 0.0001
+    engine = Scheduler(model, 6, gap_s=GAP_S)  # type: ignore[arg-type]
+    serve(engine, *[mixed(f"before{n}", n) for n in range(6)])
+    for n in (0, 1, 4):
+        engine.submit(replace(mixed(f"on{n}", n), params=asked("", 0, 0, answer=200).params))
+    run(engine, 20)
+    assert model.streams[-1] == 3
+    assert model.passes[-1] == 1
     assert model.agrees_with(engine)
 
 

@@ -125,7 +125,7 @@ class Model:
     def _view(self, pointer: Any, rows: int) -> NDArray[np.float32]:
         if not pointer:
             raise RuntimeError("llama.cpp has no logits for this row")
-        # The rows lie in one buffer for as long as the context lives: a view is made once (2.5 us saved).
+        # The rows stay in one buffer, as a rule for as long as the context lives: a view is made once (2.5 us saved).
         key = ctypes.addressof(pointer.contents), rows
         view = self._views.get(key)
         if view is None:

@@ -375,7 +375,7 @@ class Scheduler:
             slot = self._beside(generation, free, slot, shares)
             keep = shares[slot.seq]
         self._keep(slot, generation, self._model.cut(slot.seq, keep))
-        slot.generation, generation.began = generation, time.monotonic()
+        slot.generation, generation.began, self._loose = generation, time.monotonic(), True
         request = generation.request
         generation.sampler = Sampler(self._model, request.params, prompt.tolist(), request.generated_ids, generation.constraint)
         generation.leader = self._leader_for(slot, generation)
@@ -423,34 +423,37 @@ class Scheduler:
 
         It changes places with what the free slot holds, so that no cache is lost.
         """
-        if not self._model.state_settled:  # after the next call it is
+        model, now = self._model, {slot.seq for slot, _ in decoding}
+        rows, free = _rows_of(now), [s for s in self._slots if s.generation is None]
+        if rows < 2 or not free or not model.can_be_cut:
+            self._loose = False
             return decoding
-        self._loose = False
-        seqs = {slot.seq for slot, _ in decoding}
-        rows, free = _rows_of(seqs), [s for s in self._slots if s.generation is None]
-        if rows < 2 or not free or not self._step_s:
+        # What they will really be given nobody knows: half of what they may have.
+        left = min(min(g.request.params.max_tokens - g.generated, model.context_tokens - g.done) for _, g in decoding) / 2
+        moves = []
+        for n, (slot, g) in enumerate(decoding):
+            for gap in free:
+                cost_s = model.exchange_s(g.done, len(gap.cached))
+                after = _rows_of(now - {slot.seq} | {gap.seq}) if cost_s <= self._gap_s else rows
+                if cost_s < self._step_s * (1 - after / rows) * left:
+                    moves.append((after, cost_s, n, gap))
+        if not moves:
+            self._loose = not (self._step_s and model.state_settled)  # else it can not be told yet
             return decoding
-        moves = [
-            (_rows_of(seqs - {slot.seq} | {gap.seq}), self._model.exchange_s(g.done, len(gap.cached)), n, gap)
-            for n, (slot, g) in enumerate(decoding)
-            for gap in free
-        ]
-        after, cost_s, n, gap = min(moves, key=lambda move: move[:3])
-        left = min(g.request.params.max_tokens - g.generated for _, g in decoding)
-        # How many tokens they will really be given nobody knows: half.
-        if after >= rows or cost_s > self._step_s * (1 - after / rows) * left / 2 or not self._has_time_for(cost_s, self._gap_s):
+        _, cost_s, n, gap = min(moves, key=lambda move: move[:3])
+        if not self._has_time_for(cost_s, self._gap_s):  # in the next gap
             return decoding
         slot, generation = decoding[n]
-        moved, kept = self._model.exchange(slot.seq, gap.seq)
+        moved, kept = model.exchange(slot.seq, gap.seq)
         if not kept:
             gap.cached, gap.canonical = gap.cached[:0], 0
         if not moved:
+            self._loose = False
             return decoding
         slot.cached, gap.cached = gap.cached, slot.cached
         slot.canonical, gap.canonical = gap.canonical, slot.canonical
         slot.last_used, gap.last_used = gap.last_used, slot.last_used
         slot.generation, gap.generation = None, generation
-        self._loose = True
         return [(s, s.generation) for s in self._slots if s.generation is not None]
 
     def _pays(self, held: int, gained: int) -> bool:
