@@ -10,9 +10,8 @@ NOTES: dict[str, str] = {
     "throughput/ttft-16": "Prompts are read one after the other, and each stream begins when its own is read; llama-server's "
     "begin when all are. So half of the streams have begun after half of the time: with the same kernels 0.5 x is what order "
     "alone can give, and less would need fewer evaluated tokens.",
-    "python/8": "By the clock: 0.3 ms of a step of 16 ms. The engine alone, without front and client on "
-    "its two cores: 0.3 ms, 1.6 to 2.1 %. On a machine of half the speed, where a step takes twice as long and this does not, "
-    "1.72 %.",
+    "python/8": "By the clock: 0.3 ms of a step of 16 ms. The engine alone, without front and client on its two cores: 0.26 ms, "
+    "1.3 to 1.6 %.",
     "start/135M": "Profiled, ms from exec: 15 until the interpreter runs, 45 the engine's modules, then its process is forked "
     "off; 30 bindings, header and kernels, 110 to 130 the weights, 80 to 105 the context (190 MB of KV cache are zeroed) while "
     "numpy is imported, 15 the self test, 45 the prompt.",

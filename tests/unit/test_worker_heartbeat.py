@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,19 +148,26 @@ def test_queen_that_is_away_is_one_warning_an_outage_and_found_again(caplog: pyt
     assert [r.levelname for r in caplog.records] == ["WARNING", "INFO", "WARNING", "INFO"]
 
 
+def warning_of(caplog: pytest.LogCaptureFixture, queen: Callable[[httpx.Request], Awaitable[httpx.Response]]) -> dict[str, Any]:
+    """Return the fields of the one record that a beat to this queen leaves."""
+
+    async def run() -> None:
+        worker, _ = make(ScriptedEngine(), QueenStandIn())
+        await HeartbeatSender(worker, "http://q", None, transport=httpx.MockTransport(queen)).beat()
+
+    asyncio.run(run())
+    (record,) = caplog.records
+    return vars(record)
+
+
 def test_queen_that_refuses_is_a_warning_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
     async def refuse(_: httpx.Request) -> httpx.Response:
         return httpx.Response(409, json={"error": {"code": "WORKER_ALREADY_REGISTERED"}})
 
-    async def run() -> None:
-        worker, _ = make(ScriptedEngine(), QueenStandIn())
-        await HeartbeatSender(worker, "http://q", None, transport=httpx.MockTransport(refuse)).beat()
-
-    asyncio.run(run())
-    (record,) = caplog.records
-    assert "409" in vars(record)["reason"]
-    assert "WORKER_ALREADY_REGISTERED" in vars(record)["reason"]
-    assert "hint" not in vars(record)
+    record = warning_of(caplog, refuse)
+    assert "409" in record["reason"]
+    assert "WORKER_ALREADY_REGISTERED" in record["reason"]
+    assert "hint" not in record
 
 
 @pytest.mark.parametrize("error", [httpx.ConnectTimeout, httpx.ConnectError])
@@ -169,11 +177,6 @@ def test_queen_that_can_not_be_connected_to_is_a_warning_with_what_to_look_at(
     async def unreachable(_: httpx.Request) -> httpx.Response:
         raise error("no way")
 
-    async def run() -> None:
-        worker, _ = make(ScriptedEngine(), QueenStandIn())
-        await HeartbeatSender(worker, "http://q", None, transport=httpx.MockTransport(unreachable)).beat()
-
-    asyncio.run(run())
-    (record,) = caplog.records
-    assert "no way" in vars(record)["reason"]
-    assert "rbee_worker_networks" in vars(record)["hint"]
+    record = warning_of(caplog, unreachable)
+    assert "no way" in record["reason"]
+    assert "rbee_worker_networks" in record["hint"]

@@ -52,9 +52,7 @@ NAME = "rbee-engine"
 
 def die_with(parent: int) -> None:
     """Ask the kernel to kill this process when the worker's front goes: no orphan may hold the model's memory."""
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    libc.prctl(_PR_SET_NAME, NAME.encode())
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise SystemExit("the worker's front is gone")
 
@@ -303,6 +301,7 @@ def run(connection: socket.socket, parent: int) -> None:
     # Device numbers are nvidia-smi's, as everywhere in rbee; CUDA by itself puts the fastest first.
     os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     die_with(parent)
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, NAME.encode())
     # Ctrl+C in a terminal and systemd's SIGTERM reach the whole group: the front decides, streams may still be draining.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
