@@ -58,8 +58,12 @@ def side_by_side(run: Run, model: Path, slots: int) -> Iterator[tuple[Server, Se
         servers.llama_server(binary, model, slots, run.threads, *servers.gpu_arguments(run.backend)) as peer,
     ):
         for server in (ours, peer):
-            asyncio.run(at_once(server, [run.prompts.text(PROMPT)], 8))
+            _warm(run, server)
         yield ours, peer
+
+
+def _warm(run: Run, server: Server) -> None:
+    asyncio.run(at_once(server, [run.prompts.text(PROMPT)], 8))
 
 
 def rate(streams: list[Stream], tokens: int) -> float:
@@ -80,38 +84,51 @@ def p99_gap_ms(streams: list[Stream]) -> float:
 
 def throughput(run: Run) -> None:
     """135 M: 1, 8 and 16 streams beside llama-server; TTFT at 16 and pauses at 8 come from the same runs."""
-    with side_by_side(run, models.q4_0(run.cache), 16) as pair:
-        _throughput(run, "135M", pair, (1, 8, 16))
+    _throughput(run, "135M", models.q4_0(run.cache), 16, (1, 8, 16))
 
 
 def throughput_1b(run: Run) -> None:
     """1.1 B of random weights: 1 and 8 streams beside llama-server."""
-    with side_by_side(run, models.random_1b(run.cache), 8) as pair:
-        _throughput(run, "1.1B", pair, (1, 8))
+    _throughput(run, "1.1B", models.random_1b(run.cache), 8, (1, 8))
 
 
-def _throughput(run: Run, model: str, pair: tuple[Server, Server], counts: tuple[int, ...]) -> None:
+def _throughput(run: Run, model: str, file: Path, slots: int, counts: tuple[int, ...]) -> None:
+    with (
+        side_by_side(run, file, slots) as (ours, peer),
+        servers.rbee_worker(file, slots, run.threads, backend=run.backend, draft_tokens=0) as plain,
+    ):
+        _warm(run, plain)
+        _beside_each_other(run, model, (ours, peer, plain), counts)
+
+
+def _beside_each_other(run: Run, model: str, trio: tuple[Server, Server, Server], counts: tuple[int, ...]) -> None:
+    """Measure the worker as it is, llama-server, and the worker without guesses."""
     for count in counts:
-        seen: tuple[list[list[Stream]], list[list[Stream]]] = ([], [])
+        seen: tuple[list[list[Stream]], list[list[Stream]], list[list[Stream]]] = ([], [], [])
         for _ in range(run.rounds if count > 1 else run.rounds + 2):
-            for server, into in zip(pair, seen, strict=True):
+            for server, into in zip(trio, seen, strict=True):
                 prompts = [run.prompts.text(PROMPT) for _ in range(count)]
                 into.append(asyncio.run(at_once(server, prompts, run.answer)))
 
         def values(measure: object, which: int, seen: object = seen) -> list[float]:
             return [measure(streams) for streams in seen[which]]  # type: ignore[index, operator]
 
-        def add(key: str, what: str, unit: str, measure: object, goal: float | None, *, at_least: bool = False) -> None:
+        def add(
+            key: str, what: str, unit: str, measure: object, goal: float | None, *, at_least: bool = False, ours: int = 0
+        ) -> None:
             peer = values(measure, 1)
-            run.results.add(Row(key, what, unit, values(measure, 0), goal, at_least, peer, "llama-server"))
+            run.results.add(Row(key, what, unit, values(measure, ours), goal, at_least, peer, "llama-server"))
 
         name = f"{model} Q4_0, {count} stream{'s' if count > 1 else ''}"
         tokens = run.answer
         goal = 1.0 if count in (1, 8) else None
         group = "throughput" if model == "135M" else "throughput-1b"
         add(f"{group}/{count}", f"{name}: tokens/s together", "tok/s", lambda s, n=tokens: rate(s, n), goal, at_least=True)
+        what = f"{name}, no guesses (draft_tokens = 0): tokens/s together"
+        add(f"{group}/plain-{count}", what, "tok/s", lambda s, n=tokens: rate(s, n), goal, at_least=True, ours=2)
         if count == 8:
             add(f"{group}/p99-{count}", f"{name}: pause between tokens, p99", "ms", p99_gap_ms, 1.5)
+            add(f"{group}/plain-p99-{count}", f"{name}, no guesses: pause between tokens, p99", "ms", p99_gap_ms, 1.5, ours=2)
         if count > 1:
             ttft_goal = 0.3 if count == 16 else None
             add(f"{group}/ttft-{count}", f"{name} arriving at once: time to first token, p50", "ms", p50_ttft_ms, ttft_goal)

@@ -154,6 +154,10 @@ number of compute threads, greedy, end-of-text ignored, 64-token prompts of rand
 case says otherwise. One asyncio client for all servers. Figures are medians over the rounds, in brackets smallest and
 largest. The ratio is of the medians; goals with `x` are about it. llama-server is llama.cpp's own server, built from the
 source that the llama-cpp-python wheel vendors, for the same instruction set.
+
+The worker guesses what a text may go on with (`draft_tokens`, architecture.md); llama-server, with its own defaults, does not.
+These small models, asked to go on with random words, soon repeat themselves, so guesses are nearly always right here: what a
+text without repetition gets are the rows "no guesses".
 """
 
 _TAIL = """

@@ -143,11 +143,11 @@ class WorkerSettings(Settings):
         "60 times as long, for newcomers with short prompts",
     )
     draft_tokens: int = Field(
-        0,
+        7,
         ge=0,
         le=15,
-        description="tokens guessed from the text so far (prompt look-up) and checked in one call while a stream runs alone; "
-        "changes no token. 3 makes answers that repeat their prompt faster; 0: no guessing",
+        description="most tokens of a stream that are guessed from its text so far (prompt look-up) and checked in one call, "
+        "where its last guesses were right: answers that repeat their prompt or themselves come faster; 0: no guessing",
     )
     prefix_store_dir: Path | None = Field(
         None,

@@ -166,6 +166,6 @@ class WorkerApi:
             slots_total=worker.settings.slots,
             slots_busy=worker.slots_busy,
             vram_bytes=info.device_memory_bytes if info else 0,
-            engine_times=worker.engine.times,
+            engine=worker.engine.totals,
         )
         return Response(text, media_type=CONTENT_TYPE)

@@ -19,7 +19,7 @@ _NUMBERS: dict[str, tuple[float, float, float]] = {
     "threads": (0, 0, 512),
     "prompt_block_tokens": (128, 32, 4096),
     "stream_gap_s": (0.15, 0.001, 86400),
-    "draft_tokens": (0, 0, 15),
+    "draft_tokens": (7, 0, 15),
     "prefix_store_max_bytes": (1 << 30, 1 << 20, 1 << 60),
 }
 _SWITCHES = {"deterministic": False, "memory_check": True}

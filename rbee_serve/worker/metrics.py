@@ -7,6 +7,8 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from rbee_serve.worker.engine.protocol import EngineTotals
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 _MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 30_000, 60_000, 300_000)
@@ -40,15 +42,19 @@ class Metrics:
         self._vram = gauge("vram_bytes", "device memory held by weights, KV cache and buffers; 0 on a CPU")
         self._engine_busy = gauge("engine_busy_seconds_total", "time that the engine has worked")
         self._engine_decode = gauge("engine_decode_seconds_total", "of it in llama.cpp's decode; the rest is Python")
+        self._drafted = gauge("draft_tokens_total", "tokens guessed and evaluated (prompt look-up)")
+        self._accepted = gauge("draft_tokens_accepted_total", "of them what came anyway")
         self._slots_total = gauge("slots_total", "streams decoded in parallel")
         self._slots_busy = gauge("slots_busy", "slots taken")
 
-    def render(self, *, slots_total: int, slots_busy: int, vram_bytes: int, engine_times: tuple[float, float]) -> bytes:
+    def render(self, *, slots_total: int, slots_busy: int, vram_bytes: int, engine: EngineTotals) -> bytes:
         """Return everything in Prometheus' text format."""
         self._uptime.set(time.monotonic() - self._began)
         self._vram.set(vram_bytes)
-        self._engine_busy.set(engine_times[0])
-        self._engine_decode.set(engine_times[1])
+        self._engine_busy.set(engine.busy_s)
+        self._engine_decode.set(engine.decode_s)
+        self._drafted.set(engine.drafted)
+        self._accepted.set(engine.accepted)
         self._slots_total.set(slots_total)
         self._slots_busy.set(slots_busy)
         return generate_latest(self.collector)

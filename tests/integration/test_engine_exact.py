@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_bench import Answer, ask, config, loaded, running
+from engine_bench import Answer, ask, config, loaded, running, until
 from gguf import GGUFWriter
 
 from rbee_serve.contract.api import StopReason
@@ -44,18 +44,27 @@ def said(answer: Answer) -> list[tuple[int, int, str, Any]]:
     return [(t.index, t.token_id, t.text, t.logprobs) for t in answer.tokens]
 
 
-def test_engine_guesses_change_no_token(model_path: Path) -> None:
-    """Prompt look-up on: the same ten runs, whole and continued, whatever was guessed, drawn, forbidden or reported."""
+@pytest.mark.parametrize("kind", [{"kv_type": "f16"}, EXACT], ids=["f16", "deterministic"])
+def test_engine_guesses_change_no_token(model_path: Path, kind: dict[str, Any]) -> None:
+    """Prompt look-up on: ten runs alone and together, whole and continued, whatever was guessed, drawn, forbidden or reported;
+    an f16 cache within the positions that it is exact for."""
+    runs = RUNS if kind is EXACT else [(prompt, params) for prompt, params in RUNS if prompt != ITEMS]
+
+    async def asked_all(engine: ProcessEngine) -> list[Answer]:
+        return await asyncio.gather(*(ask(engine, prompt, max_tokens=40, **params) for prompt, params in runs))
 
     async def run() -> None:
-        async with running(model_path, slots=1, **EXACT) as engine:
-            whole = [await ask(engine, prompt, max_tokens=TOKENS, **params) for prompt, params in RUNS]
-        async with running(model_path, slots=1, draft_tokens=3, **EXACT) as engine:
-            for (prompt, params), expected in zip(RUNS, whole, strict=True):
-                assert said(await ask(engine, prompt, max_tokens=TOKENS, **params)) == said(expected)
-                rest = await ask(engine, prompt, expected.ids[:4], max_tokens=TOKENS, **params)
-                assert said(rest) == said(expected)[4:]
-                assert rest.reason == expected.reason
+        async with running(model_path, slots=1, queue_max=len(runs), **kind) as engine:
+            whole = await asked_all(engine)
+        for slots in (1, 4):
+            async with running(model_path, slots=slots, queue_max=len(runs), draft_tokens=7, **kind) as engine:
+                assert [said(answer) for answer in await asked_all(engine)] == [said(answer) for answer in whole]
+                for (prompt, params), expected in zip(runs, whole, strict=True):
+                    rest = await ask(engine, prompt, expected.ids[:4], max_tokens=40, **params)
+                    assert said(rest) == said(expected)[4:]
+                    assert rest.reason == expected.reason
+                await until(lambda: engine.totals.accepted > 0)
+                assert engine.totals.accepted <= engine.totals.drafted
 
     asyncio.run(run())
 

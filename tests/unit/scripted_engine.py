@@ -10,6 +10,7 @@ from rbee_serve.worker.engine.protocol import (
     Embeddings,
     EngineEvent,
     EngineInfo,
+    EngineTotals,
     Finished,
     GenerateRequest,
     LoadProgress,
@@ -102,8 +103,8 @@ class ScriptedEngine:
         return self.age_s
 
     @property
-    def times(self) -> tuple[float, float]:
-        return 2.0, 1.5
+    def totals(self) -> EngineTotals:
+        return EngineTotals(2.0, 1.5, 9, 6)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Sequence[EngineEvent]]:
         if self.refusal is not None:

@@ -95,7 +95,7 @@ def test_what_is_held_is_told_before_the_engine_does_something_else(heard: Heard
 class Steps:
     """Scheduler, model and embedder of a loop whose steps give one token each; ``after`` says what happens after one."""
 
-    decode_s = 0.0
+    decode_s, drafted, accepted = 0.0, 0, 0
     has_work, decodes_only = True, True
 
     def __init__(self, after: Callable[[int], None]) -> None:

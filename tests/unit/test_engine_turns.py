@@ -4,115 +4,23 @@ from __future__ import annotations
 
 import gc
 import itertools
-import math
 import os
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from numpy.typing import NDArray
+from timed_model import GAP_S, STEP_S, TOKEN_S, Clock, Model, asked, run
 
 from rbee_serve.worker.engine import scheduler
 from rbee_serve.worker.engine.blocks import Blocks
 from rbee_serve.worker.engine.constraint import Constraints
 from rbee_serve.worker.engine.prefix_store import PrefixStore
 from rbee_serve.worker.engine.protocol import GenerateRequest
-from rbee_serve.worker.engine.scheduler import Scheduler, look_up
-
-TOKEN_S, STEP_S, GAP_S = 0.001, 0.04, 0.25
-
-
-class Clock:
-    """Seconds that only the model's calls let pass."""
-
-    now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-class Model:
-    """llama.Model's place: every call takes its time and is written down, every token is the same."""
-
-    n_vocab, context_tokens = 8, 4096
-    causal = can_be_cut = state_settled = True
-    recurrent = False
-    copying_s = 0.01  # of any sequence, within the next call
-    ll = None  # greedy tokens ask llama.cpp for nothing
-
-    def __init__(self, clock: Clock) -> None:
-        self.blocks = Blocks(128, two_kernels=True)
-        self.calls: list[tuple[str, int]] = []  # ("prompt", tokens) or ("tokens", streams)
-        self.began: list[float] = []
-        self.ended: list[float] = []
-        self.copied: list[tuple[int, int]] = []  # from, to
-        self.holds: dict[int, int] = {}  # positions of each sequence
-        self.owed_s = 0.0
-        self._clock = clock
-
-    def took(self, kind: str, size: int, seconds: float) -> int:
-        self.calls.append((kind, size))
-        self.began.append(self._clock.now)
-        self._clock.now += seconds + self.owed_s
-        self.ended.append(self._clock.now)
-        self.owed_s = 0.0
-        return 0
-
-    def prefill(self, tokens: NDArray[np.int32], start: int, seq: int, owner: str, *, logits: bool) -> int:
-        assert self.holds.get(seq, 0) == start, "a position is missing before those that are evaluated"
-        self.holds[seq] = start + len(tokens)
-        return self.took("prompt", len(tokens), TOKEN_S * len(tokens))
-
-    def decode_step(self, rows: list[tuple[int, int, int]]) -> int:
-        self.rows = rows
-        for _, position, seq in rows:
-            assert self.holds[seq] == position
-            self.holds[seq] += 1
-        return self.took("tokens", len(rows), STEP_S)
-
-    def logits(self, index: int) -> NDArray[np.float32]:
-        return np.arange(self.n_vocab, dtype=np.float32)
-
-    def best(self, index: int) -> int:
-        return int(self.logits(index).argmax())
-
-    def cut(self, seq: int, keep: int) -> int:
-        self.kept = keep
-        if self.holds.get(seq, 0) < keep or (self.recurrent and self.holds.get(seq, 0) != keep):
-            self.holds[seq] = 0
-        else:
-            self.holds[seq] = keep
-        return self.holds[seq]
-
-    def copy_s(self, held: int) -> float:
-        return self.copying_s
-
-    def copy(self, source: int, target: int, held: int) -> float:
-        self.copied.append((source, target))
-        self.holds[target] = self.holds[source]
-        self.owed_s += self.copying_s
-        return self.copying_s
-
-    def exchange_s(self, first_held: int, second_held: int) -> float:
-        return math.inf
-
-    def load_state(self, seq: int, state: memoryview) -> bool:
-        self.holds[seq] = len(state)
-        if bytes(state[:1]) == b"!":
-            self.holds[seq] = 0
-        return bool(self.holds[seq])
-
-    def piece(self, token: int) -> bytes:
-        return b"x"
-
-    def is_eog(self, token: int) -> bool:
-        return False
+from rbee_serve.worker.engine.scheduler import Scheduler
 
 
 @pytest.fixture
@@ -120,21 +28,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     monkeypatch.setattr(scheduler, "time", clock)
     return clock
-
-
-def asked(name: str, length: int, first: int, answer: int = 50) -> GenerateRequest:
-    """A greedy request whose prompt shares nothing with others that begin with another token."""
-    params: Any = SimpleNamespace(
-        max_tokens=answer, temperature=0.0, seed=0, stop=[], ignore_eos=False, repetition_penalty=1.0, presence_penalty=0.0,
-        frequency_penalty=0.0, logit_bias={}, logprobs=None, typical_p=1.0, top_k=0, top_p=1.0, min_p=0.0, grammar=None,
-        json_schema=None,
-    )  # fmt: skip
-    return GenerateRequest(name, "", parse_special=False, add_bos=False, params=params, prompt_ids=[first] * length)
-
-
-def run(engine: Scheduler, steps: int) -> None:
-    for _ in range(steps):
-        engine.step(lambda events: None)
 
 
 def test_turns_a_burst_of_short_prompts_is_read_before_anybody_goes_on(clock: Clock) -> None:
@@ -677,64 +570,3 @@ def test_automata_that_are_worn_or_too_many_bytes_are_forgotten(clock: Clock) ->
     constraints.tidy()
     gc.collect()
     assert [automaton() is not None for automaton in made] == [False, False, True]
-
-
-class Counting(Model):
-    """Says 0 1 2 3 0 1 2 3 ..., whatever the guess was that a row stood for."""
-
-    def logits(self, index: int) -> NDArray[np.float32]:
-        token, _, _ = self.rows[index] if index >= 0 else (3, 0, 0)
-        return np.eye(self.n_vocab, dtype=np.float32)[(token + 1) % 4]
-
-
-def test_turns_guesses_save_calls_and_change_no_token(clock: Clock) -> None:
-    given: list[tuple[int, int]] = []
-
-    def collect(events: list[Any]) -> None:
-        given.extend((payload[0], payload[1]) for kind, _, payload in events if kind == "token")
-
-    calls = []
-    for guessed in (0, 3):
-        model = Counting(clock)
-        engine = Scheduler(model, 2, gap_s=GAP_S, draft_tokens=guessed)  # type: ignore[arg-type]
-        engine.submit(asked("one", 64, 7, answer=30))
-        given.clear()
-        while engine.has_work:
-            engine.step(collect)
-        assert given == [(n, n % 4) for n in range(30)]
-        calls.append([size for kind, size in model.calls if kind == "tokens"])
-    assert calls[0] == [1] * 29
-    assert len(calls[1]) < 15
-    assert sum(calls[1]) > 29 - 1
-    assert max(calls[1]) == 4
-
-
-def test_turns_wrong_guesses_are_taken_back(clock: Clock) -> None:
-    """The model goes on counting where its prompt did not: what was evaluated for the guess is cut off."""
-    model = Counting(clock)
-    engine = Scheduler(model, 1, gap_s=GAP_S, draft_tokens=3)  # type: ignore[arg-type]
-    request = asked("one", 1, 0, answer=40)
-    engine.submit(replace(request, prompt_ids=[0, 1, 5, 6, 7, 3] * 12))
-    run(engine, 3)
-    assert [size for kind, size in model.calls[1:]] == [4, 1]
-    assert model.kept == 72 + 2, "the prompt, the token before and the one that the guess stood beside"
-
-
-def test_turns_streams_together_are_not_guessed_for(clock: Clock) -> None:
-    model = Counting(clock)
-    engine = Scheduler(model, 2, gap_s=GAP_S, draft_tokens=3)  # type: ignore[arg-type]
-    for n in range(2):
-        engine.submit(asked(f"r{n}", 64, 7 - n))
-    run(engine, 30)
-    assert {size for kind, size in model.calls if kind == "tokens"} == {2}
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 5))
-def test_guesses_are_what_followed_last_time(ids: list[int], count: int) -> None:
-    expected: list[int] = []
-    for length in (3, 2):
-        places = [i for i in range(len(ids) - length) if ids[i : i + length] == ids[-length:]]
-        if places and count:
-            expected = ids[places[-1] + length :][:count]
-            break
-    assert look_up(np.array(ids, np.int32), count) == expected

@@ -224,7 +224,7 @@ class EngineLoop:
                     self._reply(number, answer)
             if time.monotonic() - self._timed >= TICK_S:
                 self._timed = time.monotonic()
-                self.send({"times": [self._busy_s, model.decode_s]})
+                self.send({"totals": [self._busy_s, model.decode_s, scheduler.drafted, scheduler.accepted]})
 
     def _handle(self, message: dict[str, Any], scheduler: Scheduler) -> list[Event]:
         if (request := message.get("submit")) is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rbee_serve.contract.errors import ConfigInvalid, InsufficientRam, InsufficientVram, ModelFileInvalid
 from rbee_serve.worker.engine import failures, interrupt
 from rbee_serve.worker.engine.blocks import Blocks
+from rbee_serve.worker.engine.protocol import DRAFT_ROWS
 
 if TYPE_CHECKING:
     from rbee_serve.worker.engine.weights import Weights
@@ -97,9 +98,10 @@ class Context:
         params = ll.llama_context_default_params()
         params.n_seq_max = config.slots
         params.n_ctx = self.context_tokens * config.slots
-        self.rows = max(self.blocks.capacity, config.slots, 1 + config.draft_tokens)
+        outputs = max(config.slots, DRAFT_ROWS if config.draft_tokens else 1)
+        self.rows = max(self.blocks.capacity, outputs)
         params.n_batch = params.n_ubatch = self.rows
-        params.n_outputs_max = max(config.slots, 1 + config.draft_tokens)
+        params.n_outputs_max = outputs
         params.n_threads = params.n_threads_batch = self.weights.threads
         params.type_k = params.type_v = _KV_TYPES[config.kv_type]
         params.flash_attn_type = 1  # with it off, prompt and decode never agree

@@ -33,6 +33,7 @@ from rbee_serve.worker.engine.protocol import (
     EngineConfig,
     EngineEvent,
     EngineInfo,
+    EngineTotals,
     Finished,
     GenerateRequest,
     LoadProgress,
@@ -124,7 +125,7 @@ class ProcessEngine:
         self._numbers = itertools.count(1)
         self._last_words: deque[str] = deque(maxlen=4)  # of the engine's stderr: an assert says there what it found
         self._heard = time.monotonic()
-        self._times = (0.0, 0.0)
+        self._totals = EngineTotals()
         self._child = child
         self._ended: asyncio.Future[int] | None = None  # the process's exit code
         self._stderr: asyncio.BaseTransport | None = None
@@ -212,9 +213,9 @@ class ProcessEngine:
         return time.monotonic() - self._heard
 
     @property
-    def times(self) -> tuple[float, float]:
-        """Seconds that the engine has worked, and of these in llama.cpp's decode."""
-        return self._times
+    def totals(self) -> EngineTotals:
+        """What the engine has done, as it said last."""
+        return self._totals
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -332,8 +333,8 @@ class ProcessEngine:
     def _dispatch(self, message: dict[str, Any]) -> None:
         for kind, request_id, payload in message.get("events", ()):
             self._deliver(kind, request_id, payload)
-        if (times := message.get("times")) is not None:
-            self._times = times[0], times[1]
+        if (totals := message.get("totals")) is not None:
+            self._totals = EngineTotals(*totals)
         if (load := message.get("load")) is not None:
             self._set_progress(LoadProgress(**load))
         elif (ready := message.get("ready")) is not None:

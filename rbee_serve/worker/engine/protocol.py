@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 if TYPE_CHECKING:  # the engine process reads this module and must not pay for pydantic at a cold start
     from rbee_serve.contract.api import SamplingParams
 
 LoadStage = Literal["starting", "loading_to_vram", "ready", "failed"]
+
+#: Rows of a call in which tokens are guessed, of all streams together: with more a CPU's time is all computing.
+DRAFT_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,18 @@ class EngineConfig:
     deterministic: bool = False  # refuse to load what can not be made exact
     lora: list[tuple[str, float]] = field(default_factory=list)  # adapter file, scale
     stream_gap_s: float = 0.15  # longest pause that prompts make in running streams
-    draft_tokens: int = 0  # tokens guessed from the text so far and checked in one call, while a stream runs alone
+    draft_tokens: int = 0  # tokens of a stream guessed from its text so far and checked in one call
     prefix_store_dir: str | None = None  # where prefixes are kept for the next process; None: nowhere
     prefix_store_max_bytes: int = 0
+
+
+class EngineTotals(NamedTuple):
+    """What the engine has done since it was loaded."""
+
+    busy_s: float = 0.0  # time that it has worked
+    decode_s: float = 0.0  # of it in llama.cpp's decode
+    drafted: int = 0  # tokens guessed and evaluated
+    accepted: int = 0  # of them what was drawn anyway
 
 
 @dataclass(frozen=True)
@@ -167,8 +179,8 @@ class Engine(Protocol):
         that loop and no side thread). The watchdog is fed from this."""
 
     @property
-    def times(self) -> tuple[float, float]:
-        """Seconds that the engine has worked, and of these in llama.cpp's decode; reported twice a second."""
+    def totals(self) -> EngineTotals:
+        """What the engine has done, reported twice a second."""
 
     def generate(self, request: GenerateRequest) -> AsyncIterator[Sequence[EngineEvent]]:
         """Submit and yield perhaps Queued, then Started, TokenOut*, Finished (alone after a cancellation); each time all that

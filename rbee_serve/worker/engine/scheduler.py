@@ -19,6 +19,8 @@ import numpy as np
 
 from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, PromptTooLong, RbeeError
 from rbee_serve.worker.engine.constraint import Constraint, Constraints
+from rbee_serve.worker.engine.lookup import LookUp, rows_each
+from rbee_serve.worker.engine.protocol import DRAFT_ROWS
 from rbee_serve.worker.engine.sampling import Sampler
 from rbee_serve.worker.engine.text import TextAssembler
 
@@ -65,6 +67,7 @@ class Generation:
     generated: int  # tokens given out, here and elsewhere
     constraint: Constraint | None = None  # grammar or JSON schema, in the state after what was generated elsewhere
     sampler: Sampler | None = None  # made when the request gets its slot
+    look_up: LookUp | None = None  # made when the first guess might pay
     done: int = 0  # positions evaluated
     made: list[int] = field(default_factory=list)  # tokens generated here
     began: float = field(default_factory=time.monotonic)
@@ -108,22 +111,6 @@ def _rows_of(seqs: set[int]) -> int:
     return sum(seq - 1 not in seqs for seq in seqs)
 
 
-def look_up(ids: NDArray[np.int32], count: int) -> list[int]:
-    """Guess what follows: what followed the last place where the same three tokens, else the same two, stood before."""
-    for length in (3, 2):
-        n = len(ids) - length
-        if count < 1 or n < 1:
-            continue
-        same = np.ones(n, bool)
-        for i in range(length):
-            same &= ids[i : n + i] == ids[n + i]
-        places = np.flatnonzero(same)
-        if len(places):
-            begin = int(places[-1]) + length
-            return [int(token) for token in ids[begin : begin + count]]
-    return []
-
-
 class Scheduler:
     """Owns the model's sequences. Single-threaded: all methods are called from the engine's loop."""
 
@@ -131,7 +118,7 @@ class Scheduler:
         self, model: Model, slots: int, *, gap_s: float = 0.0, store: PrefixStore | None = None, draft_tokens: int = 0
     ) -> None:
         """``gap_s``: longest pause that prompts make in running streams, as far as the smallest block allows; ``store``:
-        prefixes kept on disk; ``draft_tokens``: tokens guessed and checked in one call while one stream runs alone."""
+        prefixes kept on disk; ``draft_tokens``: tokens of a stream guessed and checked in one call."""
         self._draft_tokens = draft_tokens if model.can_be_cut else 0
         self._model, self._blocks = model, model.blocks
         self._gap_s, self._store = gap_s, store
@@ -142,6 +129,7 @@ class Scheduler:
         self._owed_s = 0.0  # what the next call will do beside: copies
         self._step_s = 0.0  # seconds that the last step of several streams took
         self._loose = False  # whether there may be gaps among the running sequences that nobody has looked at
+        self.drafted = self.accepted = 0  # tokens guessed and evaluated; of them what was drawn anyway
         self._constraints = Constraints(model)
         self._slots = [Slot(i) for i in range(slots)]
         self._waiting: deque[Generation] = deque()
@@ -287,7 +275,8 @@ class Scheduler:
         if decoding:
             if self._loose and len(decoding) == len(running) > 1:
                 decoding = self._closed_ranks(decoding)
-            events = self._decode_alone(*decoding[0]) if self._draft_tokens and len(running) == 1 else self._decode(decoding)
+            guesses = self._guesses(decoding) if self._draft_tokens and len(decoding) == len(running) else None
+            events = self._decode(decoding, guesses)
             self._decoded, self._filled_since, self._owed_s = time.monotonic(), False, 0.0
             give_out(events)
 
@@ -611,40 +600,49 @@ class Scheduler:
         generation.decode_began = time.monotonic()
         return self._give_out(slot, generation, -1)
 
-    def _decode(self, decoding: list[tuple[Slot, Generation]]) -> list[Event]:
+    def _decode(self, decoding: list[tuple[Slot, Generation]], guesses: list[list[int]] | None) -> list[Event]:
+        """Evaluate the last token of each stream and what may follow it; keep as many guesses as are what is drawn anyway.
+
+        Each token is drawn once, from the logits of the tokens before it: guessing changes no stream.
+        """
         began = time.monotonic()
-        code = self._model.decode_step([(g.made[-1], g.done, s.seq) for s, g in decoding])
-        if code != 0:
+        if guesses is None:
+            rows = [(g.made[-1], g.done, s.seq) for s, g in decoding]
+        else:
+            guessed = zip(decoding, guesses, strict=True)
+            rows = [(token, g.done + i, s.seq) for (s, g), more in guessed for i, token in enumerate([g.made[-1], *more])]
+        if (code := self._model.decode_step(rows)) != 0:
             return self._failed(decoding, code)
         if not self._owed_s:
             self._step_s = time.monotonic() - began
         events: list[Event] = []
-        for row, (slot, generation) in enumerate(decoding):
-            generation.done += 1
-            events += self._give_out(slot, generation, row)
+        each = len(rows) // len(decoding)
+        for n, (slot, generation) in enumerate(decoding):
+            evaluated = generation.done + each
+            for row in range(each):
+                generation.done += 1
+                events += self._give_out(slot, generation, n * each + row)
+                if slot.generation is None or guesses is None or row == each - 1 or generation.made[-1] != guesses[n][row]:
+                    break
+                self.accepted += 1
+            if generation.done < evaluated:
+                self._model.cut(slot.seq, generation.done)
         return events
 
-    def _decode_alone(self, slot: Slot, generation: Generation) -> list[Event]:
-        """Evaluate the last token and what may follow it; keep as many of the guesses as are what is drawn anyway.
-
-        Each token is drawn once, from the logits that it would have had: guessing changes no stream.
-        """
-        last, at = generation.made[-1], generation.done
-        left = min(self._model.context_tokens - at, generation.request.params.max_tokens - generation.generated) - 1
-        so_far = np.concatenate([generation.ids, np.array(generation.made, np.int32)])
-        guesses = look_up(so_far, min(self._draft_tokens, left))
-        rows = [(token, at + i, slot.seq) for i, token in enumerate([last, *guesses])]
-        if (code := self._model.decode_step(rows)) != 0:
-            return self._failed([(slot, generation)], code)
-        events: list[Event] = []
-        for row in range(len(rows)):
-            generation.done += 1
-            events += self._give_out(slot, generation, row)
-            if slot.generation is None or row == len(guesses) or generation.made[-1] != guesses[row]:
-                break
-        if generation.done < at + len(rows):
-            self._model.cut(slot.seq, generation.done)
-        return events
+    def _guesses(self, decoding: list[tuple[Slot, Generation]]) -> list[list[int]] | None:
+        """Return what may follow the last token of each stream, as many tokens for each; None where guessing would not pay."""
+        texts = []
+        for _, g in decoding:
+            if g.look_up is None:
+                g.look_up = LookUp([*g.ids.tolist(), *g.made])
+            texts.append(g.look_up)
+        room = self._model.context_tokens - max(g.done for _, g in decoding)
+        count = rows_each(texts, min(1 + self._draft_tokens, room), DRAFT_ROWS) - 1
+        if not count:
+            return None
+        # A stream without a guess has rows that are evaluated for nothing: the others' would else be a call of their own.
+        self.drafted += count * len(texts)
+        return [text.guesses(count) or [g.made[-1]] * count for text, (_, g) in zip(texts, decoding, strict=True)]
 
     def _give_out(self, slot: Slot, generation: Generation, row: int) -> list[Event]:
         """Sample from row ``row``, give out the token, and end the stream where it must end."""
@@ -664,6 +662,8 @@ class Scheduler:
             return [*tail, self._release(slot, generation, EOS)]
         generation.generated += 1
         generation.made.append(token)
+        if generation.look_up is not None:
+            generation.look_up.add(token)
         certain, reason = text.push(self._model.piece(token)), None
         if text.stopped:
             reason = STOP_SEQUENCE
