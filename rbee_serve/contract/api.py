@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from rbee_serve.contract.errors import InvalidRequest
 
@@ -164,6 +164,9 @@ class Continuation(Message):
     """A stream that began elsewhere: what was generated so far, as token ids (SPEC X-14)."""
 
     generated_ids: list[Annotated[int, Field(ge=0)]] = Field(default_factory=list)
+    rendered_at: AwareDatetime | None = Field(
+        None, description="with messages: the time that the chat template sees, as `started` told it; none: now"
+    )
 
 
 class InferenceRequest(SamplingParams):

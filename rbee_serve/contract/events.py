@@ -7,7 +7,7 @@ Events are plain dicts; every one has ``type``, which is also the SSE ``event:``
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rbee_serve.contract.errors import RbeeError
@@ -33,11 +33,13 @@ def started(
     prompt_tokens: int,
     cached_tokens: int,
     worker_id: str,
-    tool_format: str | None = None,
+    prompt: Mapping[str, str] | None = None,
 ) -> Event:
     """First event: the request has a slot and its prompt is being evaluated. ``seed`` is the one in use.
 
-    ``tool_format``: with tools in the request, how the text will write calls (contract.tools).
+    ``prompt``: what there is to say of a prompt that the worker made from messages. ``prompt_digest`` of its text;
+    ``rendered_at``, where the chat template has asked for the time: when it was (ISO 8601), for ``continue_from``;
+    ``tool_format``, where tools were offered: how the text will write calls (contract.tools).
     """
     event = {
         "type": "started",
@@ -48,7 +50,7 @@ def started(
         "cached_tokens": cached_tokens,
         "worker_id": worker_id,
     }
-    return event if tool_format is None else event | {"tool_format": tool_format}
+    return event if prompt is None else event | dict(prompt)
 
 
 def token(text: str, index: int, token_id: int, logprobs: Logprobs | None = None) -> Event:

@@ -44,17 +44,18 @@ class Moves:
     ids: list[int]
     given: int
 
-    def moved(self, before: Worker, after: Worker, cause: RbeeError, length: int) -> Event | None:
+    def moved(self, before: Worker, after: Worker, cause: RbeeError, length: int, *, same_prompt: bool) -> Event | None:
         """``after`` goes on where ``before`` stopped; returns ``resumed``, None where the client has no token yet.
 
         ``length``: tokens that the context will hold at the end, at most: up to there the two must compute alike.
+        ``same_prompt``: whether they go on from the same one.
         """
         facts = {"to_worker": after.id} | self.facts(before, cause)
         if len(self.ids) == self.given:
             self._count(cause, "before_first_token")
             logger.warning("request moved before its first token", extra=facts)
             return None
-        mode = "exact" if continues_exactly(before, after, length) else "approximate"
+        mode = "exact" if same_prompt and continues_exactly(before, after, length) else "approximate"
         self._count(cause, mode)
         logger.warning("stream goes on at another worker", extra=facts | {"mode": mode})
         return {"type": "resumed", "mode": mode, "worker_id": after.id, "i": len(self.ids)}

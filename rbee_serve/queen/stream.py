@@ -105,7 +105,11 @@ class Stream:
         self._hold = Hold(parts, model, key, self._deadline)
         self._search = Search(parts, request, model, key, self._deadline, self._hold, self._prompt)
         self._moves = Moves(parts.metrics, self.id, self.ids, self._given)
-        # Whom the stream has lost: (worker, why). None while it looks for its first one.
+        # Of the prompt that a worker made from messages, as its ``started`` told it last.
+        self._prompt_digest: str | None = None
+        given_at = request.continue_from.rendered_at if request.continue_from else None
+        self._rendered_at = given_at.isoformat() if given_at is not None else None
+        # Whom the stream has lost: (worker, why), until another one has started. None while it looks for its first one.
         self._lost_to: tuple[Worker, RbeeError] | None = None
         self._placing: asyncio.Task[None] | None = asyncio.ensure_future(self._place(None))
 
@@ -212,8 +216,9 @@ class Stream:
 
     def _encoded(self) -> bytes:
         body: dict[str, Any] = self._body | {"stream": True}
-        if self.ids:
-            body["continue_from"] = {"generated_ids": self.ids}
+        known = {"generated_ids": self.ids, "rendered_at": self._rendered_at}
+        if told := {name: value for name, value in known.items() if value}:
+            body["continue_from"] = told
         return orjson.dumps(body)
 
     # --- events -----------------------------------------------------------------------------------------------------
@@ -229,13 +234,11 @@ class Stream:
                 if self._placing is not None:
                     async for waiting in self._while_placing(self._placing):
                         yield [waiting]
-                    if (resumed := self._resumed()) is not None:
-                        yield [_pair(resumed)]
                     continue
                 if self._cancelled:
                     raise CancelledByRequestError
-                if self._leaving and (moved := await self._hand_over()) is not None:
-                    yield [_pair(moved)]
+                if self._leaving:
+                    await self._hand_over()
                 passed, failed = await self._read()
                 if passed:
                     yield passed
@@ -296,6 +299,8 @@ class Stream:
                     self._started = True
                     facts = {"request_id": self.id, "placement": self.placement, "queued_ms": round(self.queued_ms)}
                     passed.append(_pair(event | facts))
+                if (resumed := self._resumed(event)) is not None:
+                    passed.append(_pair(resumed))
             elif kind == "end":
                 self._ended, self.outcome = True, str(event.get("stop_reason", "EOS"))
                 self.stop_sequence = event.get("stop_sequence")
@@ -352,17 +357,28 @@ class Stream:
             raise failed.error
         self._search.tried.add(before)
         self._search.begin_anew()
-        self._lost_to = (before, failed.error)
+        if self._lost_to is None:
+            self._lost_to = (before, failed.error)
+        else:  # it had not started: the client has heard nothing of it
+            self._moves.refused(before, failed.error)
         self._placing = asyncio.ensure_future(self._place(failed.error))
         return None
 
-    def _resumed(self) -> Event | None:
-        """A worker has taken the stream over: return what the client is told, if it has tokens already."""
+    def _resumed(self, started: Event) -> Event | None:
+        """A worker has started: where it has taken the stream over, return what the client is told, if it has tokens already."""
+        same_prompt = not self._differs(started)
+        self._prompt_digest = started.get("prompt_digest")
+        self._rendered_at = started.get("rendered_at", self._rendered_at)
         if self._lost_to is None or self.worker is None:
             return None
         before, cause = self._lost_to
         self._lost_to = None
-        return self._moves.moved(before, self.worker, cause, self._length)
+        return self._moves.moved(before, self.worker, cause, self._length, same_prompt=same_prompt)
+
+    def _differs(self, started: Event) -> bool:
+        """Whether a worker has another prompt than the one before, or does not say. It makes one of messages alone."""
+        digest = started.get("prompt_digest")
+        return self.request.messages is not None and (digest is None or digest != self._prompt_digest)
 
     @property
     def _length(self) -> int:
@@ -375,23 +391,25 @@ class Stream:
             self._leaving = True
             self._wake()
 
-    async def _hand_over(self) -> Event | None:
-        """Move the running stream; the worker that drains is left only when another one has it. Returns ``resumed``."""
+    async def _hand_over(self) -> None:
+        """Move the running stream; the worker that drains is left only when another one has it."""
         parts, before = self._parts, self.worker
         assert before is not None  # noqa: S101
         self._leaving = False
         if len(self.ids) >= self.request.max_tokens or self.request.worker_id is not None:
-            return None
+            return
         wanted = self._search.wanted(before if self.ids else None, exact=bool(self.ids))
         choice = pick(parts.registry, wanted, parts.clock(), exclude={before})
         if choice is None or choice.reason == "probe":
-            return None
+            return
         if self.ids and not continues_exactly(before, choice.worker, self._length):
-            return None  # it may end where it is; if the time does not suffice, an approximate continuation comes then
+            return  # it may end where it is; if the time does not suffice, an approximate continuation comes then
         self._hold.acquire(choice.worker)
         new = self._hold.new_attempt(choice.worker)
         try:
             await new.open(self._encoded(), self._headers())
+            if self.ids and any(event["type"] == "started" and self._differs(event) for _, event in new.first):
+                raise TryFailedError(RbeeError(f"worker {choice.worker.id} makes another prompt of the messages"), broken=False)
         except BaseException as e:
             new.close()
             self._hold.release(choice.worker, 0.0)
@@ -400,12 +418,12 @@ class Stream:
             if isinstance(e, TryFailedError) and e.broken:
                 parts.registry.mark_failed(choice.worker, parts.clock())
             self._moves.stays(e)
-            return None
+            return
         self._hold.exchange(new)
         self.on_assigned(choice.worker)
         parts.metrics.dispatches.labels(result="ok").inc()
-        cause = WorkerDraining(f"worker {before.id} drains", worker_id=before.id)
-        return self._moves.moved(before, choice.worker, cause, self._length)
+        if self._lost_to is None:
+            self._lost_to = (before, WorkerDraining(f"worker {before.id} drains", worker_id=before.id))
 
     # --- the end ----------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError, meta
@@ -38,8 +38,20 @@ def _refuse(message: str) -> NoReturn:
     raise TemplateRefusedError(message)
 
 
-def _now(fmt: str) -> str:
-    return datetime.now().astimezone().strftime(fmt)
+class Clock:
+    """The time that a template sees, stopped: another worker that is told it renders the same prompt."""
+
+    def __init__(self, at: datetime | None = None) -> None:
+        """``at`` None: now, in this machine's zone."""
+        at = at or datetime.now().astimezone()
+        # A zone without a name: a name does not travel.
+        self.at = at.replace(tzinfo=timezone(at.utcoffset() or timedelta()))
+        self.was_read = False
+
+    def strftime(self, fmt: str) -> str:
+        """Return the time in the form that the template wants."""
+        self.was_read = True
+        return self.at.strftime(fmt)
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:
@@ -57,7 +69,6 @@ class ChatTemplate:
         environment.filters["tojson"] = _tojson
         environment.globals |= {
             "raise_exception": _refuse,
-            "strftime_now": _now,
             "bos_token": bos_token,
             "eos_token": eos_token,
         }
@@ -84,10 +95,11 @@ class ChatTemplate:
             return MISTRAL
         return LLAMA3 if "python_tag" in source or '"parameters"' in source else HERMES
 
-    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None = None) -> str:
+    def render(self, messages: Sequence[ChatMessage], tools: Sequence[Tool] | None = None, clock: Clock | None = None) -> str:
         """Return the prompt, ending where the assistant's answer begins.
 
         ``tools``: rendered by the template where it knows tools, else told in a system message in hermes' form.
+        ``clock``: what the template's ``strftime_now`` reads, none: one that is made here.
         Raises InvalidRequest when there is no usable template or the template refuses the messages.
         """
         if self._broken is not None:
@@ -102,7 +114,10 @@ class ChatTemplate:
             offered = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools or ()]
             if not self._knows_tools:
                 turns = in_words(turns, offered)
-            given = {"tools": offered} if offered and self._knows_tools else {"tools": None}
+            given = {
+                "tools": offered if offered and self._knows_tools else None,
+                "strftime_now": (clock or Clock()).strftime,
+            }
             text = self._template.render(messages=turns, add_generation_prompt=True, **given)
             text.encode()  # a lone surrogate in a content part gets this far
             return text

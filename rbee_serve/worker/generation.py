@@ -27,7 +27,7 @@ class Generation:
         self.started: Started | None = None
         self.tokens_out = len(request.generated_ids)
         self.outcome: str | None = None
-        self.tool_format: str | None = None  # how the text will write tool calls, where tools were offered
+        self.prompt: dict[str, str] = {}  # what ``started`` says of a prompt that was made from messages
         self._worker = worker
         self._deadline = None
         if deadline is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
@@ -74,9 +75,9 @@ class InferenceApi:
         self._check_limits(wanted)
         deadline = self._deadline(http, wanted)
         info = self._worker.admit()
-        request, tool_format = self._to_engine(wanted, info, request_id)
+        request, prompt = self._to_engine(wanted, info, request_id)
         generation = Generation(self._worker, request, deadline)
-        generation.tool_format = tool_format
+        generation.prompt = prompt
         try:
             await while_connected(http, generation.open(started=not wanted.stream))
         except BaseException:
@@ -134,23 +135,27 @@ class InferenceApi:
             limits.append(self._worker.wall() + wanted.timeout_s)
         return min(limits, default=None)
 
-    def _to_engine(self, wanted: InferenceRequest, info: EngineInfo, request_id: str) -> tuple[GenerateRequest, str | None]:
-        """Return what the engine gets, and how its text will write tool calls."""
+    def _to_engine(self, wanted: InferenceRequest, info: EngineInfo, request_id: str) -> tuple[GenerateRequest, dict[str, str]]:
+        """Return what the engine gets, and what ``started`` says of the prompt."""
         values = {name: getattr(wanted, name) for name in SamplingParams.model_fields}
         if wanted.seed is None:
             values["seed"] = secrets.randbelow(_SEED_MAX + 1)
-        text, chat, bos, tool_format = wanted.prompt or "", wanted.messages is not None, True, None
+        text, chat, bos, said = wanted.prompt or "", wanted.messages is not None, True, dict[str, str]()
         if wanted.messages is not None:
             template = self._worker.chat(info)
-            tools = wanted.tools if wanted.tool_choice != "none" else None
-            text = template.render(wanted.messages, tools)
-            bos = not template.begins_with_bos(text)
-            if tools:
-                tool_format = template.tool_format
-                from rbee_serve.worker.chat import forced_call  # jinja2: not for a start
+            from rbee_serve.worker.chat import Clock, forced_call  # jinja2: not for a start
 
+            clock = Clock(wanted.continue_from.rendered_at if wanted.continue_from else None)
+            tools = wanted.tools if wanted.tool_choice != "none" else None
+            text = template.render(wanted.messages, tools, clock)
+            bos = not template.begins_with_bos(text)
+            said["prompt_digest"] = _digest(text)
+            if clock.was_read:
+                said["rendered_at"] = clock.at.isoformat()
+            if tools:
+                said["tool_format"] = template.tool_format
                 if (forced := forced_call(tools, wanted.tool_choice)) is not None:
-                    values["json_schema"], tool_format = forced, LLAMA3
+                    values["json_schema"], said["tool_format"] = forced, LLAMA3
         ids = wanted.continue_from.generated_ids if wanted.continue_from else []
         if ids and max(ids) >= info.vocab_size:
             raise InvalidRequest(
@@ -166,7 +171,7 @@ class InferenceApi:
                 limit=wanted.max_tokens,
             )
         params = SamplingParams.model_construct(**values)
-        return GenerateRequest(request_id, text, chat, bos, params, ids, wanted.prompt_ids), tool_format
+        return GenerateRequest(request_id, text, chat, bos, params, ids, wanted.prompt_ids), said
 
     async def _stream(self, generation: Generation, ident: str | None) -> AsyncGenerator[bytes, None]:
         async with aclosing(self.events(generation, ident)) as found:
@@ -237,6 +242,11 @@ def new_request_id() -> str:
     return f"req-{uuid.uuid4()}"
 
 
+def _digest(text: str) -> str:
+    """Return what tells prompts apart: workers of one continuation class make the same tokens of the same text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def _event(event: Started | TokenOut | Finished, generation: Generation, settings: WorkerSettings) -> events.Event:
     if isinstance(event, TokenOut):
         return events.token(event.text, event.index, event.token_id, event.logprobs)
@@ -249,7 +259,7 @@ def _event(event: Started | TokenOut | Finished, generation: Generation, setting
         prompt_tokens=event.prompt_tokens,
         cached_tokens=event.cached_tokens,
         worker_id=settings.worker_id,
-        tool_format=generation.tool_format,
+        prompt=generation.prompt,
     )
 
 

@@ -128,6 +128,49 @@ def test_killed_at_every_token_index_nothing_changes(fleet: Cuttable, request_: 
     assert modes == ["exact"] * (len(expected) - 1)  # before the first token nobody is told
 
 
+#: In the system message that the model's chat template begins with; what comes in its place has its length.
+NAMED = b"You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TIMED = b"It is ' ~ strftime_now('%d %B %Y, %H:%M:%S %f %z') ~ '".ljust(len(NAMED), b".")
+
+
+@pytest.mark.X14
+def test_chat_goes_on_from_the_same_prompt_in_another_time_zone(
+    tmp_path: Path, model_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chat template tells the model the time, to the microsecond."""
+    model = tmp_path / "timed.gguf"
+    weights = model_path.read_bytes()
+    assert weights.count(NAMED) == 1
+    model.write_bytes(weights.replace(NAMED, TIMED))
+    fleet = Cuttable(tmp_path, model)
+    try:
+        fleet.start_queen()
+        for name, zone in (("lab1", "Pacific/Kiritimati"), ("lab2", "Pacific/Pago_Pago")):
+            monkeypatch.setenv("TZ", zone)
+            fleet.add_worker(name)
+        wait_until(lambda: len(idle(fleet)) == 2, "two workers idle")
+        request = {"messages": [{"role": "user", "content": "Which day is it?"}], "max_tokens": 40, "ignore_eos": True}
+        fleet.hold(10)
+        events: list[dict[str, Any]] = []
+        with fleet.client() as client, client.stream("POST", "/v1/inference", json=request | {"model": MODEL}) as response:
+            victim = response.headers["x-rbee-worker"]
+            for event in events_of(response):
+                events.append(event)
+                if event.get("i") == 10 and event["type"] == "token":
+                    fleet.hold(None)
+                    fleet.workers[victim].kill()
+        assert [e["mode"] for e in events if e["type"] == "resumed"] == ["exact"]
+        (other,) = fleet.workers.keys() - {victim}
+        again = {"seed": events[0]["seed"], "continue_from": {"rendered_at": events[0]["rendered_at"]}}
+        with fleet.client() as client:
+            undisturbed = generate(client, request | again)
+        assert undisturbed[0]["worker_id"] == other
+        assert undisturbed[0]["prompt_digest"] == events[0]["prompt_digest"]
+        assert ids_of(events) == ids_of(undisturbed)
+    finally:
+        fleet.close()
+
+
 @pytest.mark.X14
 def test_engine_that_hangs_behind_a_front_that_lives_is_left(fleet: Cuttable) -> None:
     longer = LONG | {"max_tokens": 230}

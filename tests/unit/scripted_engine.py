@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from rbee_serve.contract.errors import AllSlotsBusy, RbeeError, WorkerCrashed
@@ -46,7 +47,16 @@ INFO = EngineInfo(
 class ScriptedEngine:
     """Gives the words of ``text`` as tokens; with ``endless`` it stays silent after them until it is closed."""
 
-    def __init__(self, text: str = "one two three", *, slots: int = 2, endless: bool = False, loaded: bool = True) -> None:
+    def __init__(
+        self,
+        text: str = "one two three",
+        *,
+        slots: int = 2,
+        endless: bool = False,
+        loaded: bool = True,
+        template: str | None = INFO.chat_template,
+    ) -> None:
+        self._template = template
         self.words = [w + " " for w in text.split()]
         self.slots, self.endless = slots, endless
         self.refusal: RbeeError | None = None
@@ -65,7 +75,7 @@ class ScriptedEngine:
             self.load()
 
     def load(self) -> None:
-        self._info = INFO
+        self._info = dataclasses.replace(INFO, chat_template=self._template)
         self.report(LoadProgress("ready", INFO.layers, INFO.layers))
 
     def report(self, progress: LoadProgress) -> None:

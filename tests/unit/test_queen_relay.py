@@ -322,6 +322,68 @@ def test_broken_stream_goes_on_at_another_worker(classes: list[str], mode: str) 
     assert bench.failed() == ["lab0-cpu0"]
 
 
+CHAT: dict[str, Any] = {"prompt": None, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def started_from(digest: str | None, rendered_at: str | None = None) -> bytes:
+    said = {"prompt_digest": digest, "rendered_at": rendered_at}
+    told = {name: value for name, value in said.items() if value is not None}
+    return events.encode(events.started("w-1", "smollm2", seed=1, prompt_tokens=7, cached_tokens=0, worker_id="w", prompt=told))
+
+
+@pytest.mark.X14
+@pytest.mark.parametrize(
+    ("first", "second", "mode"),
+    [("d1", "d1", "exact"), ("d1", "d2", "approximate"), ("d1", None, "approximate"), (None, None, "approximate")],
+)
+@pytest.mark.parametrize("late_s", [0.0, 0.3])
+def test_chat_goes_on_exactly_only_from_the_same_prompt(first: str | None, second: str | None, mode: str, late_s: float) -> None:
+    """Also where the second worker says only later from which prompt it goes on."""
+    waits: list[Piece] = [events.PING, late_s] if late_s else []
+    rest = stream_of(*waits, started_from(second), *tokens(3), END, events.DONE)
+    bench = Bench(stream_of(started_from(first), *tokens(0, 3), BREAK), rest)
+
+    seen = bench.run(**CHAT)
+
+    assert kinds(seen) == ["started", "token", "resumed", "token", "end"]
+    assert text_of(seen) == "".join(TEXT)
+    assert [e["mode"] for e in seen if e["type"] == "resumed"] == [mode]
+    assert bench.failovers() == {("crash", mode): 1.0}
+
+
+@pytest.mark.X14
+def test_who_goes_on_is_told_when_the_first_one_has_rendered_the_messages() -> None:
+    at = "2026-12-31T23:59:59+01:00"
+    second = stream_of(started_from("d1", at), *tokens(3, 6), BREAK)
+    third = stream_of(started_from("d1", at), *tokens(6), END, events.DONE)
+    bench = Bench(stream_of(started_from("d1", at), *tokens(0, 3), BREAK), second, third)
+
+    seen = bench.run(**CHAT)
+
+    assert [body["continue_from"]["rendered_at"] for _, body, _ in bench.asked[1:]] == [at, at]
+    assert "continue_from" not in bench.asked[0][1]
+    assert [e["mode"] for e in seen if e["type"] == "resumed"] == ["exact", "exact"]
+
+
+def test_client_s_own_continuation_tells_when_its_prompt_was_rendered() -> None:
+    at = "2026-12-31T23:59:59+01:00"
+    bench = Bench(stream_of(started_from("d1", at), *tokens(2), END, events.DONE))
+
+    bench.run(**CHAT, continue_from={"generated_ids": [100, 101], "rendered_at": at})
+
+    assert bench.asked[0][1]["continue_from"] == {"generated_ids": [100, 101], "rendered_at": at}
+
+
+def test_worker_that_takes_a_stream_over_and_dies_before_it_starts_is_not_heard_of() -> None:
+    bench = Bench(breaks_after(3), stream_of(events.PING, BREAK), whole)
+
+    seen = bench.run()
+
+    assert text_of(seen) == "".join(TEXT)
+    assert [(e["worker_id"], e["mode"]) for e in seen if e["type"] == "resumed"] == [("lab2-cpu0", "exact")]
+    assert bench.failed() == ["lab0-cpu0", "lab1-cpu0"]
+
+
 def test_worker_of_the_same_class_is_preferred_for_a_continuation() -> None:
     bench = Bench(breaks_after(3), whole, whole, classes=["A", "B", "A"])
 
@@ -761,6 +823,15 @@ def test_drain_moves_a_running_stream_at_once() -> None:
     assert bench.failovers() == {("drain", "exact"): 1.0}
 
 
+def test_drain_moves_a_chat_to_whom_renders_the_same_prompt() -> None:
+    first = stream_of(started_from("d1"), *tokens(0, 3), 0.3, *tokens(3), END, events.DONE)
+    seen, bench = drained(first, stream_of(started_from("d1"), *tokens(3), END), **CHAT)
+
+    assert text_of(seen) == "".join(TEXT)
+    assert [(e["mode"], e["i"]) for e in seen if e["type"] == "resumed"] == [("exact", 3)]
+    assert bench.workers == ["lab0-cpu0", "lab1-cpu0"]
+
+
 @pytest.mark.parametrize(
     ("scripts", "more"),
     [
@@ -768,6 +839,7 @@ def test_drain_moves_a_running_stream_at_once() -> None:
         ([three_then_slow, whole], {"classes": ["A", "B"]}),  # it would not go on exactly as it began
         ([three_then_slow, refuses(AllSlotsBusy("busy", slots_total=4, slots_busy=4))], {}),
         ([three_then_slow, stream_of()], {}),
+        ([three_then_slow, stream_of(started_from("d2"), *tokens(3), END)], CHAT),  # it renders another prompt
         ([three_then_slow, whole], {"failover": "off"}),
         ([three_then_slow, whole], {"worker_id": "lab0-cpu0"}),
     ],

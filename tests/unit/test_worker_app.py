@@ -169,6 +169,38 @@ def test_messages_go_through_the_template_and_prompts_do_not() -> None:
     with_front(check)
 
 
+def test_started_says_from_which_prompt_it_goes_on_and_a_continuation_renders_the_same() -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+
+    async def started(front: Front, **more: Any) -> dict[str, Any]:
+        found: dict[str, Any] = (await front.infer(body | more)).events()[0]
+        return found
+
+    async def check(front: Front) -> None:
+        first = await started(front)
+        there = await started(front, continue_from={"generated_ids": [100], "rendered_at": first["rendered_at"]})
+        tomorrow = await started(front, continue_from={"generated_ids": [100], "rendered_at": "2031-01-01T00:00:00+05:45"})
+
+        assert (there["prompt_digest"], there["rendered_at"]) == (first["prompt_digest"], first["rendered_at"])
+        assert front.engine.requests[0].text == front.engine.requests[1].text
+        assert front.engine.requests[2].text == "2031-01-01 00:00 +0545"
+        assert tomorrow["prompt_digest"] != first["prompt_digest"]
+        assert tomorrow["rendered_at"] == "2031-01-01T00:00:00+05:45"
+
+    with_front(check, lambda: ScriptedEngine(template="{{ strftime_now('%Y-%m-%d %H:%M %z') }}"))
+
+
+def test_started_tells_of_a_prompt_only_what_the_worker_has_made_of_it() -> None:
+    async def check(front: Front) -> None:
+        chat, plain = await front.infer({"messages": [{"role": "user", "content": "Hi"}]}), await front.infer()
+
+        assert len(chat.events()[0]["prompt_digest"]) == 16
+        assert "rendered_at" not in chat.events()[0]
+        assert plain.events()[0].keys().isdisjoint({"prompt_digest", "rendered_at"})
+
+    with_front(check)
+
+
 def test_continuation_goes_on_counting() -> None:
     async def check(front: Front) -> None:
         answer = await front.infer(P | {"continue_from": {"generated_ids": [100, 101]}})
@@ -190,6 +222,7 @@ def test_continuation_goes_on_counting() -> None:
         (P | {"temperature": 3}, "temperature"),
         (P | {"continue_from": {"generated_ids": [500]}}, "continue_from.generated_ids"),
         (P | {"continue_from": {"generated_ids": [1] * 10}}, "continue_from.generated_ids"),
+        (P | {"continue_from": {"rendered_at": "2026-11-22T10:00:00"}}, "continue_from.rendered_at"),
         (P | {"nonsense": 1}, "nonsense"),
         ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "messages"),
     ],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from datetime import datetime
+
 import pytest
 
 from rbee_serve.contract.api import ChatMessage
 from rbee_serve.contract.errors import InvalidRequest
-from rbee_serve.worker.chat import ChatTemplate
+from rbee_serve.worker.chat import ChatTemplate, Clock
 
 CHATML = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
@@ -38,6 +41,35 @@ def test_tokens_and_helpers_are_there_and_blocks_are_trimmed() -> None:
     source = "{{ bos_token }}{{ eos_token }}\n{% if true %}\n  x{% endif %}{{ {'a': '<ä>'} | tojson }}{{ strftime_now('%%') }}"
 
     assert template(source).render([said()]) == '<s></s>\n  x{"a": "<ä>"}%'
+
+
+def test_the_time_that_a_template_sees_can_be_told_and_is_noted() -> None:
+    source = "{% macro day() %}{{ strftime_now('%d %b %Y, %H:%M %z') }}{% endmacro %}{{ day() }}"
+    clock = Clock(datetime.fromisoformat("2026-12-31T23:59:59.5+13:45"))
+
+    assert template(source).render([said()], clock=clock) == "31 Dec 2026, 23:59 +1345"
+    assert clock.was_read
+    assert clock.at.isoformat() == "2026-12-31T23:59:59.500000+13:45"
+
+
+def test_a_template_that_does_not_ask_for_the_time_is_not_said_to() -> None:
+    clock = Clock()
+    template(CHATML).render([said()], clock=clock)
+
+    assert not clock.was_read
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Pacific/Chatham", "America/St_Johns"])
+def test_now_comes_out_the_same_where_it_is_told_on(zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        here = Clock()
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert Clock(datetime.fromisoformat(here.at.isoformat())).strftime("%c %f %z %Z") == here.strftime("%c %f %z %Z")
 
 
 def test_loop_controls_work() -> None:
