@@ -24,8 +24,8 @@ NOTES: dict[str, str] = {
     "wake/1.1B": "Two thirds are the start, a third the 64 tokens that are evaluated again to stay exact; reading, checking "
     "and taking over the prefix are 15 ms. 0.19 to 0.21 x from run to run.",
     "throughput-1b/plain-8": "The spreads overlap; the speed of the machine changes by a fifth: 0.83 to 1.03 x in two days.",
-    "throughput-1b/p99-8": "With guesses a step evaluates 16 rows instead of 8 and takes 1.5 times as long, and brings two tokens "
-    "to each stream; the figure is the longest of 64 such steps.",
+    "throughput-1b/p99-8": "With guesses a step evaluates 16 rows instead of 8 and takes 1.5 times as long, and brings two "
+    "tokens to each stream; the figure is the longest of 64 such steps.",
     "fleet-one/stop": "By CPU time: Ansible's YAML files, plugins and the play 0.3 s, the task 0.1 s here, 0.1 s on the "
     "machine; Ansible's imports (0.4 s) and rbee-ctl's own run side by side.",
     "fleet-one/start": "As for stop, with the preflight as a task more; two tasks with nothing to do cost 0.02 s each. 1.29 s "
