@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from rbee_serve.contract.errors import InvalidRequest
 from rbee_serve.worker.engine import gbnf, json_schema
+from rbee_serve.worker.engine import grammar as grammar_module
 from rbee_serve.worker.engine.constraint import Constraints
 from rbee_serve.worker.engine.grammar import Automaton, Matcher, Vocabulary
 
@@ -172,6 +173,98 @@ def test_all_tokens_found_at_once_are_those_that_are_allowed_one_by_one(rng: ran
         if not ids:
             break
         found.accept(tokens[rng.choice(sorted(ids))])
+
+
+# --- many texts of one grammar ----------------------------------------------------------------------------------------
+
+
+def listed(count: int, items: int) -> Any:
+    """The schema of a list of objects whose properties may all be left out: each name can follow each before it."""
+    properties = {f"property_{i}": {"type": "string"} for i in range(count)}
+    return {"type": "array", "maxItems": items, "items": {"type": "object", "properties": properties}}
+
+
+def written(rng: random.Random, count: int, items: int, share: float = 1.0) -> bytes:
+    return json.dumps(
+        [{f"property_{i}": str(rng.random()) for i in range(count) if rng.random() < share} for _ in range(items)]
+    ).encode()
+
+
+def follow(matchers: list[Matcher], texts: list[bytes]) -> None:
+    """All at once, byte by byte."""
+    for at in range(max(map(len, texts))):
+        for found, text in zip(matchers, texts, strict=True):
+            if at < len(text):
+                found.accept(text[at : at + 1])
+
+
+@pytest.mark.parametrize(
+    ("count", "items", "texts"),
+    [(120, 200, [(3, 0.4)] * 8), (120, 50, [(20, 1.0)]), (1500, 50, [(1, 0.1)])],
+    ids=["together", "long", "wide"],
+)
+def test_streams_of_one_grammar_that_is_not_ambiguous_all_reach_their_end(
+    count: int, items: int, texts: list[tuple[int, float]]
+) -> None:
+    """Whatever they need together: what is worked out is forgotten on the way, and takes no more memory than is said."""
+    rng = random.Random(1)  # noqa: S311
+    automaton = Automaton(gbnf.parse(json_schema.to_gbnf(listed(count, items))))
+    matchers = [Matcher(automaton) for _ in texts]
+    follow(matchers, [written(rng, count, *text) for text in texts])
+    assert automaton.work > 200_000
+    assert automaton.size < 20_000_000
+    assert all(found.must_end or found.may_end for found in matchers)
+
+
+def test_text_that_is_too_ambiguous_ends_alone() -> None:
+    """Others that write by the same grammar go on, and begin."""
+    grammar = 'root ::= "?" bad | "!" good*\nbad ::= x{0,600} x{0,600} x{0,600} "!"\nx ::= [^!]\ngood ::= [a-z]'
+    automaton = Automaton(gbnf.parse(grammar))
+    running = Matcher(automaton)
+    running.accept(b"!")
+    for _ in range(3):
+        began = time.process_time()
+        with pytest.raises(InvalidRequest, match="too ambiguous"):
+            follow([Matcher(automaton), running], [b"?" + b"ab" * 900, b"a" * 1800])
+        assert time.process_time() - began < 5
+        running.accept(b"z")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 60))
+def test_room_is_made_without_a_text_noticing(seed: int, held: int) -> None:
+    """Texts that share an automaton, which forgets all the time, may go on with what those of one that never does may."""
+    grammar = gbnf.parse(json_schema.to_gbnf(TREE))
+    rng = random.Random(seed)  # noqa: S311
+    shared, vocabulary = Automaton(grammar), Vocabulary(enumerate(piece.encode() for piece in PIECES))
+    pairs = [(Matcher(shared), Matcher(Automaton(grammar))) for _ in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        for _ in range(20):
+            one, other = rng.choice(pairs)
+            patch.setattr(grammar_module, "_WORK_HELD", held)
+            ids = one.allowed(vocabulary).tolist()
+            patch.undo()
+            assert ids == other.allowed(vocabulary).tolist()
+            assert (one.may_end, one.must_end) == (other.may_end, other.must_end)
+            if ids:
+                piece = PIECES[rng.choice(ids)].encode()
+                one.accept(piece)
+                other.accept(piece)
+
+
+def test_all_tokens_that_may_follow_are_found_within_what_one_token_may_cost() -> None:
+    """In a wide object, at each place of it and with many tokens that end elsewhere in the names."""
+    pieces = [f"{a}{b}" for a in [f"property_{i}"[:n] for i in range(0, 400, 7) for n in range(1, 13)] for b in ENDS] + PIECES
+    vocabulary = Vocabulary((i, piece.encode()) for i, piece in enumerate(dict.fromkeys(pieces)))
+    automaton = Automaton(gbnf.parse(json_schema.to_gbnf(listed(400, 9))))
+    found, most = Matcher(automaton), 0
+    for byte in written(random.Random(2), 400, 1, 0.1):  # noqa: S311
+        before = automaton.work
+        found.allowed(vocabulary)
+        most = max(most, automaton.work - before)
+        found.accept(bytes([byte]))
+    assert most < 20_000
+    assert found.must_end or found.may_end
 
 
 # --- JSON schema ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Constraint:
         if not self._model.is_eog(token):
             self._matcher.accept(self._model.piece(token))
 
-    def allowed(self) -> NDArray[np.int64]:
+    def allowed(self) -> NDArray[np.integer[Any]]:
         """Return all tokens that may come next."""
         ids = self._matcher.allowed(self._vocabulary)
         return np.concatenate([ids, self._model.eog_ids]) if self._matcher.may_end else ids
@@ -89,9 +89,7 @@ class Constraints:
         return not self._vocabulary.whole
 
     def tidy(self) -> None:
-        """Forget automata that no text should begin with, and the least recently used where they are too many or too large."""
-        for key in [key for key, automaton in self._automata.items() if automaton.worn]:
-            del self._automata[key]
+        """Forget the automata used least recently where they are too many or too large."""
         while len(self._automata) > _KEPT_MAX or sum(a.size for a in self._automata.values()) > _KEPT_BYTES:
             self._automata.popitem(last=False)
 
@@ -106,7 +104,7 @@ class Constraints:
         try:
             key = params.grammar or "\0" + json.dumps(params.json_schema)
             automaton = self._automata.pop(key, None)
-            if automaton is None or automaton.worn:
+            if automaton is None:
                 text = params.grammar if params.grammar is not None else json_schema.to_gbnf(params.json_schema)
                 automaton = Automaton(gbnf.parse(text))
         except gbnf.GrammarError as e:

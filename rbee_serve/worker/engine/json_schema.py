@@ -72,8 +72,12 @@ def literal(text: str) -> str:
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\r", "\\r") + '"'
 
 
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def _json(value: Any) -> str:
-    return literal(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
+    return literal(_text(value))
 
 
 def _constant(value: Any) -> str:
@@ -246,29 +250,27 @@ class _Converter:
         pairs = []
         for name, sub in properties.items():
             value = self.visit(sub, f"{where}/properties/{name}", depth + 1)
-            pairs.append((self._rule(f"{_json(name)} {_COLON} {value}"), name in required))
-        tail = ["", ""]  # what may come after the last named one: with nothing before it, and after a comma
+            pairs.append((self._rule(f"{literal(_text(name)[1:])} {_COLON} {value}"), name in required))
+        # What may come after the quote that begins a name, and after a property: the comma, white space and the quote
+        # belong to all alternatives, of which only the names are many. Two rules a property.
+        keys = later = ""
+        left_out = True  # whether all that follow may be
         if extra is not False:
             value = self.visit(extra, f"{where}/additionalProperties", depth + 1)
             pair = self._rule(f"{self._other_key(list(properties))} {_COLON} {value}")
-            more = self._rule(f'("," space {pair})*')
-            tail = [f"({pair} {more})?", more]
-        first, later = tail
+            later = self._rule(f'({_COMMA} "\\"" {pair})*')
+            keys = f"{pair} {later}"
         for pair, needed in reversed(pairs):
-            # Two rules a property: whether one stands before it decides about the comma. Linear in their number.
-            begins, goes_on = f"{pair} {later}", f'"," space {pair} {later}'
-            if needed:
-                first, later = self._rule(begins), self._rule(goes_on)
-            else:
-                skipped, left = first, later
-                first = self._rule(f"{begins} | {skipped}" if skipped else f"({begins})?")
-                later = self._rule(f"{goes_on} | {left}" if left else f"({goes_on})?")
-        return self._rule(f'"{{" space {first} space "}}"')
+            keys = self._rule(f"{pair} {later} | {keys}" if keys and not needed else f"{pair} {later}")
+            left_out = left_out and not needed
+            later = self._rule(f'({_COMMA} "\\"" {keys}){"?" if left_out else ""}')
+        members = f'("\\"" {keys}){"?" if left_out else ""}' if keys else ""
+        return self._rule(f'"{{" space {members} space "}}"')
 
     def _other_key(self, names: list[str]) -> str:
-        """Return the expression of a string that is none of ``names``."""
+        """Return the expression of a string that is none of ``names``, without its first quote."""
         if not names:
-            return "string"
+            return r'char* "\""'
         tree: dict[str, Any] = {}
         for name in names:
             node = tree
@@ -285,7 +287,7 @@ class _Converter:
             parts.append(rf'[^{outside}"\\\x7F\x00-\x1F] char*')
             return " | ".join(parts if "" in node else [*parts, '""'])
 
-        return self._rule(rf'"\"" ({rest(tree, 0)}) "\""')
+        return self._rule(rf'({rest(tree, 0)}) "\""')
 
     def _array(self, schema: dict[str, Any], where: str, depth: int) -> str:
         low, high = _counts(schema, "minItems", "maxItems", where)
