@@ -92,7 +92,7 @@ class SamplingParams(Message):
     top_k: int = Field(0, ge=0, le=1_000_000, description="0: no limit")
     min_p: float = Field(0.0, ge=0, le=1)
     typical_p: float = Field(1.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     seed: int | None = Field(None, ge=0, le=2**32 - 1, description="none: drawn at random and reported in `started`")

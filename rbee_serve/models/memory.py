@@ -29,11 +29,13 @@ HOST_DRIVER_BYTES = 300_000_000
 REPACKED = frozenset({2, 12, 20})
 #: llama.cpp rounds the context of a sequence up to this.
 _CONTEXT_STEP = 256
+#: Rows of a call in which tokens are guessed, of all streams together: with more a CPU's time is all computing.
+DRAFT_ROWS = 16
 #: Prompts whose rest is shorter than this join the block before (engine/blocks.py).
 _BLOCK_REST = 63
 
 #: Defaults of the worker's settings (contract/settings.py).
-DEFAULTS = {"slots": 4, "context_tokens": 4096, "prompt_block_tokens": 128, "kv_type": "f16"}
+DEFAULTS = {"slots": 4, "context_tokens": 4096, "prompt_block_tokens": 128, "kv_type": "f16", "draft_tokens": 7}
 
 Facts = dict[str, Any]
 
@@ -42,7 +44,8 @@ def need(facts: Facts, settings: Facts, *, on_device: bool = False) -> dict[str,
     """Return ``{"weights", "kv", "compute", "process", "total"}`` in bytes; None where the header does not tell enough.
 
     ``facts`` is a catalog entry's ``metadata``; ``settings`` may have ``slots``, ``context_tokens``, ``kv_type``,
-    ``deterministic`` and ``prompt_block_tokens``. ``on_device``: what lies on an accelerator that has all layers.
+    ``deterministic``, ``draft_tokens`` and ``prompt_block_tokens``. ``on_device``: what lies on an accelerator that has all
+    layers.
     """
     figures = facts.get("memory") or {}
     layers, embedding, weights = (
@@ -68,7 +71,7 @@ def need(facts: Facts, settings: Facts, *, on_device: bool = False) -> dict[str,
     batch = max(chosen["prompt_block_tokens"] + _BLOCK_REST, chosen["slots"])
     widest = max(_per_layer(figures.get("feed_forward_length"), layers) or [4 * embedding])
     compute = batch * (4 * (2 * widest + 7 * embedding) + 2 * context)
-    compute += 4 * chosen["slots"] * int(facts.get("vocab_size") or 0)
+    compute += 4 * output_rows(chosen["slots"], chosen["draft_tokens"]) * int(facts.get("vocab_size") or 0)
     if on_device and not figures.get("tied"):
         weights -= int(figures.get("embedding_bytes") or 0)  # the token embedding stays in the machine's own memory
     process = DEVICE_BYTES if on_device else PROCESS_BYTES
@@ -85,8 +88,13 @@ def host_need(facts: Facts, settings: Facts) -> int:
     figures = facts.get("memory") or {}
     chosen = {**DEFAULTS, **{k: v for k, v in settings.items() if v is not None and k in DEFAULTS}}
     block = 4 * (int(chosen["prompt_block_tokens"]) + _BLOCK_REST) * _count(figures.get("embedding_length"))
-    logits = 4 * int(chosen["slots"]) * _count(facts.get("vocab_size"))
+    logits = 4 * output_rows(int(chosen["slots"]), int(chosen["draft_tokens"])) * _count(facts.get("vocab_size"))
     return PROCESS_BYTES + HOST_DRIVER_BYTES + _count(figures.get("embedding_bytes")) + block + logits
+
+
+def output_rows(slots: int, draft_tokens: int) -> int:
+    """Return of how many rows of a call llama.cpp keeps the logits."""
+    return max(slots, DRAFT_ROWS if draft_tokens else 1)
 
 
 def is_mapped(facts: Facts) -> bool:

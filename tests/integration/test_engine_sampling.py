@@ -56,6 +56,21 @@ def test_engine_draws_what_llama_cpp_python_draws(model_path: Path) -> None:
     assert len(set(expected)) >= len(expected) - 1, "the cases do not differ from each other"
 
 
+def test_engine_temperature_next_to_nothing_is_none(model_path: Path) -> None:
+    """Logits divided by 1e-38 are infinite: such a stream is a greedy one, and the smallest penalty allowed leaves numbers."""
+
+    async def run() -> list[Answer]:
+        async with running(model_path, slots=4) as engine:
+            cases: list[dict[str, Any]] = [{}, {"temperature": 1e-38, "seed": 3}, {"temperature": 1e-5, "seed": 3}]
+            jobs = [ask(engine, SHORT, max_tokens=16, **case) for case in [*cases, {**HOT, "repetition_penalty": 0.01}]]
+            return await asyncio.gather(*jobs)
+
+    greedy, coldest, cold, repeated = asyncio.run(run())
+    assert coldest.ids == cold.ids == greedy.ids
+    assert len(repeated.ids) == 16
+    assert 49_151 not in repeated.ids, "the last of the vocabulary is what a chain of NaN chooses"
+
+
 def test_engine_penalties_and_bias_are_the_formulas(model_path: Path) -> None:
     """Greedy under presence, frequency and bias is the best of the reported logits after the formula, token by token."""
     params = {"presence_penalty": 0.8, "frequency_penalty": 0.6, "logit_bias": {29: 1.5, 28: -2.0}, "logprobs": 20}

@@ -276,7 +276,7 @@ P, M = {"prompt": "hi"}, {"messages": [{"role": "user", "content": "hi"}]}
         ("/v1/inference", P | {"top_p": 2}, "top_p"),
         ("/v1/inference", P | {"min_p": -1}, "min_p"),
         ("/v1/inference", P | {"top_k": -1}, "top_k"),
-        ("/v1/inference", P | {"repetition_penalty": 0}, "repetition_penalty"),
+        ("/v1/inference", P | {"repetition_penalty": 1e-40}, "repetition_penalty"),
         ("/v1/inference", P | {"seed": -1}, "seed"),
         ("/v1/inference", P | {"seed": 2**32}, "seed"),
         ("/v1/inference", P | {"stop": ["a"] * 5}, "stop"),

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rbee_serve.contract.errors import ConfigInvalid, InsufficientRam, InsufficientVram, ModelFileInvalid
+from rbee_serve.models.memory import output_rows
 from rbee_serve.worker.engine import failures, interrupt
 from rbee_serve.worker.engine.blocks import Blocks
-from rbee_serve.worker.engine.protocol import DRAFT_ROWS
 
 if TYPE_CHECKING:
     from rbee_serve.worker.engine.weights import Weights
@@ -21,6 +21,8 @@ _KV_TYPES = {"f16": 1, "q8_0": 8}  # enum ggml_type
 #: Q4_0, Q4_1, Q8_0 (enum ggml_type): their matmul kernels give the same bits whatever the batch, those of K-quants, Q5 and
 #: floats do not (one row takes another way than several) or were not measured.
 _BATCH_INVARIANT = frozenset({2, 3, 8})
+#: Classes of instruction sets (libs.isa_class) in which that was compared bit by bit.
+_COMPARED = frozenset({"avx512", "avx2"})
 _TYPE_NAMES = {0: "F32", 1: "F16", 6: "Q5_0", 7: "Q5_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16"}
 
 
@@ -31,7 +33,7 @@ class Context:
     most tokens of a call. ``recurrent``: layers carry one state through the text, which stands for all positions; ``can_be_cut``:
     the last positions of a sequence can be taken back (not with recurrent layers or sliding windows). ``causal``: a token sees
     those before it alone, else a text must be evaluated in one call. ``batch_invariant``: a stream's bits are known not to depend
-    on what else is in the batch (CPU, dense, full attention).
+    on what else is in the batch (kernels that were compared, dense, full attention).
     """
 
     def __init__(self, weights: Weights, interrupt_: interrupt.Interrupt | None = None) -> None:
@@ -56,13 +58,15 @@ class Context:
     def _is_batch_invariant(self) -> bool:
         experts = self._header.values.get(f"{self._header.architecture}.expert_count", 0)
         usual = self._config.backend == "cpu" and self.can_be_cut and not experts and not self._config.lora
+        usual = usual and self.weights.isa in _COMPARED
         return usual and self._header.matrix_types <= _BATCH_INVARIANT
 
     def _check_deterministic(self) -> None:
         if not self._config.deterministic or self.batch_invariant:
             return
         others = sorted(_TYPE_NAMES.get(t, str(t)) for t in self._header.matrix_types - _BATCH_INVARIANT)
-        reason = f"weights of type {', '.join(others)}" if others else "its architecture, LoRA adapters or a GPU"
+        rest = f"its architecture, LoRA adapters, a GPU, or kernels that nobody compared ({self.weights.isa})"
+        reason = f"weights of type {', '.join(others)}" if others else rest
         raise ConfigInvalid(
             f"deterministic: this model can not be evaluated so that a stream's tokens do not depend on the others: {reason}",
             hint="use a Q4_0, Q4_1 or Q8_0 file on a CPU, or set deterministic = false: streams are then continued elsewhere "
@@ -98,7 +102,7 @@ class Context:
         params = ll.llama_context_default_params()
         params.n_seq_max = config.slots
         params.n_ctx = self.context_tokens * config.slots
-        outputs = max(config.slots, DRAFT_ROWS if config.draft_tokens else 1)
+        outputs = output_rows(config.slots, config.draft_tokens)
         self.rows = max(self.blocks.capacity, outputs)
         params.n_batch = params.n_ubatch = self.rows
         params.n_outputs_max = outputs

@@ -15,9 +15,6 @@ if TYPE_CHECKING:  # the engine process reads this module and must not pay for p
 
 LoadStage = Literal["starting", "loading_to_vram", "ready", "failed"]
 
-#: Rows of a call in which tokens are guessed, of all streams together: with more a CPU's time is all computing.
-DRAFT_ROWS = 16
-
 
 @dataclass(frozen=True)
 class EngineConfig:

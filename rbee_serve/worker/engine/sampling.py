@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: Shown in place of minus infinity, which JSON has not; OpenAI does the same.
 _NEVER = -9999.0
+#: Below this a temperature is none: divided by it logits would leave the range of their type.
+_COLDEST = 1e-6
 #: Tokens that a grammar refuses before all that it allows are looked for, which costs some ten milliseconds.
 _TRIES = 6
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
@@ -49,7 +51,7 @@ class Sampler:
     ) -> None:
         """Build the chain and bring it to the state it had after ``generated``; ``constraint`` is in that state."""
         self._model, self._constraint = model, constraint
-        self._ban_eog, self._random = params.ignore_eos, params.temperature > 0
+        self._ban_eog, self._random = params.ignore_eos, params.temperature >= _COLDEST
         self._reported = params.logprobs
         self._bias = np.array(list(params.logit_bias), np.int64), np.array(list(params.logit_bias.values()), np.float32)
         # llama.cpp takes 2**32 - 1 for "choose a seed yourself": neither repeatable nor continued exactly.
@@ -59,12 +61,12 @@ class Sampler:
         self._chain: Any = None
         self._last: Any = None
         samplers = [*self._penalties(params, prompt, generated), *self._truncations(params)]
-        if params.temperature > 0 or samplers:
+        if self._random or samplers:
             ll = model.ll
             self._chain = ll.llama_sampler_chain_init(ll.llama_sampler_chain_default_params())
             for sampler in samplers:
                 ll.llama_sampler_chain_add(self._chain, sampler)
-            self._last = self._dist(self._seed, len(generated)) if params.temperature > 0 else ll.llama_sampler_init_greedy()
+            self._last = self._dist(self._seed, len(generated)) if self._random else ll.llama_sampler_init_greedy()
             if not self._by_hand:
                 ll.llama_sampler_chain_add(self._chain, self._last)
         #: The likeliest token it is, as the model gives it; which ones end a text is asked for only where one would.
@@ -88,7 +90,7 @@ class Sampler:
 
     def _truncations(self, params: SamplingParams) -> list[Any]:
         ll, made = self._model.ll, []
-        if params.temperature == 0:
+        if not self._random:
             return []
         if params.top_k > 0:
             made.append(ll.llama_sampler_init_top_k(params.top_k))

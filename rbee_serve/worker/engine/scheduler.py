@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, PromptTooLong, RbeeError
+from rbee_serve.models.memory import DRAFT_ROWS
 from rbee_serve.worker.engine.constraint import Constraint, Constraints
 from rbee_serve.worker.engine.lookup import LookUp, rows_each
-from rbee_serve.worker.engine.protocol import DRAFT_ROWS
 from rbee_serve.worker.engine.sampling import Sampler
 from rbee_serve.worker.engine.text import TextAssembler
 
