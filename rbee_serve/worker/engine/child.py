@@ -1,9 +1,10 @@
 """The engine process: loads the model, then one loop of reading messages and stepping. Begun by spawn.py.
 
 Everything happens in one thread, so what it reports (a tick at least once a second) is proof that generation moves. A second
-one only reads: it hears of a cancellation while llama.cpp computes and ends the evaluation of that prompt. At the start a third
-one imports numpy and what else is needed last, while llama.cpp makes the context: it asks nobody meanwhile, whereas it tells its
-progress of each matrix that it loads, and the front has done with its own imports by then.
+one only reads: it hears of a cancellation while llama.cpp computes and ends the evaluation of that prompt. One
+more tokenizes what is long (tokenizing.py). At the start another one imports numpy and what else is needed last, while llama.cpp
+makes the context: it asks nobody meanwhile, whereas it tells its progress of each matrix that it loads, and the front has done
+with its own imports by then.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from rbee_serve.worker.engine import llama
     from rbee_serve.worker.engine.embedding import Embedder
     from rbee_serve.worker.engine.scheduler import Event, Scheduler
+    from rbee_serve.worker.engine.tokenizing import Tokenizing
 
 TICK_S = 0.5
 #: Tokens of quick steps are sent together, some sixty times a second. Each message costs the front 0.3 ms on cores that it
@@ -83,6 +85,7 @@ class EngineLoop:
         self._timed = 0.0
         self._busy_s = 0.0
         self._imports = threading.Thread(target=import_rest, name="imports")
+        self.texts: Tokenizing | None = None
 
     def send(self, message: Any) -> None:
         """Send; ends the process when the front is gone."""
@@ -195,8 +198,10 @@ class EngineLoop:
     def run(self, model: llama.Model, scheduler: Scheduler) -> None:
         """Step for ever: as fast as possible while there is work, else wait for a message."""
         from rbee_serve.worker.engine.embedding import LEAST_ROWS, Embedder
+        from rbee_serve.worker.engine.tokenizing import Tokenizing, without_texts
 
         embedder = Embedder(model)
+        texts = self.texts = Tokenizing(lambda message: without_texts(message, model, embedder), self._messages.put)
         model.decode_s = 0.0  # the self test does not count
         while True:
             began, idle = time.perf_counter(), not (scheduler.has_work or embedder.has_work)
@@ -206,9 +211,10 @@ class EngineLoop:
             if messages:  # a text to tokenize or a prefix to read may take its time
                 self.give_out([])
             events: list[Event] = []
-            for message in messages:
-                events += self._handle(message, scheduler)
-                self._answer(message, model, embedder)
+            for came in messages:
+                if (message := texts.ready(came)) is not None:
+                    events += self._handle(message, scheduler, texts)
+                    self._answer(message, model, embedder, texts)
             holds = scheduler.decodes_only and not embedder.has_work
             if events or not holds:
                 self.give_out(events)
@@ -226,15 +232,17 @@ class EngineLoop:
                 self._timed = time.monotonic()
                 self.send({"totals": [self._busy_s, model.decode_s, scheduler.drafted, scheduler.accepted]})
 
-    def _handle(self, message: dict[str, Any], scheduler: Scheduler) -> list[Event]:
+    def _handle(self, message: dict[str, Any], scheduler: Scheduler, texts: Tokenizing) -> list[Event]:
         if (request := message.get("submit")) is not None:
             return scheduler.submit(GenerateRequest(params=as_params(request.pop("params")), **request))
         if (request_id := message.get("cancel")) is not None:
             self._interrupt.heard(request_id)
-            return scheduler.cancel(request_id)
+            return texts.cancel(request_id) or scheduler.cancel(request_id)
+        if (request_id := message.get("refuse")) is not None:
+            return [("error", request_id, message["error"])]
         return []
 
-    def _answer(self, message: dict[str, Any], model: llama.Model, embedder: Embedder) -> None:
+    def _answer(self, message: dict[str, Any], model: llama.Model, embedder: Embedder, texts: Tokenizing) -> None:
         """Answer what is asked under a number; embeddings are answered when they are there."""
         if (question := message.get("tokenize")) is not None:
             ids = model.tokenize(question["text"], parse_special=question["parse_special"], add_bos=question["add_bos"])
@@ -246,7 +254,10 @@ class EngineLoop:
                 embedder.submit(message["number"], inputs)
             except RbeeError as e:
                 self._reply(message["number"], e)
+        elif (answer := message.get("told")) is not None:
+            self._reply(message["number"], answer)
         elif (number := message.get("forget")) is not None:
+            texts.cancel(number)
             embedder.cancel(number)
 
     def _reply(self, number: int, answer: Any) -> None:
@@ -289,7 +300,7 @@ def self_test(model: llama.Model, scheduler: Scheduler) -> None:
 def import_rest() -> None:
     """Import what comes after the weights; what is missing is said by who needs it."""
     with contextlib.suppress(ImportError):
-        from rbee_serve.worker.engine import embedding, llama, prefix_store, scheduler  # noqa: F401
+        from rbee_serve.worker.engine import embedding, llama, prefix_store, scheduler, tokenizing  # noqa: F401
 
 
 def run(connection: socket.socket, parent: int) -> None:
@@ -323,6 +334,8 @@ def run(connection: socket.socket, parent: int) -> None:
         loop.run(model, scheduler)
     except FrontGone:
         scheduler.park()
+        if loop.texts is not None and loop.texts.working:  # it reads what an orderly end takes away
+            os._exit(0)
         raise
 
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
     from rbee_serve.worker.engine.llama import Model
 
+    #: A text, its ids, or ids that were looked at already.
+    Input = str | Sequence[int] | NDArray[np.int32]
+
 #: Texts evaluated in one call at most; llama.cpp reserves something for each.
 _SEQUENCES = 16
 #: Fewer tokens in a call cost nearly as much as so many.
@@ -79,13 +82,17 @@ class Embedder:
         """Whether a step would do anything."""
         return bool(self._waiting or self._running)
 
-    def submit(self, number: int, inputs: Sequence[str | Sequence[int]]) -> None:
-        """Take a request: texts, or token ids as they are.
+    def tokens(self, inputs: Sequence[Input]) -> list[NDArray[np.int32]]:
+        """Return the ids of each input, texts and ids alike; raises InvalidRequest or PromptTooLong. Thread-safe."""
+        return [self._tokens(i, value) for i, value in enumerate(inputs)]
+
+    def submit(self, number: int, inputs: Sequence[Input]) -> None:
+        """Take a request: texts, token ids as they are, or what `tokens` made of them.
 
         Raises InvalidRequest, PromptTooLong, InsufficientRam or InsufficientVram (no room for a second context).
         """
         self._check_possible()
-        tokens = [self._tokens(i, value) for i, value in enumerate(inputs)]
+        tokens = self.tokens(inputs)
         if self._ctx is None:
             self._make_context()
         job = _Job(number, tokens, [None] * len(tokens))
@@ -136,22 +143,35 @@ class Embedder:
             raise InvalidRequest("input: this model ranks pairs of texts, it gives no embeddings", field="input")
         self._pooling = _MEAN if pooling in (_UNSPECIFIED, _NONE) else pooling
 
-    def _tokens(self, index: int, value: str | Sequence[int]) -> NDArray[np.int32]:
+    def _tokens(self, index: int, value: Input) -> NDArray[np.int32]:
+        if isinstance(value, np.ndarray):
+            return value
         model, name = self._model, f"input.{index}"
-        ids = model.tokenize(value, parse_special=False, add_bos=True) if isinstance(value, str) else list(value)
-        if not ids:
+        if isinstance(value, str):
+            data = value.encode()
+            if (least := model.vocabulary.at_least(data)) > model.context_tokens:
+                raise self._too_long(name, least, counted=False)
+            ids = model.vocabulary.tokenize_long(data, parse_special=False, add_bos=True)
+        else:
+            ids = np.array(value, np.int64)
+        if not len(ids):
             raise InvalidRequest(f"{name}: it has no tokens", field="input")
-        if bad := [i for i in ids if not 0 <= i < model.n_vocab]:
-            raise InvalidRequest(f"{name}: {bad[0]} is no token of this model, which has {model.n_vocab}", field="input")
         if len(ids) > model.context_tokens:
-            raise PromptTooLong(
-                f"{name}: {len(ids)} tokens, the context holds {model.context_tokens}",
-                hint="split the text or give the worker a larger context_tokens",
-                field="input",
-                prompt_tokens=len(ids),
-                context_tokens=model.context_tokens,
-            )
-        return np.array(ids, np.int32)
+            raise self._too_long(name, len(ids))
+        if len(bad := ids[(ids < 0) | (ids >= model.n_vocab)]):
+            raise InvalidRequest(f"{name}: {bad[0]} is no token of this model, which has {model.n_vocab}", field="input")
+        return ids.astype(np.int32)
+
+    def _too_long(self, name: str, tokens: int, *, counted: bool = True) -> PromptTooLong:
+        context_tokens = self._model.context_tokens
+        known: dict[str, int] = {"prompt_tokens": tokens} if counted else {"prompt_tokens_at_least": tokens}
+        return PromptTooLong(
+            f"{name}: {'' if counted else 'at least '}{tokens} tokens, the context holds {context_tokens}",
+            hint="split the text or give the worker a larger context_tokens",
+            field="input",
+            context_tokens=context_tokens,
+            **known,
+        )
 
     def _make_context(self) -> None:
         model, ll = self._model, self._model.ll

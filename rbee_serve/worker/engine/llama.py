@@ -18,6 +18,7 @@ import numpy as np
 from rbee_serve.worker.engine import libs
 from rbee_serve.worker.engine.batch import Batch
 from rbee_serve.worker.engine.model_file import fingerprint
+from rbee_serve.worker.engine.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +39,7 @@ INTERRUPTED = 2
 
 
 class Model:
-    """A loaded model with its context. Not thread-safe: the engine's loop owns it.
+    """A loaded model with its context. Not thread-safe: the engine's loop owns it, all but ``vocabulary``.
 
     ``ll``: the bindings; ``vocab``: llama.cpp's handle; the rest is the context's (context.py).
     """
@@ -56,6 +57,7 @@ class Model:
         self.stream_bytes = context.stream_bytes
         self._batch = Batch(ll, context.rows)
         self.n_vocab: int = ll.llama_vocab_n_tokens(self.vocab)
+        self.vocabulary = Vocabulary(ll, self.vocab, self.header.values.get("tokenizer.ggml.model"))
         self._pieces: dict[int, bytes] = {}
         self._views: dict[tuple[int, int], NDArray[np.float32]] = {}
         self._best: list[int] | None = None  # of the last call
@@ -228,15 +230,8 @@ class Model:
 
     def tokenize(self, text: str, *, parse_special: bool, add_bos: bool) -> list[int]:
         """Return token ids of ``text``; ``add_bos`` adds what the model's tokenizer wants at the beginning."""
-        data = text.encode("utf-8")
-        room = len(data) + 8
-        for _ in range(2):
-            buffer = (ctypes.c_int32 * room)()
-            n = self.ll.llama_tokenize(self.vocab, data, len(data), buffer, room, add_bos, parse_special)
-            if n >= 0:
-                return list(buffer[:n])
-            room = -n
-        raise RuntimeError("llama_tokenize asked for more room twice")
+        ids: list[int] = self.vocabulary.tokenize(text.encode(), parse_special=parse_special, add_bos=add_bos).tolist()
+        return ids
 
     def piece(self, token: int) -> bytes:
         """Return the bytes of a token (control tokens: none)."""

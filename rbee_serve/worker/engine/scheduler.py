@@ -111,6 +111,19 @@ def _rows_of(seqs: set[int]) -> int:
     return sum(seq - 1 not in seqs for seq in seqs)
 
 
+def prompt_too_long(tokens: int, context_tokens: int, *, counted: bool = True) -> PromptTooLong:
+    """Return the error of a prompt of so many tokens, or of at least so many where nobody has ``counted`` them."""
+    known: dict[str, int] = {"prompt_tokens": tokens} if counted else {"prompt_tokens_at_least": tokens}
+    return PromptTooLong(
+        f"prompt: {'' if counted else 'at least '}{tokens} tokens, the context holds {context_tokens} and one must be left to "
+        "generate",
+        hint="shorten the prompt or give the worker a larger context_tokens",
+        field="prompt",
+        context_tokens=context_tokens,
+        **known,
+    )
+
+
 class Scheduler:
     """Owns the model's sequences. Single-threaded: all methods are called from the engine's loop."""
 
@@ -175,24 +188,15 @@ class Scheduler:
             )
         if bad := [i for i in request.params.logit_bias if i >= model.n_vocab]:
             raise InvalidRequest(f"logit_bias: {bad[0]} is no token of this model, which has {model.n_vocab}", field="logit_bias")
-        if request.prompt_ids is not None:
-            prompt = request.prompt_ids
-            if bad := [i for i in prompt if not 0 <= i < model.n_vocab]:
-                raise InvalidRequest(
-                    f"prompt_ids: {bad[0]} is no token of this model, which has {model.n_vocab}", field="prompt_ids"
-                )
-        else:
+        prompt = request.prompt_ids
+        if prompt is None:
             prompt = model.tokenize(request.text, parse_special=request.parse_special, add_bos=request.add_bos)
         if not prompt:
             raise InvalidRequest("prompt: it has no tokens", field="prompt")
         if len(prompt) + 1 > model.context_tokens:
-            raise PromptTooLong(
-                f"prompt: {len(prompt)} tokens, the context holds {model.context_tokens} and one must be left to generate",
-                hint="shorten the prompt or give the worker a larger context_tokens",
-                field="prompt",
-                prompt_tokens=len(prompt),
-                context_tokens=model.context_tokens,
-            )
+            raise prompt_too_long(len(prompt), model.context_tokens)
+        if bad := [i for i in request.prompt_ids or () if not 0 <= i < model.n_vocab]:
+            raise InvalidRequest(f"prompt_ids: {bad[0]} is no token of this model, which has {model.n_vocab}", field="prompt_ids")
         text = TextAssembler(request.params.stop)
         for token in request.generated_ids:
             text.push(model.piece(token))
