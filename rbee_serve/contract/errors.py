@@ -144,7 +144,7 @@ class DeviceOutOfRange(RequestError):
 
 
 class PromptTooLong(RequestError):
-    """Prompt and requested tokens do not fit the context; both numbers stand in ``details``."""
+    """Prompt and requested tokens do not fit the context; ``details`` has both numbers, or how many it has at least."""
 
     code = "PROMPT_TOO_LONG"
 
