@@ -60,6 +60,38 @@ CASES = [
         '<tool_call>{"name": "rm", "arguments": {}}</tool_call>',
         [],
     ),
+    # a brace is missing
+    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": 1}</tool_call>', "", [("add", {"a": 1})]),
+    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": 1}\n</tool_call> Well.', "Well.", [("add", {"a": 1})]),
+    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": 1}x</tool_call>', "x</tool_call>", [("add", {"a": 1})]),
+    (
+        HERMES,
+        f'<tool_call>{{"name": "add", "arguments": {{"a": 1}}</tool_call><tool_call>{written("weather", WEATHER)}</tool_call>',
+        "",
+        [("add", {"a": 1}), ("weather", WEATHER)],
+    ),
+    (
+        LLAMA3,
+        f'{{"name": "add", "parameters": {{"a": 1}}; {written("weather", WEATHER, "parameters")}',
+        "",
+        [("add", {"a": 1}), ("weather", WEATHER)],
+    ),
+    (HERMES, '<tool_call>{"name": "add"</tool_call>', '<tool_call>{"name": "add"</tool_call>', []),
+    # what is no call may have one behind it
+    (HERMES, f'<tool_call>{{"name":<tool_call>{written("add", ADD)}</tool_call>', '<tool_call>{"name":', TWO[1:]),
+    # arguments that are no object
+    *[
+        (tool_format, f"{tag}{written('add', arguments)}{closer}", f"{tag}{written('add', arguments)}{closer}", [])
+        for tool_format, tag, closer in ((HERMES, "<tool_call>", "</tool_call>"), (LLAMA3, "", ""), (MISTRAL, "[TOOL_CALLS]", ""))
+        for arguments in ([1, 2], 7, True, "a", "[1]", -1)
+    ],
+    (HERMES, '<tool_call>{"arguments": [1], "name": "add"}', '<tool_call>{"arguments": [1], "name": "add"}', []),
+    (HERMES, '<tool_call>{"name": "add", "arguments": null}</tool_call>', "", [("add", {})]),
+    # the first one counts
+    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": 1}, "arguments": {"b": 1}}</tool_call>', "", [("add", {"a": 1})]),
+    (HERMES, '<tool_call>{"arguments": {"a": 1}, "parameters": {"b": 1}, "name": "add"}</tool_call>', "", [("add", {"a": 1})]),
+    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": 1}, "arguments": [1]}</tool_call>', "", [("add", {"a": 1})]),
+    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": 1}, "name": "rm"}</tool_call>', "", [("add", {"a": 1})]),
     (LLAMA3, written("weather", WEATHER, "parameters"), "", TWO[:1]),
     (LLAMA3, f"<|python_tag|>{written('weather', WEATHER, 'parameters')}; {written('add', ADD, 'parameters')}", "", TWO),
     (LLAMA3, '{"type": "function", "name": "add", "parameters": {"a": 1}}', "", [("add", {"a": 1})]),
@@ -103,11 +135,11 @@ def test_text_without_calls_comes_through_whole(text: str, tool_format: str, siz
 def test_the_name_comes_first_and_arguments_while_they_are_written() -> None:
     parser = parser_of(HERMES, NAMES)
 
-    assert parser.push('<tool_call>{"name": "wea') == []
-    (call,) = parser.push('ther", "arg')
+    assert parser.push('<tool_call>{"name": "weather", "arg') == []  # who knows what the arguments are
+    call, first = parser.push('uments": {"ci')
     assert isinstance(call, Call)
     assert (call.index, call.name) == (0, "weather")
-    assert parser.push('uments": {"ci') == [Arguments(0, '{"ci')]
+    assert first == Arguments(0, '{"ci')
     assert parser.push('ty": "Paris"') == [Arguments(0, 'ty": "Paris"')]
     assert parser.push("}}</tool_call>") == [Arguments(0, "}")]
     assert parser.close() == []
@@ -118,6 +150,9 @@ def test_a_call_that_is_cut_short_stays_as_far_as_it_came() -> None:
     found = parser.push('<tool_call>{"name": "add", "arguments": {"a": ') + parser.close()
 
     assert [type(f) for f in found] == [Call, Arguments]
+    braceless = parser_of(HERMES, NAMES)
+    found = braceless.push('<tool_call>{"name": "add", "arguments": {"a": [1</tool_call>Well.') + braceless.close()
+    assert [f for f in found if not isinstance(f, Call)] == [Arguments(0, '{"a": [1'), Text("Well.")]
     unnamed = parser_of(HERMES, NAMES)
     assert unnamed.push('<tool_call>{"na') + unnamed.close() == [Text('<tool_call>{"na')]
 

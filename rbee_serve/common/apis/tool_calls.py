@@ -56,8 +56,9 @@ def parser_of(tool_format: object, names: Collection[str]) -> Parser:
 class _CallObject:
     """One ``{"name": ..., "arguments": {...}}``, character by character.
 
-    ``feed`` returns the piece of the arguments that became certain. ``name`` is set once it is known, ``done`` at the
-    closing brace, ``bad`` when it can not be a call.
+    ``feed`` returns the piece of the arguments that became certain. ``name`` is set once it is known, ``certain`` when it is a
+    call (arguments have begun, or it has none), ``done`` at the closing brace, ``bad`` at a character that does not belong to it.
+    Of members that come twice the first one counts: its arguments may have been told already.
     """
 
     def __init__(self, names: Collection[str]) -> None:
@@ -68,10 +69,15 @@ class _CallObject:
         self._depth = 0
         self._in_string = self._escaped = False
         self._early = ""  # arguments that came before the name
+        self._has_arguments = False  # they have been met
+        self._is_arguments = False  # the present value is theirs
         self._given = False
 
     def feed(self, c: str) -> str:
         self.raw += c
+        if c == "<" and self._state != "key" and not self._in_string:  # no JSON has it there: a tag
+            self.bad = True
+            return ""
         step = getattr(self, f"_at_{self._state}")
         piece: str = step(c) or ""
         if self.bad or not self.name:
@@ -82,6 +88,11 @@ class _CallObject:
             piece = "{}"
         self._given = self._given or bool(piece)
         return piece
+
+    @property
+    def certain(self) -> bool:
+        """Whether this is a call of a tool that was offered, with arguments that are an object."""
+        return bool(self.name) and (self._given or self.done)
 
     def _at_open(self, c: str) -> None:
         if c == "{":
@@ -114,6 +125,10 @@ class _CallObject:
             return ""
         self._value, self._depth, self._in_string, self._escaped = "", 0, c == '"', False
         self._state = "value"
+        self._is_arguments = self._key in ("arguments", "parameters") and not self._has_arguments
+        if self._is_arguments:
+            self._has_arguments = True
+            self.bad = c not in '{"n'  # an object, one that is written as a string, or null: none
         if c in "{[":
             self._depth = 1
         self._value = c
@@ -128,7 +143,7 @@ class _CallObject:
 
     @property
     def _streams(self) -> bool:
-        return self._key in ("arguments", "parameters") and self._value.startswith("{")
+        return self._is_arguments and self._value.startswith("{")
 
     def _at_value(self, c: str) -> str:
         self._value += c
@@ -156,15 +171,17 @@ class _CallObject:
 
     def _complete(self, piece: str) -> str:
         self._state = "next"
-        if self._key in ("name", "function") and self._value.startswith('"'):
+        if self._key in ("name", "function") and self._value.startswith('"') and not self.name:
             self.name = str(_loads(self._value) or "")
             self.bad = self.name not in self._names
-        elif self._key in ("arguments", "parameters") and self._value.startswith('"'):
+        elif self._is_arguments and self._value.startswith('"'):
             # Some models write the object as a string.
             inner = _loads(self._value)
             if isinstance(inner, str) and isinstance(_loads(inner), dict):
                 return inner
-            self.bad = not self._given
+            self.bad = True
+        elif self._is_arguments and not self._value.startswith("{"):
+            self.bad = self._value != "null"
         return piece
 
 
@@ -329,18 +346,15 @@ class Parser:
         pieces = ""
         for position, c in enumerate(self._held):
             pieces += call.feed(c)
-            if call.bad and not self._announced:
-                self._say(self._tag + call.raw)
-                self._tag = ""
-                self._held = self._held[position + 1 :]
-                self._mode = "plain" if self._format == LLAMA3 else "text"
+            if call.bad:
+                self._give_back(call, pieces, self._held[position:])
                 return True
             # `name[ARGS]{...}` has no brace of its own around it: the arguments end the call.
             ends = call.done or (self._bare and call.name and call.between and pieces)
-            if call.name and not self._announced:
+            if call.certain and not self._announced:
                 self._announced, self._tag = True, ""
                 self._found.append(Call(self._calls, self._new_id(), call.name))
-            if ends or call.bad:
+            if ends:
                 if pieces:
                     self._found.append(Arguments(self._calls, pieces))
                 self._calls += 1
@@ -351,6 +365,19 @@ class Parser:
             self._found.append(Arguments(self._calls, pieces))
         self._held = ""
         return False
+
+    def _give_back(self, call: _CallObject, pieces: str, rest: str) -> None:
+        """Go on with the rest: its first character does not belong to the call. It may begin a tag."""
+        self._held = rest
+        if self._announced:  # a brace is missing at the end
+            if pieces:
+                self._found.append(Arguments(self._calls, pieces))
+            self._calls += 1
+            self._mode = "text" if self._bare else "between"
+            return
+        self._say(self._tag + call.raw[:-1])
+        self._tag = ""
+        self._mode = "plain" if self._format == LLAMA3 else "text"
 
     def _new_id(self) -> str:
         # Mistral's templates insist on nine letters and digits when the call comes back as history.
