@@ -116,6 +116,22 @@ def test_n_answers_are_those_of_seeds_that_count_up(ai: openai.OpenAI) -> None:
     assert together.usage.completion_tokens <= 24
 
 
+@pytest.mark.parametrize("where", ["ai", "direct"])
+def test_more_answers_than_slots_follow_one_another(where: str, request: pytest.FixtureRequest) -> None:
+    client: openai.OpenAI = request.getfixturevalue(where)
+    common: dict[str, Any] = {"model": MODEL, "max_tokens": 4, "temperature": 0}
+    prompts = [f"The number {word} is" for word in ("one", "two", "three", "four", "five", "six", "seven")]
+    alone = [client.completions.create(**common, prompt=prompt).choices[0].text for prompt in prompts]
+
+    whole = client.completions.create(**common, prompt=prompts)
+    streamed = dict.fromkeys(range(len(prompts)), "")
+    for chunk in client.completions.create(**common, prompt=prompts, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+
+    assert [c.text for c in whole.choices] == list(streamed.values()) == alone
+
+
 def test_log_probabilities_of_chat_and_completions(ai: openai.OpenAI) -> None:
     chat = ai.chat.completions.create(
         model=MODEL, messages=USER, max_tokens=4, temperature=0, logprobs=True, top_logprobs=3, extra_body={"ignore_eos": True}

@@ -45,7 +45,8 @@ INFO = EngineInfo(
 
 
 class ScriptedEngine:
-    """Gives the words of ``text`` as tokens; with ``endless`` it stays silent after them until it is closed."""
+    """Gives the words of ``text`` as tokens; with ``endless`` it stays silent after them until it is closed
+    or ``released``."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class ScriptedEngine:
         self.requests: list[GenerateRequest] = []
         self.running: set[str] = set()
         self.granted: asyncio.Event | None = None  # requests wait for it before they start
+        self.released = asyncio.Event()
         self.at_once = False  # all of an answer comes together
         self.closed = False
         self.age_s = 0.0
@@ -139,7 +141,7 @@ class ScriptedEngine:
                 if index >= done:
                     yield [TokenOut(index, 100 + index, word)]
             if self.endless:
-                await asyncio.Event().wait()
+                await self.released.wait()
             yield [Finished("EOS", len(self.words), 1.0, 2.0)]
         finally:
             self.running.discard(request.request_id)

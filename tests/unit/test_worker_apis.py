@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from asgi import Exchange
 from scripted_engine import ScriptedEngine, until
 from test_worker_app import Front, with_front
 
@@ -56,14 +57,95 @@ def test_several_answers_have_their_index_and_one_prompt_in_the_usage() -> None:
     with_front(check)
 
 
+FIVE: dict[str, Any] = {"model": "m", "prompt": ["a", "b", "c", "d", "e"]}
+
+
+def texts(answer: Exchange) -> dict[int, str]:
+    """Return the answers of completions, streamed or whole, by their index."""
+    if not answer.headers["content-type"].startswith("text/event-stream"):
+        return {c["index"]: c["text"] for c in answer.json()["choices"]}
+    found: dict[int, str] = {}
+    for chunk in chunks(answer.events()):
+        for choice in chunk["choices"]:
+            found[choice["index"]] = found.get(choice["index"], "") + choice["text"]
+    return found
+
+
+def refusals(front: Front) -> float:
+    (family,) = front.worker.metrics.requests.collect()
+    return sum(s.value for s in family.samples if s.labels.get("outcome") == "ALL_SLOTS_BUSY" and s.name.endswith("_total"))
+
+
 @pytest.mark.parametrize("stream", [True, False])
-def test_more_answers_than_slots_are_refused_and_leave_nothing(stream: bool) -> None:
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_more_answers_than_slots_come_one_after_the_other(stream: bool, slots: int) -> None:
     async def check(front: Front) -> None:
+        answer = await front.ask("POST", "/v1/completions", FIVE | {"stream": stream}).finish()
+
+        assert answer.status == 200
+        assert texts(answer) == dict.fromkeys(range(5), "one two three ")
+        assert [r.text for r in front.engine.requests] == ["a", "b", "c", "d", "e"]
+        assert front.engine.running == set()
+        assert front.worker.active == {}
+
+    with_front(check, saying("one two three", slots=slots))
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_several_answers_of_a_worker_without_a_free_slot_are_refused_and_leave_nothing(stream: bool) -> None:
+    async def check(front: Front) -> None:
+        others = [front.ask("POST", "/v1/chat/completions", CHAT | {"stream": True}) for _ in range(2)]
+        await until(lambda: len(front.engine.running) == 2)
         answer = await front.ask("POST", "/v1/chat/completions", CHAT | {"n": 3, "stream": stream}).finish()
 
         assert (answer.status, answer.error()["code"], answer.error()["type"]) == (503, "ALL_SLOTS_BUSY", "server_error")
-        assert front.engine.running == set()
-        assert front.worker.active == {}
+        assert refusals(front) == 1
+        assert len(front.engine.running) == len(front.worker.active) == 2
+        for other in others:
+            other.leave()
+            await other.finish(1)
+
+    with_front(check, lambda: ScriptedEngine(endless=True))
+
+
+def test_several_answers_share_what_others_leave() -> None:
+    async def check(front: Front) -> None:
+        other = front.ask("POST", "/v1/inference", {"prompt": "x", "max_tokens": 1})
+        await until(lambda: len(front.engine.running) == 1)
+        five = front.ask("POST", "/v1/completions", FIVE)
+        await until(lambda: refusals(front) == 1)
+
+        assert len(front.engine.running) == 2
+        front.engine.released.set()
+        assert texts(await five.finish()) == dict.fromkeys(range(5), "one two three ")
+        await other.finish()
+
+    with_front(check, lambda: ScriptedEngine(endless=True))
+
+
+def test_answers_that_are_left_wait_where_another_client_took_the_slot() -> None:
+    async def check(front: Front) -> None:
+        two = front.ask("POST", "/v1/completions", FIVE | {"prompt": ["a", "b"], "stream": True})
+        await until(lambda: refusals(front) == 1)
+        front.engine.slots = 0
+        front.engine.released.set()
+        await until(lambda: refusals(front) == 3)
+        front.engine.slots = 1
+
+        assert texts(await two.finish()) == dict.fromkeys(range(2), "one two three ")
+
+    with_front(check, lambda: ScriptedEngine(slots=1, endless=True))
+
+
+def test_client_that_leaves_while_answers_wait_for_a_slot_leaves_nothing() -> None:
+    async def check(front: Front) -> None:
+        for stream in (False, True):
+            five = front.ask("POST", "/v1/completions", FIVE | {"stream": stream})
+            await until(lambda: refusals(front) > stream)  # noqa: B023
+            five.leave()
+            await five.finish(1)
+            assert front.engine.running == set()
+            assert front.worker.active == {}
 
     with_front(check, lambda: ScriptedEngine(endless=True))
 

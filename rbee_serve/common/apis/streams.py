@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from rbee_serve.common.apis.tool_calls import Arguments, Call, Parser, Text, parser_of
 from rbee_serve.common.http import while_connected
 from rbee_serve.contract.api import InferenceRequest
-from rbee_serve.contract.errors import RbeeError
+from rbee_serve.contract.errors import AllSlotsBusy, RateLimited, RbeeError
 from rbee_serve.contract.events import Event
 
 ApiName = Literal["native", "openai", "ollama", "anthropic"]
@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 #: What is read ahead of several streams together.
 _QUEUE_MAX = 64
+#: How often a request that has lost its last slot to another client, and has answers to give yet, asks for one.
+_ASK_S = 0.1
 
 
 class Stream(Protocol):
@@ -244,7 +246,8 @@ class Answer:
 class Generations:
     """One generation or several of one HTTP request, each placed, queued and failed over on its own.
 
-    ``open`` first, then ``parts``; ``aclose`` in any case.
+    Of several the first needs a slot at once, as one alone does. The others begin in turn, as slots become free: at the latest
+    when one of them ends. ``open`` first, then ``parts``; ``aclose`` in any case.
     """
 
     def __init__(
@@ -257,42 +260,97 @@ class Generations:
         self._queue: asyncio.Queue[tuple[int, list[Part]]] = asyncio.Queue(_QUEUE_MAX)
         self._news = asyncio.Event()
         self._failure: RbeeError | None = None
+        self._running = self._ended = 0  # of several: that have begun and not ended, and that have ended
 
     async def open(self) -> Stream:
-        """Return the first stream; raises what kept any of them from being opened.
+        """Return the first stream; raises what kept it from being opened.
 
         Several are read as soon as they are open, or those that wait in a queue would wait for those that nobody reads.
         """
         if len(self._requests) == 1:
             return (await self._open(0)).stream
-        self._tasks = [asyncio.create_task(self._run(n)) for n in range(len(self._requests))]
-        while self._failure is None and len(self.readings) < len(self._requests) and self._queue.empty():
-            self._news.clear()
-            await self._news.wait()
+        self._tasks = [asyncio.create_task(self._begin_all())]
+        await self._until(lambda: self._failure is not None or not self._queue.empty())
         if self._failure is not None:
             raise self._failure
-        return self.readings[min(self.readings)].stream
+        return self.readings[0].stream
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._news.clear()
+            await self._news.wait()
+
+    async def _begin_all(self) -> None:
+        """Let one begin after the other: at most one of them waits in a queue, where it would be in others' way."""
+        n = 0
+        try:
+            while n < len(self._requests):
+                if await self._begin(n):
+                    n += 1
+                else:
+                    await self._one_ends()
+        except Exception as e:
+            await self._fail(n, e)
+
+    async def _begin(self, n: int) -> bool:
+        """Return when it has its slot or has ended, False where it was refused one that another of us gives back in time."""
+        try:
+            reading = await self._open(n)
+        except (AllSlotsBusy, RateLimited) as e:
+            if self._may_wait(e):
+                return False
+            raise
+        begun: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._tasks.append(asyncio.create_task(self._run(n, reading, begun)))
+        return await begun
+
+    def _may_wait(self, refusal: RbeeError) -> bool:
+        if isinstance(refusal, AllSlotsBusy):
+            return self._running + self._ended > 0
+        return isinstance(refusal, RateLimited) and self._running > 0  # by what a key may run at once
+
+    async def _one_ends(self) -> None:
+        if not self._running:  # somebody else was faster when the last one ended
+            await asyncio.sleep(_ASK_S)
+            return
+        ended = self._ended
+        await self._until(lambda: self._ended > ended)
 
     async def _open(self, n: int) -> Reading:
         request = self._requests[n]
         stream = await self._backend.open(self._http, request, self._api)
         self.readings[n] = Reading(stream, request, parallel_calls=self._parallel_calls)
-        self._news.set()
         return self.readings[n]
 
-    async def _run(self, n: int) -> None:
+    async def _run(self, n: int, reading: Reading, begun: asyncio.Future[bool]) -> None:
         try:
-            async with aclosing((await self._open(n)).parts()) as batches:
+            async with aclosing(reading.parts()) as batches:
                 async for parts in batches:
+                    last = parts[-1]
+                    if not begun.done():
+                        if isinstance(last, Failed) and self._may_wait(last.error):
+                            del self.readings[n]
+                            begun.set_result(False)
+                            return
+                        if not isinstance(last, Waiting):
+                            self._running += 1
+                            begun.set_result(True)
                     await self._queue.put((n, parts))
                     self._news.set()
-        except RbeeError as e:
+        except Exception as e:
             await self._fail(n, e)
-        except Exception:
-            logger.exception("one generation of several failed")
-            await self._fail(n, RbeeError("internal error; the log of the service has the details under this correlation id"))
+        finally:
+            if not begun.done():
+                begun.set_result(True)
+            elif begun.result():
+                self._running -= 1
+                self._ended += 1
+                self._news.set()
 
-    async def _fail(self, n: int, error: RbeeError) -> None:
+    async def _fail(self, n: int, error: Exception) -> None:
+        if not isinstance(error, RbeeError):
+            logger.error("one generation of several failed", exc_info=error)
+            error = RbeeError("internal error; the log of the service has the details under this correlation id")
         self._failure = error
         self._news.set()
         await self._queue.put((n, [Failed(error)]))
@@ -327,7 +385,7 @@ class Generations:
 
     async def aclose(self) -> None:
         """End what still runs and free all. Idempotent."""
-        for task in self._tasks:
+        for task in self._tasks:  # the first begins the others
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for reading in self.readings.values():
