@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import struct
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+import orjson
 from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from rbee_serve.common.apis.openai_shapes import error_body
@@ -24,6 +26,8 @@ ERROR_SHAPES: dict[str, ErrorShape] = {"/v1/embeddings": error_body}
 #: Inputs of one request, as many as OpenAI takes.
 INPUTS_MAX = 2048
 _TEXT_MAX_CHARS = 1_048_576
+#: Bytes of vectors that are turned into JSON at once: 3 ms as decimal numbers.
+_PIECE_BYTES = 1 << 16
 
 _Text = Annotated[str, Field(min_length=1, max_length=_TEXT_MAX_CHARS)]
 _Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=_TEXT_MAX_CHARS)]
@@ -56,15 +60,50 @@ class EmbeddingsRequest(TolerantMessage):
     dimensions: int | None = Field(None, ge=1, description="only the model's own number: vectors are not cut")
 
 
-def check_dimensions(wanted: int | None, vectors: Sequence[Sequence[float]]) -> None:
+def check_dimensions(wanted: int | None, vectors: Sequence[bytes]) -> None:
     """Raise InvalidRequest where another length than the model's own is asked for: cutting would make other vectors."""
-    if wanted is not None and vectors and wanted != len(vectors[0]):
+    if wanted is not None and vectors and wanted != (own := len(vectors[0]) // 4):
         raise InvalidRequest(
-            f"dimensions: this model's vectors have {len(vectors[0])}, and cutting them is not supported",
+            f"dimensions: this model's vectors have {own}, and cutting them is not supported",
             field="dimensions",
             got=wanted,
-            expected=len(vectors[0]),
+            expected=own,
         )
+
+
+def as_floats(vector: bytes) -> list[float]:
+    """Return the numbers of a vector."""
+    return list(struct.unpack(f"<{len(vector) // 4}f", vector))
+
+
+def as_base64(vector: bytes) -> str:
+    """Return a vector as OpenAI packs it."""
+    return base64.b64encode(vector).decode()
+
+
+def answer_with(
+    vectors: Sequence[bytes], one: Callable[[int, bytes], Any], frame: dict[str, Any], key: str, headers: Mapping[str, str]
+) -> Response:
+    """Return ``frame``, a JSON object, with a list under ``key`` besides: what ``one`` makes of each vector and its index.
+
+    A large one is written as it is sent, in pieces of some milliseconds: 2048 vectors of 4096 numbers are 165 MB of JSON.
+    """
+    if sum(map(len, vectors)) <= _PIECE_BYTES:
+        return JsonResponse(frame | {key: [one(i, vector) for i, vector in enumerate(vectors)]}, headers=dict(headers))
+    return StreamingResponse(_pieces(vectors, one, frame, key), media_type="application/json", headers=dict(headers))
+
+
+async def _pieces(
+    vectors: Sequence[bytes], one: Callable[[int, bytes], Any], frame: dict[str, Any], key: str
+) -> AsyncGenerator[bytes, None]:
+    together = max(1, _PIECE_BYTES // len(vectors[0]))
+    before = orjson.dumps(frame)[:-1] + b"," + orjson.dumps(key) + b":["
+    for first in range(0, len(vectors), together):
+        some = orjson.dumps([one(first + n, vector) for n, vector in enumerate(vectors[first : first + together])])
+        yield before + some[1:-1]
+        before = b","
+        await asyncio.sleep(0)  # a client that reads as quickly as we write would let nobody else have a turn
+    yield b"]}"
 
 
 def routes(backend: Backend) -> list[Route]:
@@ -84,15 +123,10 @@ class EmbeddingsApi:
         wanted = parse(EmbeddingsRequest, await read_json(request))
         found = await self._backend.embed(request, wanted.model, as_list(wanted.input), "openai")
         check_dimensions(wanted.dimensions, found.vectors)
-        encode = _base64 if wanted.encoding_format == "base64" else _floats
-        data = [{"object": "embedding", "index": i, "embedding": encode(vector)} for i, vector in enumerate(found.vectors)]
+        encode: Callable[[bytes], Any] = as_base64 if wanted.encoding_format == "base64" else as_floats
+
+        def one(index: int, vector: bytes) -> dict[str, Any]:
+            return {"object": "embedding", "index": index, "embedding": encode(vector)}
+
         usage = {"prompt_tokens": found.prompt_tokens, "total_tokens": found.prompt_tokens}
-        return JsonResponse({"object": "list", "data": data, "model": found.model, "usage": usage}, headers=dict(found.headers))
-
-
-def _floats(vector: list[float]) -> Any:
-    return vector
-
-
-def _base64(vector: list[float]) -> Any:
-    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        return answer_with(found.vectors, one, {"object": "list", "model": found.model, "usage": usage}, "data", found.headers)

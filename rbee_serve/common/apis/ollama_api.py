@@ -16,7 +16,7 @@ from starlette.routing import Route
 
 from rbee_serve import __version__
 from rbee_serve.common.apis.anthropic_api import as_object
-from rbee_serve.common.apis.embeddings import as_list, check_dimensions
+from rbee_serve.common.apis.embeddings import answer_with, as_floats, as_list, check_dimensions
 from rbee_serve.common.apis.ollama_messages import (
     OllamaChatRequest,
     OllamaEmbeddingsRequest,
@@ -186,23 +186,20 @@ class OllamaApi:
         wanted = parse(OllamaEmbedRequest, await read_json(request))
         found = await self._backend.embed(request, self._model(wanted.model).id, as_list(wanted.input), "ollama")
         check_dimensions(wanted.dimensions, found.vectors)
-        return JsonResponse(
-            {
-                "model": wanted.model,
-                "embeddings": found.vectors,
-                "total_duration": round((time.perf_counter() - began) * 1e9),
-                "load_duration": 0,
-                "prompt_eval_count": found.prompt_tokens,
-            },
-            headers=dict(found.headers),
-        )
+        frame = {
+            "model": wanted.model,
+            "total_duration": round((time.perf_counter() - began) * 1e9),
+            "load_duration": 0,
+            "prompt_eval_count": found.prompt_tokens,
+        }
+        return answer_with(found.vectors, lambda _, vector: as_floats(vector), frame, "embeddings", found.headers)
 
     @takes(OllamaEmbeddingsRequest)
     async def embeddings(self, request: Request) -> Response:
         """Turn one text into a vector (the older route)."""
         wanted = parse(OllamaEmbeddingsRequest, await read_json(request))
         found = await self._backend.embed(request, self._model(wanted.model).id, [wanted.prompt], "ollama")
-        return JsonResponse({"embedding": found.vectors[0]}, headers=dict(found.headers))
+        return JsonResponse({"embedding": as_floats(found.vectors[0])}, headers=dict(found.headers))
 
     def _model(self, name: str) -> Model:
         """Return the model; a name without a tag is one with the tag ``latest`` at Ollama."""

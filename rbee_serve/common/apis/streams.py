@@ -66,10 +66,10 @@ class Model:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One vector of length 1 an input, in order; ``headers`` go with the answer."""
+    """One vector of length 1 an input, in order, as float32 (little-endian); ``headers`` go with the answer."""
 
     model: str
-    vectors: list[list[float]]
+    vectors: list[bytes]
     prompt_tokens: int
     headers: Mapping[str, str] = field(default_factory=dict)
 

@@ -226,8 +226,8 @@ class EngineLoop:
                     raise
             self._busy_s += time.perf_counter() - began
             if embedder.has_work and (rows := scheduler.spare(LEAST_ROWS, embedder.token_s)) != 0:
-                for number, answer in embedder.step(rows):
-                    self._reply(number, answer)
+                for number, part in embedder.step(rows):
+                    self._reply(number, part) if isinstance(part, RbeeError) else self.send(part | {"number": number})
             if time.monotonic() - self._timed >= TICK_S:
                 self._timed = time.monotonic()
                 self.send({"totals": [self._busy_s, model.decode_s, scheduler.drafted, scheduler.accepted]})
@@ -284,7 +284,7 @@ def self_test(model: llama.Model, scheduler: Scheduler) -> None:
         answers: list[Any] = []
         while embedder.has_work:
             answers += [answer for _, answer in embedder.step()]
-        if not isinstance(answers[0], dict):
+        if not isinstance(answers[-1], dict):
             raise InferenceFailed(f"self test of one embedding failed: {answers}")
         return
     params = {"max_tokens": 1, "temperature": 0, "seed": 0, "stop": [], "ignore_eos": False}

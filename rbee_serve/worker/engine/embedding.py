@@ -7,9 +7,10 @@ a block holds as many texts as fit, and none in part.
 
 from __future__ import annotations
 
+import base64
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +37,26 @@ if TYPE_CHECKING:
 
 #: Texts evaluated in one call at most; llama.cpp reserves something for each.
 _SEQUENCES = 16
+#: Numbers that the answer to one request may have, all its vectors together: 32 MiB, which the front holds until all are there.
+FLOATS_MAX = 1 << 23
+#: Vectors go to the front as they are there, in messages of about so many bytes: a large one would hold up all streams.
+_PIECE_BYTES = 1 << 16
 #: Fewer tokens in a call cost nearly as much as so many.
 LEAST_ROWS = 32
 # enum llama_pooling_type, as ``<architecture>.pooling_type`` has it.
 _UNSPECIFIED, _NONE, _MEAN, _CLS, _LAST = -1, 0, 1, 2, 3
+
+
+#: To the request of this number: a part of its message, or the error that ends it.
+Answer = tuple[int, dict[str, Any] | RbeeError]
+
+
+def pieces(vectors: list[tuple[int, bytes]]) -> Iterator[dict[str, Any]]:
+    """Yield vectors, each with the index of its input, as parts of messages that are all small."""
+    size = max(1, _PIECE_BYTES // len(vectors[0][1]))
+    for i in range(0, len(vectors), size):
+        indices, data = zip(*vectors[i : i + size], strict=True)
+        yield {"vectors": base64.b64encode(b"".join(data)).decode(), "of": indices}
 
 
 @dataclass
@@ -48,7 +65,7 @@ class _Job:
 
     number: int
     tokens: list[NDArray[np.int32]]
-    vectors: list[list[float] | None]
+    left: int  # texts whose vectors are not there yet
 
 
 @dataclass
@@ -84,6 +101,16 @@ class Embedder:
 
     def tokens(self, inputs: Sequence[Input]) -> list[NDArray[np.int32]]:
         """Return the ids of each input, texts and ids alike; raises InvalidRequest or PromptTooLong. Thread-safe."""
+        width = self._model.ll.llama_model_n_embd(self._model.model)
+        if len(inputs) * width > FLOATS_MAX:
+            raise InvalidRequest(
+                f"input: {len(inputs)} inputs give {len(inputs)} vectors of {width} numbers, a request may ask for {FLOATS_MAX} "
+                f"numbers: {FLOATS_MAX // width} inputs of this model",
+                hint="send the inputs in several requests",
+                field="input",
+                got=len(inputs),
+                limit=FLOATS_MAX // width,
+            )
         return [self._tokens(i, value) for i, value in enumerate(inputs)]
 
     def submit(self, number: int, inputs: Sequence[Input]) -> None:
@@ -95,7 +122,7 @@ class Embedder:
         tokens = self.tokens(inputs)
         if self._ctx is None:
             self._make_context()
-        job = _Job(number, tokens, [None] * len(tokens))
+        job = _Job(number, tokens, len(tokens))
         self._waiting.extend((job, i) for i in range(len(tokens)))
 
     def cancel(self, number: int) -> None:
@@ -104,12 +131,11 @@ class Embedder:
         for text in [t for t in self._running if t.job.number == number]:
             self._leave(text)
 
-    def step(self, rows_max: int | None = None) -> list[tuple[int, dict[str, Any] | RbeeError]]:
-        """Evaluate one block, of ``rows_max`` tokens at most; return (number, answer) of requests that it completed or that
-        failed.
+    def step(self, rows_max: int | None = None) -> list[Answer]:
+        """Evaluate one block, of ``rows_max`` tokens at most; return what it brought, by the requests' numbers.
 
-        An answer is ``{"vectors": [[float]], "tokens": [int]}``; vectors have length one. A limit is for causal models alone:
-        the others take a text whole. Raises EngineBroken.
+        Vectors come as they are there, then ``{"answer": {"tokens": [int]}}``, or an error alone. Vectors have length one. A
+        limit is for causal models alone: the others take a text whole. Raises EngineBroken.
         """
         capacity = self._batch.capacity
         rows, began = self._fill(capacity if rows_max is None else min(rows_max, capacity)), time.monotonic()
@@ -123,16 +149,19 @@ class Embedder:
             pace = (time.monotonic() - began) / self._batch.size
             self.token_s = pace if not self.token_s else 0.7 * self.token_s + 0.3 * pace
         vectors = np.ctypeslib.as_array(pointer, shape=(self._batch.size, self._size))
-        done: list[tuple[int, dict[str, Any] | RbeeError]] = []
+        found: dict[int, list[tuple[int, bytes]]] = {}
+        completed: list[_Job] = []
         for text, first, count in rows:
             self._pool(text, vectors[first : first + count])
             if text.done == len(text.tokens):
-                text.job.vectors[text.index] = self._unit(text)
+                job = text.job
+                found.setdefault(job.number, []).append((text.index, self._unit(text)))
                 self._leave(text)
-                if None not in text.job.vectors:
-                    sizes = [len(t) for t in text.job.tokens]
-                    done.append((text.job.number, {"vectors": text.job.vectors, "tokens": sizes}))
-        return done
+                job.left -= 1
+                if not job.left:
+                    completed.append(job)
+        parts: list[Answer] = [(number, piece) for number, done in found.items() for piece in pieces(done)]
+        return [*parts, *((job.number, {"answer": {"tokens": [len(t) for t in job.tokens]}}) for job in completed)]
 
     # --- preparation --------------------------------------------------------------------------------------------
 
@@ -234,11 +263,11 @@ class Embedder:
         text.done += len(block)
 
     @staticmethod
-    def _unit(text: _Text) -> list[float]:
+    def _unit(text: _Text) -> bytes:
         """The length is one, so neither the number of tokens nor a mean's divisor is left in it."""
         length = float(np.linalg.norm(text.vector))
         vector = text.vector / length if length > 0 else text.vector
-        return [float(x) for x in vector.astype(np.float32)]
+        return vector.astype("<f4").tobytes()
 
     def _leave(self, text: _Text) -> None:
         if self._memory:  # encoders keep nothing
@@ -246,7 +275,7 @@ class Embedder:
         self._running.remove(text)
         self._free.append(text.seq)
 
-    def _failed(self, code: int) -> list[tuple[int, dict[str, Any] | RbeeError]]:
+    def _failed(self, code: int) -> list[Answer]:
         if code < -1:
             raise EngineBroken(f"llama_decode returned {code} for embeddings")
         error = InferenceFailed(f"llama_decode returned {code} for embeddings", llama_code=code)

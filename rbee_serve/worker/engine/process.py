@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import dataclasses
 import itertools
 import logging
@@ -121,6 +122,7 @@ class ProcessEngine:
         self._info: EngineInfo | None = None
         self._streams: dict[str, _Stream] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._vectors: dict[int, list[bytes]] = {}  # of embedding requests, as far as they are there
         self._embedding = 0
         self._numbers = itertools.count(1)
         self._last_words: deque[str] = deque(maxlen=4)  # of the engine's stderr: an assert says there what it found
@@ -274,15 +276,19 @@ class ProcessEngine:
         if self._embedding >= limit:
             raise AllSlotsBusy(f"{limit} embedding requests are running", slots_total=limit, slots_busy=limit)
         self._embedding += 1
+        number = next(self._numbers)
+        vectors = self._vectors[number] = [b""] * len(inputs)
         try:
-            return Embeddings(**await self._ask({"embed": list(inputs)}))
+            answer = await self._ask({"embed": list(inputs)}, number)
+            return Embeddings(vectors, answer["tokens"])
         finally:
             self._embedding -= 1
+            del self._vectors[number]
 
-    async def _ask(self, question: dict[str, Any]) -> Any:
+    async def _ask(self, question: dict[str, Any], number: int | None = None) -> Any:
         """Send a question under a number of its own and return the answer, or raise the error that it is."""
         self._require_ready()
-        number = next(self._numbers)
+        number = next(self._numbers) if number is None else number
         future = self._answers[number] = asyncio.get_running_loop().create_future()
         try:
             self._send(question | {"number": number})
@@ -344,6 +350,8 @@ class ProcessEngine:
         elif (failed := message.get("failed")) is not None:
             required = failed.get("details", {}).get("required_bytes", 0)
             self._set_progress(dataclasses.replace(self._failure(failed["message"], failed["code"]), required_bytes=required))
+        elif (vectors := message.get("vectors")) is not None:
+            self._take_vectors(self._vectors.get(message["number"]), message["of"], base64.b64decode(vectors))
         elif (number := message.get("number")) is not None:
             future = self._answers.get(number)
             if future is None or future.done():
@@ -352,6 +360,14 @@ class ProcessEngine:
                 future.set_exception(from_envelope({"error": refused}, fallback="the engine refused"))
             else:
                 future.set_result(message["answer"])
+
+    @staticmethod
+    def _take_vectors(vectors: list[bytes] | None, indices: list[int], data: bytes) -> None:
+        if vectors is None:  # nobody waits for them any more
+            return
+        width = len(data) // len(indices)
+        for n, index in enumerate(indices):
+            vectors[index] = data[n * width : (n + 1) * width]
 
     def _deliver(self, kind: str, request_id: str, payload: Any) -> None:
         stream = self._streams.get(request_id)

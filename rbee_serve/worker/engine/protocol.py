@@ -140,9 +140,9 @@ class Finished:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """One vector of length 1 for each input, and how many tokens it had."""
+    """One vector of length 1 for each input, as float32 (little-endian), and how many tokens it had."""
 
-    vectors: list[list[float]]
+    vectors: list[bytes]
     tokens: list[int]
 
 
