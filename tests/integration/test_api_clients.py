@@ -224,6 +224,9 @@ def test_embeddings_of_every_form_are_the_same_vectors(ai: openai.OpenAI, direct
     bytes_ = base64.b64decode(raw.json()["data"][0]["embedding"])
     assert len(struct.unpack(f"<{len(bytes_) // 4}f", bytes_)) == len(vectors[0])
     assert packed.usage.prompt_tokens == len(ids)
+    many = ai.embeddings.create(model=MODEL, input=texts * 100, encoding_format="float").data  # in pieces, from end to end
+    assert [d.index for d in many] == list(range(300))
+    assert all(product(d.embedding, vectors[d.index % 3]) > 0.9995 for d in many)
     with pytest.raises(openai.BadRequestError, match="dimensions"):
         ai.embeddings.create(model=MODEL, input="x", dimensions=8)
     with pytest.raises(openai.NotFoundError):

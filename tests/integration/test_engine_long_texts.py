@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from engine_bench import RecordedEngine, each, gathered, request, running, until, until_free
 
+from rbee_serve.common.apis.embeddings import as_floats
 from rbee_serve.contract.api import StopReason
-from rbee_serve.contract.errors import PromptTooLong
+from rbee_serve.contract.errors import PromptTooLong, RequestError
 from rbee_serve.worker.engine import vocabulary
 from rbee_serve.worker.engine.process import ProcessEngine
 from rbee_serve.worker.engine.protocol import TokenOut
@@ -166,3 +167,28 @@ def test_engine_ends_in_order_while_a_text_is_tokenized(model_path: Path) -> Non
         return await engine._ended
 
     assert asyncio.run(run()) == 0
+
+
+def test_engine_streams_go_on_while_hundreds_of_texts_are_embedded(model_path: Path) -> None:
+    """Their vectors are those of each text alone, and come while others are still evaluated."""
+    texts = [f"number {i}" for i in range(400)]
+
+    async def run() -> None:
+        async with running(model_path, slots=2) as engine, streaming(engine) as tokens:
+            embedding = asyncio.create_task(engine.embed(texts))
+            await until(lambda: any(any(vectors) for vectors in engine._vectors.values()))
+            assert not embedding.done(), "nothing came before all was there"
+            before = tokens()
+            found = await embedding
+            assert tokens() - before > 20, "the stream stood still while texts were embedded"
+            vectors = np.array([as_floats(v) for v in found.vectors])
+            assert vectors.shape == (400, 576)
+            assert found.tokens == [len(await engine.tokenize(t, parse_special=False, add_bos=True)) for t in texts]
+            for i in range(0, 400, 60):
+                alone = np.array(as_floats((await engine.embed([texts[i]])).vectors[0]))
+                assert alone @ vectors[i] > 0.9995
+                assert np.argmax(vectors @ alone) == i, "another text's vector"
+            with pytest.raises(RequestError, match="a request may ask for 8388608"):
+                await engine.embed(["a"] * (8388608 // 576 + 1))
+
+    asyncio.run(run())

@@ -1,7 +1,8 @@
-"""Embeddings without llama.cpp: how many tokens a call has, and what its errors mean."""
+"""Embeddings without llama.cpp: how many tokens a call has, how vectors are sent, and what errors mean."""
 
 from __future__ import annotations
 
+import base64
 import ctypes
 from types import SimpleNamespace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rbee_serve.contract.errors import InferenceFailed
-from rbee_serve.worker.engine.embedding import Embedder
+from rbee_serve.contract.errors import InferenceFailed, InvalidRequest
+from rbee_serve.worker.engine.embedding import FLOATS_MAX, Embedder, pieces
 from rbee_serve.worker.engine.scheduler import EngineBroken
+from rbee_serve.worker.engine.wire import pack
 
 INT32_P = ctypes.POINTER(ctypes.c_int32)
 WIDTH = 2
@@ -36,6 +38,7 @@ class Llama:
 
     def __init__(self) -> None:
         self.code = 0
+        self.width = WIDTH
         self.calls: list[int] = []  # tokens of each
 
     def llama_context_default_params(self) -> Any:
@@ -48,7 +51,7 @@ class Llama:
         return None
 
     def llama_model_n_embd(self, model: Any) -> int:
-        return WIDTH
+        return self.width
 
     def llama_decode(self, ctx: int, batch: LlamaBatch) -> int:
         self.calls.append(batch.n_tokens)
@@ -78,13 +81,39 @@ def test_embedding_evaluates_no_more_than_it_is_allowed_and_gives_the_same() -> 
         answers: list[Any] = []
         while one.has_work:
             answers += one.step(limit)
-        ((number, answer),) = answers
-        assert (number, answer["tokens"]) == (1, [90, 300, 1])
+            assert (len(answers) > 0) == (len(ll.calls) * (limit or 191) >= 90), "vectors go as soon as they are there"
+        assert {number for number, _ in answers} == {1}
+        assert answers.pop()[1] == {"answer": {"tokens": [90, 300, 1]}}
         assert max(ll.calls) == (limit or 191)
         assert sum(ll.calls) == 391
         assert one.token_s > 0
-        vectors.append(answer["vectors"])
+        data = b"".join(base64.b64decode(part["vectors"]) for _, part in answers)
+        order = [i for _, part in answers for i in part["of"]]
+        assert sorted(order) == [0, 1, 2]
+        vectors.append({i: data[n * 4 * WIDTH : (n + 1) * 4 * WIDTH] for n, i in enumerate(order)})
     assert vectors[0] == vectors[1] == vectors[2]
+
+
+def test_vectors_go_in_messages_of_bounded_size() -> None:
+    """A message holds some vectors, one in any case, and says whose they are."""
+    for width, together in ((4096, 4), (60_000, 1)):
+        vectors = [(2 * i, np.full(width, i, "<f4").tobytes()) for i in range(10)]
+        sent = list(pieces(vectors))
+        assert [len(part["of"]) for part in sent] == [together] * (10 // together) + [10 % together] * (10 % together > 0)
+        assert all(len(pack(part | {"number": 1})) < max(90_000, width * 4 * 1.4) for part in sent)
+        data = b"".join(base64.b64decode(part["vectors"]) for part in sent)
+        assert [i for part in sent for i in part["of"]] == [i for i, _ in vectors]
+        assert data == b"".join(vector for _, vector in vectors)
+
+
+def test_a_request_may_ask_for_so_many_numbers() -> None:
+    ll = Llama()
+    one = embedder(ll)
+    ll.width = FLOATS_MAX // 4
+    assert len(one.tokens([[1]] * 4)) == 4
+    with pytest.raises(InvalidRequest, match=r"5 inputs give 5 vectors of 2097152 numbers.*: 4 inputs of this model") as e:
+        one.tokens([[1]] * 5)
+    assert e.value.details == {"field": "input", "got": 5, "limit": 4}
 
 
 def test_embedding_errors_of_the_request_are_its_own_and_others_end_the_engine() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from typing import Any
 
 import pytest
 
 from rbee_serve.contract.errors import WorkerCrashed
 from rbee_serve.worker.engine.process import ProcessEngine, _Stream
-from rbee_serve.worker.engine.protocol import EngineConfig, TokenOut
+from rbee_serve.worker.engine.protocol import Embeddings, EngineConfig, TokenOut
 from rbee_serve.worker.engine.wire import pack
 
 CONFIG = EngineConfig("/m.gguf", None, "cpu", 0, slots=1, context_tokens=64, threads=1, prompt_block_tokens=32, kv_type="f16")
@@ -37,6 +38,28 @@ def test_what_came_before_an_error_is_given_first_and_together() -> None:
         assert [e.index for e in await waiting if isinstance(e, TokenOut)] == [1, 2]
         with pytest.raises(WorkerCrashed):
             await stream.get()
+
+    asyncio.run(run())
+
+
+def test_vectors_are_put_together_and_those_that_nobody_waits_for_are_dropped() -> None:
+    """They come out of order, in pieces, among those of others and of a request that was given up."""
+
+    async def run() -> None:
+        front = ProcessEngine(CONFIG, queue_max=2)
+        front._require_ready = lambda: None  # type: ignore[method-assign]
+        given_up = asyncio.ensure_future(front.embed(["x"]))
+        first, second = asyncio.ensure_future(front.embed(["a", "b", "c"])), asyncio.ensure_future(front.embed(["d"]))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        await asyncio.wait({given_up})
+        for number, indices, data in ((2, [2, 0], b"ccccaaaa"), (1, [0], b"xxxx"), (3, [0], b"dddd"), (2, [1], b"bbbb")):
+            front._read(pack({"vectors": base64.b64encode(data).decode(), "of": indices, "number": number}))
+        for number, tokens in ((3, [4]), (1, [9]), (2, [1, 2, 3])):
+            front._read(pack({"answer": {"tokens": tokens}, "number": number}))
+        assert await first == Embeddings([b"aaaa", b"bbbb", b"cccc"], [1, 2, 3])
+        assert await second == Embeddings([b"dddd"], [4])
+        assert front._vectors == front._answers == {}
 
     asyncio.run(run())
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 from asgi import Exchange
 from scripted_engine import ScriptedEngine, until
 from test_worker_app import Front, with_front
+
+from rbee_serve.common.apis import embeddings
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
@@ -247,5 +251,27 @@ def test_models_are_listed() -> None:
         assert [m["id"] for m in (await front.get("/v1/models")).json()["data"]] == ["m"]
         assert (await front.get("/v1/models/m")).json()["object"] == "model"
         assert (await front.get("/v1/models/x")).error()["type"] == "invalid_request_error"
+
+    with_front(check)
+
+
+@pytest.mark.parametrize("piece", [1, 1000, 1 << 20])
+def test_embeddings_are_the_same_whole_and_in_pieces(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One vector at a time, some, and all at once as a small answer is."""
+    monkeypatch.setattr(embeddings, "_PIECE_BYTES", piece)
+
+    async def check(front: Front) -> None:
+        body = {"model": "m", "input": ["one"] * 300}
+        decimal = await front.ask("POST", "/v1/embeddings", body).finish()
+        packed = (await front.ask("POST", "/v1/embeddings", body | {"encoding_format": "base64"}).finish()).json()
+
+        assert decimal.headers["content-type"] == "application/json"
+        assert ("content-length" in decimal.headers) == (piece > 1000)
+        found = decimal.json()
+        assert found["data"] == [{"object": "embedding", "index": i, "embedding": [1, 0]} for i in range(300)]
+        assert (found["object"], found["model"], found["usage"]) == ("list", "m", {"prompt_tokens": 300, "total_tokens": 300})
+        assert [struct.unpack("<2f", base64.b64decode(one["embedding"])) for one in packed["data"]] == [(1, 0)] * 300
+        refused = await front.ask("POST", "/v1/embeddings", body | {"dimensions": 3}).finish()
+        assert refused.status == 400
 
     with_front(check)

@@ -227,7 +227,10 @@ class EngineLoop:
             self._busy_s += time.perf_counter() - began
             if embedder.has_work and (rows := scheduler.spare(LEAST_ROWS, embedder.token_s)) != 0:
                 for number, part in embedder.step(rows):
-                    self._reply(number, part) if isinstance(part, RbeeError) else self.send(part | {"number": number})
+                    if isinstance(part, RbeeError):
+                        self._reply(number, part)
+                    else:
+                        self.send(part | {"number": number})
             if time.monotonic() - self._timed >= TICK_S:
                 self._timed = time.monotonic()
                 self.send({"totals": [self._busy_s, model.decode_s, scheduler.drafted, scheduler.accepted]})
