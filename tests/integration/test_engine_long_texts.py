@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import subprocess
+import sys
+import textwrap
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -63,6 +66,31 @@ def test_no_text_is_said_to_have_more_tokens_than_it_has(tokenizer: Vocabulary) 
     for text in (SPACES[:200_000], "\x04" * 200_000, "\x04 " * 100_000, "蜂" * 50_000, "\u0301a" * 50_000):
         data = text.encode()
         assert tokenizer.at_least(data) <= len(tokenizer.tokenize(data, parse_special=True, add_bos=False))
+
+
+def test_a_word_of_a_megabyte_ends_no_process(model_path: Path) -> None:
+    """With a pre-tokenizer that is a std::regex; in the main thread, 30 kB are too much for it."""
+    program = """
+        import queue, sys
+        import llama_cpp.llama_cpp as ll
+        from rbee_serve.worker.engine.tokenizing import Tokenizing
+        from rbee_serve.worker.engine.vocabulary import Vocabulary
+        params, other = ll.llama_model_default_params(), (ll.llama_model_kv_override * 2)()
+        other[0].key, other[0].tag, other[0].value.val_str = b"tokenizer.ggml.pre", ll.LLAMA_KV_OVERRIDE_TYPE_STR, b"tekken"
+        params.vocab_only, params.kv_overrides = True, other
+        model = ll.llama_model_load_from_file(sys.argv[1].encode(), params)
+        vocabulary = Vocabulary(ll, ll.llama_model_get_vocab(model), "gpt2")
+        def count(message):
+            ids = vocabulary.tokenize_long(message["tokenize"]["text"].encode(), parse_special=True, add_bos=False)
+            return {"told": len(ids), "number": 1}
+        told = queue.SimpleQueue()
+        texts = Tokenizing(count, told.put)
+        texts.ready({"tokenize": {"text": "a" * (1 << 20)}, "number": 1})
+        print(texts.ready(told.get(timeout=120)))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(model_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "{'told': 262144, 'number': 1}"), done.stderr[-1000:]
 
 
 @asynccontextmanager

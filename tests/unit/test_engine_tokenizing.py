@@ -120,17 +120,30 @@ def submit(name: str, text: str = LONG) -> Message:
 
 def test_long_texts_wait_for_one_another_and_hold_up_nobody_else() -> None:
     thread = Thread()
+    assert not thread.texts.busy
     assert thread.texts.ready(submit("a")) is None
+    assert thread.begun.get(timeout=60) == submit("a")
     assert thread.texts.ready({"embed": [LONG], "number": 1}) is None
     assert thread.texts.ready(submit("b")) is None
     for message in (submit("short", "text"), {"cancel": "a"}, {"tokenize": {"text": "short"}, "number": 2}):
         assert thread.texts.ready(message) is message
-    first, embedded, last = thread.next(), thread.next(), thread.next()
+    first, second, embedded = thread.next(), thread.next(), thread.next()
     assert first == {"submit": {"request_id": "a", "text": "", "generated_ids": [7], "prompt_ids": [1, 2]}}
     assert embedded is not None
     assert len(embedded["embed"][0]) == IN_LOOP_BYTES * 2, "what was tokenized is not taken for long once more"
-    assert last is not None
-    assert last["submit"]["request_id"] == "b"
+    assert second is not None
+    assert second["submit"]["request_id"] == "b", "prompts come before questions"
+    assert not thread.texts.busy
+
+
+def test_the_thread_ends_when_there_is_nothing_to_do_and_another_begins() -> None:
+    thread, before = Thread(), set(threading.enumerate())
+    for _ in range(2):
+        assert thread.texts.ready(submit("a")) is None
+        (tokenizer,) = set(threading.enumerate()) - before
+        assert thread.next() is not None
+        tokenizer.join(timeout=60)
+        assert not tokenizer.is_alive()
 
 
 def test_who_is_cancelled_is_told_at_once_and_his_text_is_not_begun() -> None:
@@ -144,6 +157,7 @@ def test_who_is_cancelled_is_told_at_once_and_his_text_is_not_begun() -> None:
         assert thread.texts.cancel(name) == []
     assert thread.texts.ready(submit("working")) is None, "the same request once more"
     assert thread.next() is None, "the cancelled one's"
+    assert thread.texts.ready(thread.told.get(timeout=60)) is None, "it was not begun"
     following = [thread.next(), thread.next()]
     assert [f["submit"]["request_id"] for f in following if f] == ["next", "working"]
     assert [thread.begun.get(timeout=60)["submit"]["request_id"] for _ in range(2)] == ["next", "working"]

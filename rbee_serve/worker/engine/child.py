@@ -337,7 +337,7 @@ def run(connection: socket.socket, parent: int) -> None:
         loop.run(model, scheduler)
     except FrontGone:
         scheduler.park()
-        if loop.texts is not None and loop.texts.working:  # it reads what an orderly end takes away
+        if loop.texts is not None and loop.texts.busy:  # it reads what an orderly end takes away
             os._exit(0)
         raise
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rbee_serve.contract.errors import RbeeError
@@ -26,9 +27,10 @@ Message = dict[str, Any]
 IN_LOOP_BYTES = 4096
 #: What an input of many counts for beside its bytes: each is looked at in Python.
 _INPUT_BYTES = 32
-#: The thread's stack, of which it takes what it needs: some pre-tokenizers are a std::regex, which goes deeper for each letter
-#: of a word.
-_STACK_BYTES = 256 << 20
+#: The thread's stack, the first size that can be had; it takes of it what it needs. The pre-tokenizers of some models (Mistral's,
+#: DeepSeek's, gpt-oss's) are a std::regex, which goes some 300 bytes deeper for each letter of a word: one of 30 kB ended the
+#: process that has 8 MiB.
+_STACKS_BYTES = (1 << 30, 256 << 20, 64 << 20, 0)
 
 
 def size(message: Message) -> int:
@@ -79,16 +81,25 @@ class _Job:
     began: float = field(default_factory=time.monotonic)
 
 
+_PROMPTS, _QUESTIONS, _END = 0, 1, 2
+_Queue = queue.PriorityQueue[tuple[int, int, _Job | None]]
+
+
 class Tokenizing:
-    """The thread and who waits for it: first come, first served. All methods are the loop's, and none of them waits."""
+    """The thread and who waits for it: first come, first served, but prompts before questions. All methods are the loop's, and
+    none of them waits. The thread ends when there is nothing to do, so that its stack takes no memory."""
 
     def __init__(self, prepare: Callable[[Message], Message], tell: Callable[[Message], None]) -> None:
         """``prepare`` makes of a message one without texts, in the thread; ``tell`` hands a message to the loop."""
         self._prepare, self._tell = prepare, tell
         self._jobs: dict[str | int, _Job] = {}
-        self._queue: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._started = False
-        self.working = False  # whether it is in the middle of something
+        self._queue: _Queue = queue.PriorityQueue()  # of the thread that runs
+        self._given, self._left = 0, 0  # jobs, ever and with the thread
+
+    @property
+    def busy(self) -> bool:
+        """Whether the thread works, perhaps for somebody who does not wait any more."""
+        return self._left > 0
 
     def ready(self, message: Message) -> Message | None:
         """Return what is to be handled now; None: its texts are long, and it comes back, or nobody waits for it any more."""
@@ -100,12 +111,18 @@ class Tokenizing:
         request = message.get("submit")
         key = request["request_id"] if request is not None else message["number"]
         job = self._jobs[key] = _Job(key, message)
-        self._queue.put(job)
-        if not self._started:
-            self._start()
+        if not self.busy:
+            self._queue = queue.PriorityQueue()
+            _start(partial(self._run, self._queue))
+        self._given += 1
+        self._left += 1
+        self._queue.put((_PROMPTS if request is not None else _QUESTIONS, self._given, job))
         return None
 
     def _result(self, job: _Job) -> Message | None:
+        self._left -= 1
+        if not self._left:
+            self._queue.put((_END, 0, None))
         if self._jobs.get(job.key) is not job:
             return None
         del self._jobs[job.key]
@@ -131,25 +148,24 @@ class Tokenizing:
             ("finished", request["request_id"], facts | {"prompt_ms": (time.monotonic() - job.began) * 1000, "decode_ms": 0.0})
         ]
 
-    def _start(self) -> None:
-        self._started = True
-        before = threading.stack_size(_STACK_BYTES)
-        try:
-            threading.Thread(target=self._run, name="tokenizer", daemon=True).start()
-        finally:
-            threading.stack_size(before)
-
-    def _run(self) -> None:
-        while True:
-            job = self._queue.get()
-            message = job.message
-            if message is None:
-                continue
-            self.working = True
+    def _run(self, waiting: _Queue) -> None:
+        while (job := waiting.get()[2]) is not None:
             try:
-                job.result = self._prepare(message)
+                if (message := job.message) is not None:
+                    job.result = self._prepare(message)
             except Exception as e:  # the request's, or the end of the engine: that is for the loop
                 job.result = e
-            self.working = False
             self._tell({"tokenized": job})
-            del job, message  # a text is large, and the next may be long in coming
+
+
+def _start(work: Callable[[], None]) -> None:
+    for stack in _STACKS_BYTES:
+        before = threading.stack_size(stack)
+        try:
+            threading.Thread(target=work, name="tokenizer", daemon=True).start()
+            return
+        except RuntimeError:  # no room for such a stack
+            if stack == _STACKS_BYTES[-1]:
+                raise
+        finally:
+            threading.stack_size(before)
