@@ -108,21 +108,29 @@ def test_lookup_waits_while_a_prompt_is_evaluated(clock: Clock) -> None:
 def test_lookup_is_not_charged_to_texts_that_do_not_repeat() -> None:
     text = LookUp([1, 2, 3, 1, 2])
     assert text.guesses(2) == [3, 1]
-    assert rows_each([text], 8, 16) == 1, "nothing is known of its chance yet"
+    assert rows_each([text], 8, 16, by_four=True) == 1, "nothing is known of its chance yet"
     for token in (3, 1, 2, 3):
         text.add(token)
-    assert rows_each([text], 8, 16) > 1
+    assert rows_each([text], 8, 16, by_four=True) > 1
     for token in (9, 8, 7, 3):
         text.add(token)
-    assert rows_each([text], 8, 16) == 1
+    assert rows_each([text], 8, 16, by_four=True) == 1
 
 
-@pytest.mark.parametrize(("streams", "rows"), [(1, 8), (2, 4), (3, 4), (4, 2), (8, 2), (9, 1), (64, 1)])
-def test_lookup_has_as_many_rows_as_pay(streams: int, rows: int) -> None:
-    """A chance of one: single streams take all, several as many as their pauses may grow, many none."""
+@pytest.mark.parametrize(
+    ("by_four", "chance", "rows"),
+    [
+        (True, 1.0, {1: 8, 2: 4, 3: 4, 4: 2, 8: 2, 9: 1, 64: 1}),
+        (True, 0.5, {1: 1, 2: 2, 8: 1}),
+        (False, 1.0, {1: 8, 2: 2, 3: 1, 8: 1}),
+        (False, 0.6, {1: 2, 2: 1}),
+    ],
+)
+def test_lookup_has_as_many_rows_as_pay(by_four: bool, chance: float, rows: dict[int, int]) -> None:
+    """Single streams take all that is likely, several as many as their pauses may grow, many none."""
     text = LookUp([1, 2, 1, 2])
-    text.chance = 1.0
-    assert rows_each([text] * streams, 8, 16) == rows
+    text.chance = chance
+    assert {n: rows_each([text] * n, 8, 16, by_four=by_four) for n in rows} == rows
 
 
 def test_lookup_goes_on_round_a_loop() -> None:

@@ -29,7 +29,7 @@ class Model:
     """llama.Model's place: every call takes its time and is written down, every token is the same."""
 
     n_vocab, context_tokens = 8, 4096
-    causal = can_be_cut = state_settled = True
+    causal = can_be_cut = state_settled = rows_by_four = True
     recurrent = False
     copying_s = 0.01  # of any sequence, within the next call
     ll = None  # greedy tokens ask llama.cpp for nothing

@@ -55,6 +55,8 @@ class Model:
         self.recurrent, self.can_be_cut, self.causal = context.recurrent, context.can_be_cut, context.causal
         self.batch_invariant, self.blocks = context.batch_invariant, context.blocks
         self.stream_bytes = context.stream_bytes
+        #: Whether most kernels work on four rows of a call at once: those of Q4_0 (enum ggml_type), repacked for a CPU.
+        self.rows_by_four = self.config.backend == "cpu" and 2 in self.header.matrix_types
         self._batch = Batch(ll, context.rows)
         self.n_vocab: int = ll.llama_vocab_n_tokens(self.vocab)
         self.vocabulary = Vocabulary(ll, self.vocab, self.header.values.get("tokenizer.ggml.model"))

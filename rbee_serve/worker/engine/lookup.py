@@ -18,11 +18,13 @@ _WINDOW = 4096
 _WEIGHT = 0.25
 #: What must be gained, as a part, for guessing at all, and how much longer that may make the pauses of several streams.
 _LEAST_GAIN, _LONGEST = 1.05, 1.65
-#: Cost of a call in calls of one row, of 1 to 3 rows, then what rows take by fours and singly: llama.cpp's matrix kernels
-#: work on four rows at once and on the rest row by row. Measured with 135 M and 1.17 B parameters on two Zen 5 cores (4 rows
-#: 1.6 to 2.0, 8 rows 2.5 to 3.0, 16 rows 3.5 to 4.5); rows cost less where memory is slower than computing.
+#: Cost of a call in calls of one row where llama.cpp's kernels work on four rows at once (Q4_0 on a CPU) and on the rest row by
+#: row: of 1 to 3 rows, then what rows take by fours and singly. Measured with 135 M and 1.17 B parameters on two Zen 5 cores
+#: (4 rows 1.6 to 2.0, 8 rows 2.5 to 3.0, 16 rows 3.5 to 4.5).
 _FEW_ROWS = (0.0, 1.0, 1.7, 2.4)
 _FIRST, _FOUR, _SINGLE = 1.0, 0.8, 0.75
+#: What each further row costs with all others: measured with Q4_K there. Less where memory is slower than computing.
+_FURTHER = 0.48
 
 
 class LookUp:
@@ -90,23 +92,26 @@ def _three(a: Any, b: Any, c: Any) -> Any:
     return (a << 42) + (b << 21) + c
 
 
-def _cost(rows: int) -> float:
+def _cost(rows: int, by_four: bool) -> float:
+    if not by_four:
+        return 1 + _FURTHER * (rows - 1)
     return _FEW_ROWS[rows] if rows < len(_FEW_ROWS) else _FIRST + _FOUR * (rows // 4) + _SINGLE * (rows % 4)
 
 
-def rows_each(texts: Sequence[LookUp], most: int, most_together: int) -> int:
+def rows_each(texts: Sequence[LookUp], most: int, most_together: int, *, by_four: bool) -> int:
     """Return how many rows each stream gets in the next call: one for its next token and the others for guesses.
 
-    ``most``: of one stream; ``most_together``: of all. All get as many: llama.cpp makes a call of its own for those with more.
+    ``most``: of one stream; ``most_together``: of all; ``by_four``: kernels work on four rows at once. All get as many:
+    llama.cpp makes a call of its own for those with more.
     """
     streams, best = len(texts), 1
     most = min(most, most_together // streams)
     if most < 2 or not any(text.chance for text in texts):
         return 1
-    usual = _cost(streams)
+    usual = _cost(streams, by_four)
     pace = _LEAST_GAIN * streams / usual
     for rows in range(2, most + 1):
-        cost = _cost(streams * rows)
+        cost = _cost(streams * rows, by_four)
         gained = sum(text.expected(rows) for text in texts) / cost
         if gained > pace and (streams == 1 or cost <= _LONGEST * usual):
             best, pace = rows, gained

@@ -641,7 +641,8 @@ class Scheduler:
                 g.look_up = LookUp([*g.ids.tolist(), *g.made])
             texts.append(g.look_up)
         room = self._model.context_tokens - max(g.done for _, g in decoding)
-        count = rows_each(texts, min(1 + self._draft_tokens, room), DRAFT_ROWS) - 1
+        most = min(1 + self._draft_tokens, room)
+        count = rows_each(texts, most, DRAFT_ROWS, by_four=self._model.rows_by_four) - 1
         if not count:
             return None
         # A stream without a guess has rows that are evaluated for nothing: the others' would else be a call of their own.
