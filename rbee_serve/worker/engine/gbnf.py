@@ -6,6 +6,7 @@ state double with each character, and a token they do not expect aborts the proc
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -169,8 +170,7 @@ class _Parser:
                 self._fail("the range goes backwards")
             ranges.append((low, high))
         self._at += 1
-        merged = _merge(ranges)
-        return _complement(merged) if negated else merged
+        return complement(merged(ranges)) if negated else merged(ranges)
 
     def _char(self) -> int:
         char = self._peek()
@@ -281,17 +281,19 @@ class _Parser:
         raise GrammarError(f"line {line}, column {column}: {problem}")
 
 
-def _merge(ranges: list[tuple[int, int]]) -> Ranges:
-    merged: list[tuple[int, int]] = []
+def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Return the same code points in order and without overlaps."""
+    found: list[tuple[int, int]] = []
     for low, high in sorted(ranges):
-        if merged and low <= merged[-1][1] + 1:
-            merged[-1] = merged[-1][0], max(merged[-1][1], high)
+        if found and low <= found[-1][1] + 1:
+            found[-1] = found[-1][0], max(found[-1][1], high)
         else:
-            merged.append((low, high))
-    return tuple(merged)
+            found.append((low, high))
+    return tuple(found)
 
 
-def _complement(ranges: Ranges) -> Ranges:
+def complement(ranges: Ranges) -> Ranges:
+    """Return all other code points."""
     found, at = [], 0
     for low, high in ranges:
         if low > at:
