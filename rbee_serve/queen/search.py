@@ -63,12 +63,12 @@ class Search:
         )
 
     async def find(
-        self, wanted: Wanted, before: Ticket | None, failure: RbeeError | None, *, moving: bool
+        self, wanted: Wanted, before: Ticket | None, failure: RbeeError | None, *, moving: bool, waits: bool = True
     ) -> tuple[Choice, Ticket | None]:
         """Return a worker whose slot is booked for us, after waiting for it if need be.
 
-        ``before`` keeps the place in line; ``moving``: the request has lost its worker and goes first. Raises ``failure``, or
-        why there is nobody.
+        ``before`` keeps the place in line; ``moving``: the request has lost its worker and goes first; not ``waits``: a
+        slot that is not free now is of no use to it. Raises ``failure``, or why there is nobody.
         """
         parts = self._parts
         if before is None and (moving or parts.queue.may_go_ahead(self._model)):
@@ -77,6 +77,8 @@ class Search:
             if choice is not None:
                 self._hold.acquire(choice.worker)
                 return choice, None
+        if not waits:
+            raise failure or why_nobody(parts.registry, wanted, parts.clock(), self.tried)
         ticket = self._line_up(wanted, before, failure, moving=moving)
         try:
             if not ticket.granted.done():

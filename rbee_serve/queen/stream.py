@@ -88,6 +88,7 @@ class Stream:
         self._started = False
         self._ended = False
         self._cancelled = False
+        self._complete = False  # all tokens have come, and the worker went away before it said why that was the end
         self._leaving = False  # the worker drains: go elsewhere when that is possible
         self._closed = False
         self._began = time.perf_counter()
@@ -170,7 +171,8 @@ class Stream:
         while True:
             if asyncio.get_running_loop().time() >= self._deadline:
                 raise late()
-            choice, ticket = await self._search.find(wanted, ticket, failure, moving=self._lost_to is not None)
+            moving = self._lost_to is not None
+            choice, ticket = await self._search.find(wanted, ticket, failure, moving=moving, waits=not self._complete)
             attempt = self._hold.take(choice.worker)
             try:
                 await attempt.open(self._encoded(), self._headers())
@@ -219,6 +221,8 @@ class Stream:
         known = {"generated_ids": self.ids, "rendered_at": self._rendered_at}
         if told := {name: value for name, value in known.items() if value}:
             body["continue_from"] = told
+        if self._complete:
+            body["max_tokens"] = len(self.ids)  # also where a larger context would take more
         return orjson.dumps(body)
 
     # --- events -----------------------------------------------------------------------------------------------------
@@ -232,8 +236,13 @@ class Stream:
         try:
             while not self._ended:
                 if self._placing is not None:
-                    async for waiting in self._while_placing(self._placing):
-                        yield [waiting]
+                    try:
+                        async for waiting in self._while_placing(self._placing):
+                            yield [waiting]
+                    except RbeeError:
+                        if not self._complete:
+                            raise
+                        yield [self._end_here(StopReason.MAX_TOKENS)]
                     continue
                 if self._cancelled:
                     raise CancelledByRequestError
@@ -242,8 +251,8 @@ class Stream:
                 passed, failed = await self._read()
                 if passed:
                     yield passed
-                if failed is not None and not self._ended and (last := self._fail_over(failed)) is not None:
-                    yield [last]
+                if failed is not None and not self._ended:
+                    self._fail_over(failed)
         except CancelledByRequestError:
             if self.aborted is not None:
                 self._failed(self.aborted)
@@ -308,7 +317,7 @@ class Stream:
                 break
             elif kind == "error":
                 cause = error_of(500, orjson.dumps({"error": event}), self._worker_id)
-                if cause.code in _HANDED_BACK or isinstance(cause, MalformedResponse):
+                if cause.code in _HANDED_BACK or isinstance(cause, MalformedResponse) or self._complete:
                     failed = TryFailedError(cause, broken=cause.code != WorkerDraining.code)
                     break
                 self._failed(cause)
@@ -339,10 +348,9 @@ class Stream:
 
     # --- fail-over --------------------------------------------------------------------------------------------------
 
-    def _fail_over(self, failed: TryFailedError) -> tuple[bytes, Event] | None:
-        """Leave the worker and look for another; returns ``end`` when the client has all tokens already.
-
-        Raises the failure itself where nobody else may go on.
+    def _fail_over(self, failed: TryFailedError) -> None:
+        """Leave the worker and look for another; one that died between its last token and the end has left nothing to go on
+        with, and another is asked which end that was. Raises the failure itself where nobody else may go on.
         """
         before = self.worker
         assert before is not None  # noqa: S101
@@ -350,9 +358,8 @@ class Stream:
         self._leaving = False
         context = before.record.context_tokens
         if len(self.ids) >= self.request.max_tokens or (context and self.prompt_tokens + len(self.ids) > context):
-            # It died between its last token and the end: there is nothing to go on with.
-            return self._end_here(StopReason.MAX_TOKENS)
-        if self.request.failover == "off" and len(self.ids) > self._given:
+            self._complete = True
+        elif self.request.failover == "off" and len(self.ids) > self._given:
             self._moves.unwanted(failed.error)
             raise failed.error
         self._search.tried.add(before)
@@ -362,7 +369,6 @@ class Stream:
         else:  # it had not started: the client has heard nothing of it
             self._moves.refused(before, failed.error)
         self._placing = asyncio.ensure_future(self._place(failed.error))
-        return None
 
     def _resumed(self, started: Event) -> Event | None:
         """A worker has started: where it has taken the stream over, return what the client is told, if it has tokens already."""
@@ -373,6 +379,8 @@ class Stream:
             return None
         before, cause = self._lost_to
         self._lost_to = None
+        if self._complete:
+            return None
         return self._moves.moved(before, self.worker, cause, self._length, same_prompt=same_prompt)
 
     def _differs(self, started: Event) -> bool:

@@ -163,13 +163,6 @@ class InferenceApi:
                 field="continue_from.generated_ids",
                 vocab_size=info.vocab_size,
             )
-        if len(ids) >= wanted.max_tokens:
-            raise InvalidRequest(
-                f"continue_from.generated_ids: {len(ids)} ids leave nothing of max_tokens {wanted.max_tokens}",
-                field="continue_from.generated_ids",
-                got=len(ids),
-                limit=wanted.max_tokens,
-            )
         params = SamplingParams.model_construct(**values)
         return GenerateRequest(request_id, text, chat, bos, params, ids, wanted.prompt_ids), said
 

@@ -128,6 +128,31 @@ def test_killed_at_every_token_index_nothing_changes(fleet: Cuttable, request_: 
     assert modes == ["exact"] * (len(expected) - 1)  # before the first token nobody is told
 
 
+@pytest.mark.X14
+def test_killed_between_its_last_token_and_the_end_the_end_is_the_same(fleet: Cuttable) -> None:
+    """The last token that is allowed completes a stop string too."""
+    with fleet.client() as client:
+        request = SEEDED | {"stop": [text_of(generate(client, SEEDED))[-4:]]}
+        undisturbed = generate(client, request)
+        last = len(ids_of(undisturbed)) - 1
+        assert (last + 1, undisturbed[-1]["stop_reason"]) == (SEEDED["max_tokens"], "STOP_SEQUENCE")
+        wait_until(lambda: len(idle(fleet)) >= 2, "two workers idle")
+        events: list[dict[str, Any]] = []
+        fleet.hold(last)
+        with client.stream("POST", "/v1/inference", json=request | {"model": MODEL}) as response:
+            victim = response.headers["x-rbee-worker"]
+            for event in events_of(response):
+                events.append(event)
+                if (event["type"], event.get("i")) == ("token", last):
+                    fleet.hold(None)
+                    fleet.workers[victim].kill()
+        fleet.workers[victim].start()
+
+    assert ids_of(events) == ids_of(undisturbed)
+    assert (events[-1]["stop_reason"], events[-1]["stop_sequence"]) == ("STOP_SEQUENCE", request["stop"][0])
+    assert [e["type"] for e in events if e["type"] != "token"] == ["started", "end"]
+
+
 #: In the system message that the model's chat template begins with; what comes in its place has its length.
 NAMED = b"You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 TIMED = b"It is ' ~ strftime_now('%d %B %Y, %H:%M:%S %f %z') ~ '".ljust(len(NAMED), b".")

@@ -21,6 +21,7 @@ from rbee_serve.contract.api import InferenceRequest
 from rbee_serve.contract.errors import (
     AllSlotsBusy,
     ConnectionTimeout,
+    InferenceFailed,
     MalformedResponse,
     NoWorkerAvailable,
     PromptTooLong,
@@ -412,26 +413,53 @@ def test_wrong_number_is_never_passed_on(wrong: list[bytes]) -> None:
     assert bench.failed() == ["lab0-cpu0"]
 
 
-def test_worker_that_dies_between_last_token_and_end_needs_no_other() -> None:
-    bench = Bench(breaks_after(3), whole)
+def ends_with(reason: str, **more: Any) -> Script:
+    """A worker that has nothing to go on with."""
+    return stream_of(
+        STARTED, events.encode(events.end(3, reason, prompt_ms=0, decode_ms=0, prompt_tokens=7, **more)), events.DONE
+    )
 
-    seen = bench.run(max_tokens=3)
+
+def test_worker_that_dies_between_last_token_and_end_leaves_another_to_say_which_end_it_was() -> None:
+    bench = Bench(breaks_after(3), ends_with("STOP_SEQUENCE", stop_sequence=" a"), classes=["A", "B"])
+
+    seen = bench.run(max_tokens=3, stop=[" a"])
 
     assert kinds(seen) == ["started", "token", "end"]
-    assert (seen[-1]["stop_reason"], seen[-1]["tokens_out"]) == ("MAX_TOKENS", 3)
-    assert bench.workers == ["lab0-cpu0"]
+    assert (seen[-1]["stop_reason"], seen[-1]["stop_sequence"], seen[-1]["tokens_out"]) == ("STOP_SEQUENCE", " a", 3)
+    assert bench.asked[1][1]["continue_from"] == {"generated_ids": [100, 101, 102]}
+    assert bench.failed() == ["lab0-cpu0"]
 
 
-def test_worker_that_dies_at_the_end_of_its_context_needs_no_other() -> None:
+def test_worker_that_dies_at_the_end_of_its_context_leaves_another_to_say_which_end_it_was() -> None:
     """7 tokens of prompt and 3 of the answer: one more than the context holds, and the last needs no room."""
-    bench = Bench(breaks_after(3), whole)
+    bench = Bench(breaks_after(3), ends_with("EOS"))
     for worker in bench.registry:
         worker.record.context_tokens = 9
 
     seen = bench.run()
 
+    assert (seen[-1]["stop_reason"], seen[-1]["tokens_out"]) == ("EOS", 3)
+    assert bench.asked[1][1]["max_tokens"] == 3, "a larger context elsewhere must not add to the answer"
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [],
+        [refuses(AllSlotsBusy("busy", slots_total=4, slots_busy=4))],
+        [refuses(PromptTooLong("5000 > 4096", prompt_tokens=5000, context_tokens=4096))],
+        [stream_of(STARTED, BREAK), stream_of(STARTED, events.encode(events.error(InferenceFailed("decode failed"))))],
+    ],
+)
+def test_where_nobody_says_which_end_it_was_all_tokens_have_come(others: list[Script]) -> None:
+    bench = Bench(breaks_after(3), *others)
+
+    seen = bench.run(max_tokens=3)
+
+    assert kinds(seen) == ["started", "token", "end"]
     assert (seen[-1]["stop_reason"], seen[-1]["tokens_out"]) == ("MAX_TOKENS", 3)
-    assert bench.workers == ["lab0-cpu0"]
+    assert len(bench.workers) == 1 + len(others)
 
 
 def test_worker_whose_context_is_too_small_to_go_on_is_passed_over() -> None:
