@@ -20,9 +20,10 @@ logger = logging.getLogger(__name__)
 class Generation:
     """A request from submission to its last event. ``aclose`` in any case: it frees the slot."""
 
-    def __init__(self, worker: Worker, request: GenerateRequest, deadline: float | None) -> None:
-        """``deadline``: seconds since the epoch (of ``worker.wall``), None: no limit."""
-        self.id = request.request_id
+    def __init__(self, worker: Worker, request: GenerateRequest, deadline: float | None, request_id: str) -> None:
+        """``deadline``: seconds since the epoch (of ``worker.wall``), None: no limit; ``request_id``: as the client knows it."""
+        self.id = request_id
+        self.engine_name = request.request_id
         self.seed = request.params.seed
         self.started: Started | None = None
         self.tokens_out = len(request.generated_ids)
@@ -105,6 +106,11 @@ class Generation:
             self.tokens_out += tokens
             metrics.tokens_generated.inc(tokens)
         return events
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it was ended from outside."""
+        return self._ending is not None
 
     def end(self, why: RbeeError) -> None:
         """End it from outside: whoever waits for the engine gets ``why`` at once. Later calls change nothing."""

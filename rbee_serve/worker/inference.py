@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import math
 import re
@@ -49,6 +50,7 @@ class InferenceApi:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
+        self._numbers = itertools.count(1)
 
     @takes(InferenceRequest, streams="text/event-stream")
     async def infer(self, request: Request) -> Response | _Closing:
@@ -75,8 +77,9 @@ class InferenceApi:
         self._check_limits(wanted)
         deadline = self._deadline(http, wanted)
         info = self._worker.admit()
-        request, prompt = self._to_engine(wanted, info, request_id)
-        generation = Generation(self._worker, request, deadline)
+        # A name of its own at the engine: an id may be used again while the request that had it is still being ended there.
+        request, prompt = self._to_engine(wanted, info, f"{request_id}#{next(self._numbers)}")
+        generation = Generation(self._worker, request, deadline, request_id)
         generation.prompt = prompt
         try:
             await while_connected(http, generation.open(started=not wanted.stream))
@@ -95,7 +98,7 @@ class InferenceApi:
 
     async def cancel(self, request: Request) -> Response:
         """End a running request; 204 also when it has ended or never was."""
-        generation = self._worker.active.get(request.path_params["request_id"])
+        generation = self._worker.running(request.path_params["request_id"])
         if generation is not None:
             generation.end(RequestCanceled("the request was cancelled"))
         return Response(status_code=204)
@@ -107,7 +110,7 @@ class InferenceApi:
             return new_request_id()
         if not _REQUEST_ID_RE.fullmatch(given):
             raise InvalidRequest(f"{REQUEST_ID_HEADER}: 1 to 128 of A-Z a-z 0-9 . _ - expected", field=REQUEST_ID_HEADER)
-        if given in self._worker.active:
+        if self._worker.running(given) is not None:
             raise InvalidRequest(f"{REQUEST_ID_HEADER}: a request of this id is running", field=REQUEST_ID_HEADER)
         return given
 
@@ -135,7 +138,7 @@ class InferenceApi:
             limits.append(self._worker.wall() + wanted.timeout_s)
         return min(limits, default=None)
 
-    def _to_engine(self, wanted: InferenceRequest, info: EngineInfo, request_id: str) -> tuple[GenerateRequest, dict[str, str]]:
+    def _to_engine(self, wanted: InferenceRequest, info: EngineInfo, name: str) -> tuple[GenerateRequest, dict[str, str]]:
         """Return what the engine gets, and what ``started`` says of the prompt."""
         values = {name: getattr(wanted, name) for name in SamplingParams.model_fields}
         if wanted.seed is None:
@@ -164,7 +167,7 @@ class InferenceApi:
                 vocab_size=info.vocab_size,
             )
         params = SamplingParams.model_construct(**values)
-        return GenerateRequest(request_id, text, chat, bos, params, ids, wanted.prompt_ids), said
+        return GenerateRequest(name, text, chat, bos, params, ids, wanted.prompt_ids), said
 
     async def _stream(self, generation: Generation, ident: str | None) -> AsyncGenerator[bytes, None]:
         async with aclosing(self.events(generation, ident)) as found:

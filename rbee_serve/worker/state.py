@@ -31,7 +31,7 @@ _SETTLE_S = 0.02
 
 
 class Worker:
-    """One worker. ``active`` holds the requests that are running, by id."""
+    """One worker. ``active`` holds the requests that are running, by the engine's names for them."""
 
     def __init__(
         self, settings: WorkerSettings, engine: Engine, metrics: Metrics, *, wall: Callable[[], float] = time.time
@@ -135,16 +135,20 @@ class Worker:
             self._chat = ChatTemplate(info.chat_template, bos_token=info.bos_token, eos_token=info.eos_token)
         return self._chat
 
+    def running(self, request_id: str) -> Generation | None:
+        """Return the request of this id that runs; one that was cancelled and is being ended does not."""
+        return next((g for g in self.active.values() if g.id == request_id and not g.is_ending), None)
+
     def add(self, generation: Generation) -> None:
         """A request is running."""
-        self.active[generation.id] = generation
+        self.active[generation.engine_name] = generation
         self.worked()
         self._idle.clear()
         self.changed.set()
 
     def remove(self, generation: Generation) -> None:
         """A request has ended; its slot is free now or within one step of the engine."""
-        self.active.pop(generation.id, None)
+        self.active.pop(generation.engine_name, None)
         self.worked()
         if not self.active and not self._beside:
             self._idle.set()

@@ -313,6 +313,17 @@ def test_delete_ends_the_stream_with_cancelled_and_is_204_always(worker: WorkerP
     worker.wait_idle()
 
 
+def test_id_can_be_used_again_as_soon_as_its_request_was_cancelled(worker: WorkerProcess, client: httpx.Client) -> None:
+    for _ in range(20):
+        with client.stream("POST", "/v1/inference", json=LONG, headers={"X-Request-Id": "again"}) as response:
+            assert response.status_code == 200, response.read()
+            with worker.client() as other:
+                other.delete("/v1/inference/again")
+            (*_, end) = events_of(response)
+            assert end["stop_reason"] == "CANCELLED"
+    worker.wait_idle()
+
+
 def test_full_worker_says_503_and_takes_the_next_one_after(worker: WorkerProcess, client: httpx.Client) -> None:
     left = _metric(client, LEFT)
     running = [open_stream(worker, LONG) for _ in range(2)]

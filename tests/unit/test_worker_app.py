@@ -339,10 +339,32 @@ def test_delete_ends_a_stream_with_cancelled_and_is_204_always() -> None:
     with_front(check, endless)
 
 
+def test_id_can_be_used_again_as_soon_as_its_request_was_cancelled() -> None:
+    """While the first one's client has not read its end, and the engine has not ended it."""
+
+    async def check(front: Front) -> None:
+        first = await begun(front, X_Request_Id="mine")
+        assert (await front.infer(X_Request_Id="mine")).status == 400
+        await front.ask("DELETE", "/v1/inference/mine").finish()
+        second = await begun(front, X_Request_Id="mine")
+        await first.finish(1)
+        assert first.events()[-2]["stop_reason"] == "CANCELLED"
+        assert (await front.infer(X_Request_Id="mine")).status == 400, "the second one runs"
+        await front.ask("DELETE", "/v1/inference/mine").finish()
+        await second.finish(1)
+
+        assert [e["request_id"] for e in second.events()[:1]] == ["mine"]
+        assert second.events()[-2]["stop_reason"] == "CANCELLED"
+        assert len({r.request_id for r in front.engine.requests}) == 2
+        assert (front.engine.running, front.worker.active) == (set(), {})
+
+    with_front(check, endless)
+
+
 def test_delete_of_a_whole_answer_gives_what_there_is() -> None:
     async def check(front: Front) -> None:
         one = front.ask("POST", "/v1/inference", P | {"stream": False}, X_Request_Id="mine")
-        await until(lambda: "mine" in front.worker.active and front.worker.active["mine"].tokens_out == 3)
+        await until(lambda: (mine := front.worker.running("mine")) is not None and mine.tokens_out == 3)
         await front.ask("DELETE", "/v1/inference/mine").finish()
         await one.finish(1)
 
@@ -547,7 +569,9 @@ def test_drain_lets_running_streams_finish_and_takes_nothing_new() -> None:
         assert (refused.status, refused.error()["code"], refused.headers["retry-after"]) == (503, "WORKER_DRAINING", "1")
         assert (await front.get("/v1/ready")).json()["state"] == "draining"
         assert not shutdown.done()
-        front.worker.active["mine"].end(PromptTooLong("any end will do"))
+        mine = front.worker.running("mine")
+        assert mine is not None
+        mine.end(PromptTooLong("any end will do"))
         await asyncio.wait_for(shutdown, 1)
         await one.finish(1)
 
