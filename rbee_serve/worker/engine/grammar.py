@@ -12,6 +12,7 @@ goes on.
 from __future__ import annotations
 
 import itertools
+from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -88,43 +89,38 @@ class Vocabulary:
             pass
 
     def _build(self, pieces: Iterable[tuple[int, bytes]]) -> Iterator[None]:
-        words: dict[str, dict[str, list[int]]] = {}  # by first character: so no sorting takes long
+        words: dict[str, dict[str, list[int]]] = {}  # by their beginning: so no sorting takes long
         for token, piece in pieces:
             try:
                 word = piece.decode()
-                words.setdefault(word[0], {}).setdefault(word, []).append(token)
+                words.setdefault(word[:2], {}).setdefault(word, []).append(token)
             except UnicodeDecodeError:
                 self.partial.append((token, piece))
             yield
         # Sorted words have their common beginnings together: a node is made where a word leaves the one before it.
-        nodes: list[tuple[list[int], list[str], list[int], list[int]]] = []  # a level: parents, characters, ids, their nodes
+        # What a level consists of is kept as numbers from the beginning: nothing is left to do that takes long.
+        nodes: list[tuple[array[int], array[int], array[int], array[int]]] = []
+        letters: dict[str, int] = {}
         path: list[int] = []
         before = ""
-        for first in sorted(words):
-            for word, ids in sorted(words[first].items()):
+        for beginning in sorted(words):
+            for word in sorted(words[beginning]):
+                ids = words[beginning][word]
                 common = _common(word, before)
                 del path[common:]
                 for depth in range(common, len(word)):
                     if depth == len(nodes):
-                        nodes.append(([], [], [], []))
+                        nodes.append((array("i"), array("i"), array("i"), array("i")))
                     path.append(len(nodes[depth][0]))
                     nodes[depth][0].append(path[depth - 1] if depth else 0)
-                    nodes[depth][1].append(word[depth])
+                    nodes[depth][1].append(letters.setdefault(word[depth], len(letters)))
                 nodes[len(word) - 1][2].extend(ids)
                 nodes[len(word) - 1][3].extend([path[-1]] * len(ids))
                 before = word
                 yield
-        letters = {char: n for n, char in enumerate(sorted({char for level in nodes for char in level[1]}))}
         self.letters = np.array([ord(char) for char in letters], np.int64)
-        for parents, chars, ids, ends in nodes:
-            self.levels.append(
-                Level(
-                    np.array(parents, np.int32),
-                    np.array([letters[char] for char in chars], np.int32),
-                    np.array(ids, np.int32),
-                    np.array(ends, np.int32),
-                )
-            )
+        for level in nodes:
+            self.levels.append(Level(*(np.array(part, np.int32) for part in level)))
             yield
         self.whole = True
 
