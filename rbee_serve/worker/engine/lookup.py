@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 #: Tokens of the past that are looked through; up to twice as many are remembered.
 _WINDOW = 4096
@@ -30,12 +31,12 @@ _FURTHER = 0.48
 class LookUp:
     """What followed where the latest tokens of one text stood before."""
 
-    def __init__(self, ids: Sequence[int]) -> None:
+    def __init__(self, ids: Sequence[int] | NDArray[np.int32]) -> None:
         """``ids``: the text so far, prompt and all."""
         self.chance = 0.0  # that the next guess is right, by how the last ones were
         self._begin(ids)
 
-    def _begin(self, ids: Sequence[int]) -> None:
+    def _begin(self, ids: Sequence[int] | NDArray[np.int32]) -> None:
         known = np.asarray(ids[-_WINDOW:], np.int64)
         self._tokens: list[int] = known.tolist()
         after = range(2, len(known))

@@ -638,7 +638,7 @@ class Scheduler:
         texts = []
         for _, g in decoding:
             if g.look_up is None:
-                g.look_up = LookUp([*g.ids.tolist(), *g.made])
+                g.look_up = LookUp(np.concatenate([g.ids, np.array(g.made, np.int32)]))
             texts.append(g.look_up)
         room = self._model.context_tokens - max(g.done for _, g in decoding)
         most = min(1 + self._draft_tokens, room)
