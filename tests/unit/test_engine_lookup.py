@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from timed_model import GAP_S, Clock, Model, asked, run
 
+from rbee_serve.models.memory import DRAFT_ROWS
 from rbee_serve.worker.engine import lookup, scheduler
-from rbee_serve.worker.engine.lookup import LookUp, rows_each
+from rbee_serve.worker.engine.lookup import LookUp, row_costs, rows_each
 from rbee_serve.worker.engine.scheduler import Scheduler
+
+COSTS = row_costs("cpu", {2})
 
 
 @pytest.fixture
@@ -108,29 +111,36 @@ def test_lookup_waits_while_a_prompt_is_evaluated(clock: Clock) -> None:
 def test_lookup_is_not_charged_to_texts_that_do_not_repeat() -> None:
     text = LookUp([1, 2, 3, 1, 2])
     assert text.guesses(2) == [3, 1]
-    assert rows_each([text], 8, 16, by_four=True) == 1, "nothing is known of its chance yet"
+    assert rows_each([text], 8, COSTS) == 1, "nothing is known of its chance yet"
     for token in (3, 1, 2, 3):
         text.add(token)
-    assert rows_each([text], 8, 16, by_four=True) > 1
+    assert rows_each([text], 8, COSTS) > 1
     for token in (9, 8, 7, 3):
         text.add(token)
-    assert rows_each([text], 8, 16, by_four=True) == 1
+    assert rows_each([text], 8, COSTS) == 1
 
 
 @pytest.mark.parametrize(
-    ("by_four", "chance", "rows"),
+    ("backend", "types", "chance", "rows"),
     [
-        (True, 1.0, {1: 8, 2: 4, 3: 4, 4: 2, 8: 2, 9: 1, 64: 1}),
-        (True, 0.5, {1: 1, 2: 2, 8: 1}),
-        (False, 1.0, {1: 8, 2: 2, 3: 1, 8: 1}),
-        (False, 0.6, {1: 2, 2: 1}),
+        ("cpu", {2, 8}, 1.0, {1: 8, 2: 4, 3: 3, 4: 2, 8: 2, 9: 1, 64: 1}),
+        ("cpu", {2}, 0.4, {1: 1, 2: 2, 8: 1}),
+        ("cpu", {8}, 1.0, {1: 8, 4: 4, 8: 2}),
+        ("cpu", {8}, 0.7, {1: 1, 4: 2}),
+        ("cpu", {12, 14}, 1.0, {1: 8, 2: 2, 4: 1, 8: 2}),
+        ("cuda", {2}, 0.6, {1: 1, 2: 1}),
     ],
 )
-def test_lookup_has_as_many_rows_as_pay(by_four: bool, chance: float, rows: dict[int, int]) -> None:
+def test_lookup_has_as_many_rows_as_pay(backend: str, types: set[int], chance: float, rows: dict[int, int]) -> None:
     """Single streams take all that is likely, several as many as their pauses may grow, many none."""
     text = LookUp([1, 2, 1, 2])
     text.chance = chance
-    assert {n: rows_each([text] * n, 8, 16, by_four=by_four) for n in rows} == rows
+    costs = row_costs(backend, types)
+    assert {n: rows_each([text] * n, 8, costs) for n in rows} == rows
+
+
+def test_lookup_costs_go_as_far_as_rows_are_kept() -> None:
+    assert {len(row_costs(backend, {n})) for backend in ("cpu", "cuda") for n in (2, 8, 12)} == {DRAFT_ROWS}
 
 
 def test_lookup_goes_on_round_a_loop() -> None:

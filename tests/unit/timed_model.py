@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rbee_serve.worker.engine.blocks import Blocks
+from rbee_serve.worker.engine.lookup import row_costs
 from rbee_serve.worker.engine.protocol import GenerateRequest
 from rbee_serve.worker.engine.scheduler import Scheduler
 
@@ -29,7 +30,8 @@ class Model:
     """llama.Model's place: every call takes its time and is written down, every token is the same."""
 
     n_vocab, context_tokens = 8, 4096
-    causal = can_be_cut = state_settled = rows_by_four = True
+    causal = can_be_cut = state_settled = True
+    row_costs = row_costs("cpu", {2})
     recurrent = False
     copying_s = 0.01  # of any sequence, within the next call
     ll = None  # greedy tokens ask llama.cpp for nothing

@@ -17,6 +17,7 @@ import numpy as np
 
 from rbee_serve.worker.engine import libs
 from rbee_serve.worker.engine.batch import Batch
+from rbee_serve.worker.engine.lookup import row_costs
 from rbee_serve.worker.engine.model_file import fingerprint
 from rbee_serve.worker.engine.vocabulary import Vocabulary
 
@@ -55,8 +56,8 @@ class Model:
         self.recurrent, self.can_be_cut, self.causal = context.recurrent, context.can_be_cut, context.causal
         self.batch_invariant, self.blocks = context.batch_invariant, context.blocks
         self.stream_bytes = context.stream_bytes
-        #: Whether most kernels work on four rows of a call at once: those of Q4_0 (enum ggml_type), repacked for a CPU.
-        self.rows_by_four = self.config.backend == "cpu" and 2 in self.header.matrix_types
+        #: What calls of 1, 2, 3 ... rows take, in calls of one row.
+        self.row_costs = row_costs(self.config.backend, self.header.matrix_types)
         self._batch = Batch(ll, context.rows)
         self.n_vocab: int = ll.llama_vocab_n_tokens(self.vocab)
         self.vocabulary = Vocabulary(ll, self.vocab, self.header.values.get("tokenizer.ggml.model"))

@@ -18,14 +18,22 @@ _WINDOW = 4096
 #: What the latest outcome counts in the chance of the next: three right ones in a row, and guesses begin.
 _WEIGHT = 0.25
 #: What must be gained, as a part, for guessing at all, and how much longer that may make the pauses of several streams.
-_LEAST_GAIN, _LONGEST = 1.05, 1.65
-#: Cost of a call in calls of one row where llama.cpp's kernels work on four rows at once (Q4_0 on a CPU) and on the rest row by
-#: row: of 1 to 3 rows, then what rows take by fours and singly. Measured with 135 M and 1.17 B parameters on two Zen 5 cores
-#: (4 rows 1.6 to 2.0, 8 rows 2.5 to 3.0, 16 rows 3.5 to 4.5).
-_FEW_ROWS = (0.0, 1.0, 1.7, 2.4)
-_FIRST, _FOUR, _SINGLE = 1.0, 0.8, 0.75
-#: What each further row costs with all others: measured with Q4_K there. Less where memory is slower than computing.
-_FURTHER = 0.48
+_LEAST_GAIN, _LONGEST = 1.05, 1.7
+#: What a call of 1, 2, 3 ... 16 rows takes, in calls of one row. Measured on two Zen 5 cores with Q4_0 (mean of 135 M and 1.17 B
+#: parameters), Q8_0 and Q4_K (1.17 B): llama.cpp's kernels take rows by fours or eights, and the rest row by row.
+_Q4_0 = (1.0, 1.7, 2.3, 1.9, 2.65, 3.2, 3.8, 2.85, 3.7, 4.35, 4.9, 4.0, 4.65, 5.25, 5.8, 4.0)
+_Q8_0 = (1.0, 2.6, 3.1, 3.6, 4.9, 5.4, 5.8, 3.8, 5.0, 5.5, 5.8, 5.1, 6.4, 6.8, 7.5, 6.0)
+_OTHERS = (1.0, 1.7, 2.2, 2.6, 3.3, 3.9, 4.5, 4.5, 5.1, 5.5, 6.0, 5.7, 6.3, 6.7, 7.2, 5.6)
+
+
+def row_costs(backend: str, matrix_types: frozenset[int] | set[int]) -> tuple[float, ...]:
+    """Return what calls of 1, 2, 3 ... rows take; ``matrix_types``: the weights' (enum ggml_type).
+
+    Weights that nobody measured, and GPUs: as Q4_K, more than most take where memory is slower than computing.
+    """
+    if backend != "cpu":
+        return _OTHERS
+    return _Q4_0 if 2 in matrix_types else _Q8_0 if matrix_types == {8} else _OTHERS
 
 
 class LookUp:
@@ -93,26 +101,20 @@ def _three(a: Any, b: Any, c: Any) -> Any:
     return (a << 42) + (b << 21) + c
 
 
-def _cost(rows: int, by_four: bool) -> float:
-    if not by_four:
-        return 1 + _FURTHER * (rows - 1)
-    return _FEW_ROWS[rows] if rows < len(_FEW_ROWS) else _FIRST + _FOUR * (rows // 4) + _SINGLE * (rows % 4)
-
-
-def rows_each(texts: Sequence[LookUp], most: int, most_together: int, *, by_four: bool) -> int:
+def rows_each(texts: Sequence[LookUp], most: int, costs: Sequence[float]) -> int:
     """Return how many rows each stream gets in the next call: one for its next token and the others for guesses.
 
-    ``most``: of one stream; ``most_together``: of all; ``by_four``: kernels work on four rows at once. All get as many:
-    llama.cpp makes a call of its own for those with more.
+    ``most``: of one stream; ``costs``: of a call of 1, 2, 3 ... rows. All get as many: llama.cpp makes a call of its own for
+    those with more.
     """
     streams, best = len(texts), 1
-    most = min(most, most_together // streams)
+    most = min(most, len(costs) // streams)
     if most < 2 or not any(text.chance for text in texts):
         return 1
-    usual = _cost(streams, by_four)
+    usual = costs[streams - 1]
     pace = _LEAST_GAIN * streams / usual
     for rows in range(2, most + 1):
-        cost = _cost(streams * rows, by_four)
+        cost = costs[streams * rows - 1]
         gained = sum(text.expected(rows) for text in texts) / cost
         if gained > pace and (streams == 1 or cost <= _LONGEST * usual):
             best, pace = rows, gained

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, PromptTooLong, RbeeError
-from rbee_serve.models.memory import DRAFT_ROWS
 from rbee_serve.worker.engine.constraint import Constraint, Constraints
 from rbee_serve.worker.engine.lookup import LookUp, rows_each
 from rbee_serve.worker.engine.sampling import Sampler
@@ -642,7 +641,7 @@ class Scheduler:
             texts.append(g.look_up)
         room = self._model.context_tokens - max(g.done for _, g in decoding)
         most = min(1 + self._draft_tokens, room)
-        count = rows_each(texts, most, DRAFT_ROWS, by_four=self._model.rows_by_four) - 1
+        count = rows_each(texts, most, self._model.row_costs) - 1
         if not count:
             return None
         # A stream without a guess has rows that are evaluated for nothing: the others' would else be a call of their own.
