@@ -8,13 +8,15 @@ the clock: the same request has the same calls made for it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 #: Tokens of the past that are looked through; up to twice as many are remembered.
 _WINDOW = 4096
+#: Room for a token's id in a key that stands for several.
+_BITS = 21
+_PAIR = (1 << 2 * _BITS) - 1
 #: What the latest outcome counts in the chance of the next: three right ones in a row, and guesses begin.
 _WEIGHT = 0.25
 #: What must be gained, as a part, for guessing at all, and how much longer that may make the pauses of several streams.
@@ -50,32 +52,32 @@ class LookUp:
         after = range(2, len(known))
         # What follows a pair or three tokens is at these places; of equal ones the last counts. The latest tokens of all are no
         # place yet: nothing follows them.
-        pairs, threes = _pair(known[:-2], known[1:-1]), _three(known[:-3], known[1:-2], known[2:-1])
-        self._pairs: dict[int, int] = dict(zip(pairs.tolist(), after, strict=True))
-        self._threes: dict[int, int] = dict(zip(threes.tolist(), after[1:], strict=True))
+        pairs = (known[:-1] << _BITS) + known[1:]
+        threes = (known[:-2] << 2 * _BITS) + pairs[1:]
+        self._pairs: dict[int, int] = dict(zip(pairs[:-1].tolist(), after, strict=True))
+        self._threes: dict[int, int] = dict(zip(threes[:-1].tolist(), after[1:], strict=True))
+        self._pair: int | None = int(pairs[-1]) if len(pairs) else None  # the latest
+        self._three: int | None = int(threes[-1]) if len(threes) else None
         self._next: int | None = self._find()
 
     def _find(self) -> int | None:
-        tokens = self._tokens
-        found = self._threes.get(_three(*tokens[-3:])) if len(tokens) > 2 else None
-        return self._pairs.get(_pair(*tokens[-2:])) if found is None and len(tokens) > 1 else found
+        return self._threes.get(self._three) or self._pairs.get(self._pair)  # type: ignore[arg-type]  # None is not among them
 
     def add(self, token: int) -> None:
         """Go on by a token."""
         tokens, at = self._tokens, self._next
-        right = at is not None and tokens[at] == token
+        here, right = len(tokens), False
         if at is not None:
+            right = tokens[at] == token
             self.chance += _WEIGHT * (right - self.chance)
-        here = len(tokens)
-        if here > 2:
-            self._threes[_three(*tokens[-3:])] = here
-        if here > 1:
-            self._pairs[_pair(*tokens[-2:])] = here
         tokens.append(token)
-        if here >= 2 * _WINDOW:
+        if here >= 2 * _WINDOW or self._three is None or self._pair is None:
             self._begin(tokens)
-        else:
-            self._next = at + 1 if at is not None and right else self._find()
+            return
+        self._threes[self._three] = self._pairs[self._pair] = here
+        self._three = (self._pair << _BITS) + token
+        self._pair = self._three & _PAIR
+        self._next = at + 1 if at is not None and right else self._find()
 
     def guesses(self, count: int) -> list[int]:
         """Return up to ``count`` tokens that may follow; a text that repeats its latest ones goes on doing so."""
@@ -91,14 +93,6 @@ class LookUp:
             return 1.0
         p = self.chance
         return (1 - p**rows) / (1 - p) if p < 1 else float(rows)
-
-
-def _pair(a: Any, b: Any) -> Any:
-    return (a << 21) + b
-
-
-def _three(a: Any, b: Any, c: Any) -> Any:
-    return (a << 42) + (b << 21) + c
 
 
 def rows_each(texts: Sequence[LookUp], most: int, costs: Sequence[float]) -> int:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rbee_serve.contract.errors import InferenceFailed, InvalidRequest, PromptTooLong, RbeeError
+from rbee_serve.models.memory import DRAFT_ROWS
 from rbee_serve.worker.engine.constraint import Constraint, Constraints
 from rbee_serve.worker.engine.lookup import LookUp, rows_each
 from rbee_serve.worker.engine.sampling import Sampler
@@ -139,7 +140,7 @@ class Scheduler:
         self._filled_since = False  # whether a block was evaluated or a prefix copied since then
         self._prompts_next = False  # whether what is evaluated beside has had the last turn that a gap allows in any case
         self._owed_s = 0.0  # what the next call will do beside: copies
-        self._step_s = 0.0  # seconds that the last step of several streams took
+        self._step_s = 0.0  # seconds that the last step took, for a token of each stream
         self._loose = False  # whether there may be gaps among the running sequences that nobody has looked at
         self.drafted = self.accepted = 0  # tokens guessed and evaluated; of them what was drawn anyway
         self._constraints = Constraints(model)
@@ -608,24 +609,27 @@ class Scheduler:
 
         Each token is drawn once, from the logits of the tokens before it: guessing changes no stream.
         """
-        began = time.monotonic()
+        began, each = time.monotonic(), 1
         if guesses is None:
             rows = [(g.made[-1], g.done, s.seq) for s, g in decoding]
         else:
-            guessed = zip(decoding, guesses, strict=True)
-            rows = [(token, g.done + i, s.seq) for (s, g), more in guessed for i, token in enumerate([g.made[-1], *more])]
+            each += max(map(len, guesses))
+            rows = []
+            for (slot, g), more in zip(decoding, guesses, strict=True):
+                # A stream without a guess has rows that are evaluated for nothing: the others' would else be a call of their own.
+                tokens = [g.made[-1], *(more or g.made[-1:] * (each - 1))]
+                rows += [(token, g.done + i, slot.seq) for i, token in enumerate(tokens)]
         if (code := self._model.decode_step(rows)) != 0:
             return self._failed(decoding, code)
         if not self._owed_s:
-            self._step_s = time.monotonic() - began
+            self._step_s = (time.monotonic() - began) / each
         events: list[Event] = []
-        each = len(rows) // len(decoding)
         for n, (slot, generation) in enumerate(decoding):
-            evaluated = generation.done + each
+            more, evaluated = guesses[n] if guesses else [], generation.done + each
             for row in range(each):
                 generation.done += 1
                 events += self._give_out(slot, generation, n * each + row)
-                if slot.generation is None or guesses is None or row == each - 1 or generation.made[-1] != guesses[n][row]:
+                if slot.generation is None or row == len(more) or generation.made[-1] != more[row]:
                     break
                 self.accepted += 1
             if generation.done < evaluated:
@@ -633,20 +637,22 @@ class Scheduler:
         return events
 
     def _guesses(self, decoding: list[tuple[Slot, Generation]]) -> list[list[int]] | None:
-        """Return what may follow the last token of each stream, as many tokens for each; None where guessing would not pay."""
+        """Return what may follow the last token of each stream, as many tokens for each that has a guess; None where guessing
+        would not pay."""
+        if len(decoding) > DRAFT_ROWS // 2:
+            return None
         texts = []
         for _, g in decoding:
             if g.look_up is None:
                 g.look_up = LookUp(np.concatenate([g.ids, np.array(g.made, np.int32)]))
             texts.append(g.look_up)
         room = self._model.context_tokens - max(g.done for _, g in decoding)
-        most = min(1 + self._draft_tokens, room)
-        count = rows_each(texts, most, self._model.row_costs) - 1
+        count = rows_each(texts, min(1 + self._draft_tokens, room), self._model.row_costs) - 1
         if not count:
             return None
-        # A stream without a guess has rows that are evaluated for nothing: the others' would else be a call of their own.
-        self.drafted += count * len(texts)
-        return [text.guesses(count) or [g.made[-1]] * count for text, (_, g) in zip(texts, decoding, strict=True)]
+        guesses = [text.guesses(count) for text in texts]
+        self.drafted += sum(map(len, guesses))
+        return guesses
 
     def _give_out(self, slot: Slot, generation: Generation, row: int) -> list[Event]:
         """Sample from row ``row``, give out the token, and end the stream where it must end."""
