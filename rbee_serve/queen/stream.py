@@ -37,7 +37,7 @@ from rbee_serve.queen.prefix import Expectation
 from rbee_serve.queen.queue import Ticket
 from rbee_serve.queen.registry import Worker
 from rbee_serve.queen.search import LOOK_S, Search, late
-from rbee_serve.queen.upstream import Batch, TryFailedError, error_of
+from rbee_serve.queen.upstream import Attempt, Batch, TryFailedError, error_of
 
 #: Codes of an ``error`` event with which a worker gives a running stream back: another worker can go on with it.
 _HANDED_BACK = frozenset({WorkerCrashed.code, WorkerDraining.code})
@@ -175,7 +175,7 @@ class Stream:
             choice, ticket = await self._search.find(wanted, ticket, failure, moving=moving, waits=not self._complete)
             attempt = self._hold.take(choice.worker)
             try:
-                await attempt.open(self._encoded(), self._headers())
+                await self._open(attempt)
             except TryFailedError as e:
                 self._hold.give_up(e)
                 if not isinstance(e.error, AllSlotsBusy | WorkerLoading):
@@ -194,6 +194,16 @@ class Stream:
             else:
                 self._taken(choice, attempt.first)
                 return
+
+    async def _open(self, attempt: Attempt) -> None:
+        """Open the stream at a worker. One that has not been upgraded yet refuses the time of the prompt, and is asked to go on
+        without it: its ``started`` has no digest, so nobody takes that for exact."""
+        try:
+            await attempt.open(self._encoded(), self._headers())
+        except RequestError as e:
+            if self._rendered_at is None or e.details.get("field") != "continue_from.rendered_at":
+                raise
+            await attempt.open(self._encoded(timed=False), self._headers())
 
     def _taken(self, choice: Choice, first: Batch) -> None:
         metrics = self._parts.metrics
@@ -216,9 +226,9 @@ class Stream:
             headers[DEADLINE_HEADER] = self._deadline_header
         return headers
 
-    def _encoded(self) -> bytes:
+    def _encoded(self, *, timed: bool = True) -> bytes:
         body: dict[str, Any] = self._body | {"stream": True}
-        known = {"generated_ids": self.ids, "rendered_at": self._rendered_at}
+        known = {"generated_ids": self.ids, "rendered_at": self._rendered_at if timed else None}
         if told := {name: value for name, value in known.items() if value}:
             body["continue_from"] = told
         if self._complete:
@@ -236,13 +246,8 @@ class Stream:
         try:
             while not self._ended:
                 if self._placing is not None:
-                    try:
-                        async for waiting in self._while_placing(self._placing):
-                            yield [waiting]
-                    except RbeeError:
-                        if not self._complete:
-                            raise
-                        yield [self._end_here(StopReason.MAX_TOKENS)]
+                    async for waiting in self._while_placing(self._placing):
+                        yield [waiting]
                     continue
                 if self._cancelled:
                     raise CancelledByRequestError
@@ -260,6 +265,9 @@ class Stream:
                 return
             yield [self._end_here(StopReason.CANCELLED)]
         except RbeeError as e:
+            if self._complete:  # and nobody says which end it was
+                yield [self._end_here(StopReason.MAX_TOKENS)]
+                return
             self._failed(e)
             yield [_pair(error(e, self.correlation_id) | {"tokens_out": self.tokens_out})]
         finally:
@@ -358,8 +366,8 @@ class Stream:
         self._leaving = False
         context = before.record.context_tokens
         if len(self.ids) >= self.request.max_tokens or (context and self.prompt_tokens + len(self.ids) > context):
-            self._complete = True
-        elif self.request.failover == "off" and len(self.ids) > self._given:
+            self._complete = True  # and stays so, whatever context the next one has
+        if not self._complete and self.request.failover == "off" and len(self.ids) > self._given:
             self._moves.unwanted(failed.error)
             raise failed.error
         self._search.tried.add(before)

@@ -22,6 +22,7 @@ from rbee_serve.contract.errors import (
     AllSlotsBusy,
     ConnectionTimeout,
     InferenceFailed,
+    InvalidRequest,
     MalformedResponse,
     NoWorkerAvailable,
     PromptTooLong,
@@ -366,6 +367,28 @@ def test_who_goes_on_is_told_when_the_first_one_has_rendered_the_messages() -> N
     assert [e["mode"] for e in seen if e["type"] == "resumed"] == ["exact", "exact"]
 
 
+@pytest.mark.parametrize("made", [3, 0])
+def test_worker_that_is_not_upgraded_yet_goes_on_without_the_time_of_the_prompt(made: int) -> None:
+    at = "2026-12-31T23:59:59+01:00"
+
+    def old(request: dict[str, Any]) -> Reply:
+        if "rendered_at" in request.get("continue_from", {}):
+            return refuses(InvalidRequest("continue_from.rendered_at: no such field", field="continue_from.rendered_at"))(request)
+        return Reply(200, Body(STARTED, *tokens(made, 6), BREAK))
+
+    third = stream_of(started_from("d1", at), *tokens(6), END, events.DONE)
+    bench = Bench(stream_of(started_from("d1", at), *tokens(0, made), BREAK), old, third)
+
+    seen = bench.run(**CHAT)
+
+    assert text_of(seen) == "".join(TEXT)
+    assert bench.workers == ["lab0-cpu0", "lab1-cpu0", "lab1-cpu0", "lab2-cpu0"]
+    assert bench.asked[2][1].get("continue_from") == ({"generated_ids": [100, 101, 102]} if made else None)
+    assert bench.asked[3][1]["continue_from"]["rendered_at"] == at
+    assert {e["mode"] for e in seen if e["type"] == "resumed"} == {"approximate"}
+    assert bench.failed() == ["lab0-cpu0", "lab1-cpu0"]
+
+
 def test_client_s_own_continuation_tells_when_its_prompt_was_rendered() -> None:
     at = "2026-12-31T23:59:59+01:00"
     bench = Bench(stream_of(started_from("d1", at), *tokens(2), END, events.DONE))
@@ -460,6 +483,25 @@ def test_where_nobody_says_which_end_it_was_all_tokens_have_come(others: list[Sc
     assert kinds(seen) == ["started", "token", "end"]
     assert (seen[-1]["stop_reason"], seen[-1]["tokens_out"]) == ("MAX_TOKENS", 3)
     assert len(bench.workers) == 1 + len(others)
+
+
+@pytest.mark.parametrize("dies", [[STARTED, BREAK], [STARTED, events.encode(events.error(InferenceFailed("decode failed")))]])
+def test_all_tokens_have_come_also_where_the_next_worker_has_a_larger_context(dies: list[Piece]) -> None:
+    bench = Bench(breaks_after(3), stream_of(*dies), ends_with("EOS"))
+    for worker, context in zip(bench.registry, (9, 20, 20), strict=True):
+        worker.record.context_tokens = context
+
+    seen = bench.run(failover="off")
+
+    assert kinds(seen) == ["started", "token", "end"]
+    assert (seen[-1]["stop_reason"], seen[-1]["tokens_out"]) == ("EOS", 3)
+
+
+def test_all_tokens_have_come_also_where_the_time_is_up_before_anybody_says_which_end_it_was() -> None:
+    seen = Bench(breaks_after(3), stream_of(STARTED, 30.0)).run(max_tokens=3, timeout_s=0.2)
+
+    assert kinds(seen) == ["started", "token", "end"]
+    assert (seen[-1]["stop_reason"], seen[-1]["tokens_out"]) == ("MAX_TOKENS", 3)
 
 
 def test_worker_whose_context_is_too_small_to_go_on_is_passed_over() -> None:
