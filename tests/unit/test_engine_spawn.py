@@ -63,6 +63,30 @@ def test_its_end_and_its_last_words_are_its_own(body: str, code: int, words: str
     assert bool(found["words"]) == bool(words)
 
 
+_ENDS = """
+    from types import SimpleNamespace
+    from rbee_serve.worker.engine.child import EngineLoop, FrontGone
+    class Model:
+        def __del__(self):
+            print("freed", file=sys.stderr)
+    def loop_runs(model):
+        raise {reason}
+    loop, model = EngineLoop(connection), Model()
+    loop.texts = SimpleNamespace(busy={busy})
+    with loop.ending():
+        loop_runs(model)
+"""
+
+
+@pytest.mark.parametrize(("reason", "code"), [("FrontGone", 0), ("RuntimeError('decode failed')", 1)])
+@pytest.mark.parametrize("busy", [True, False])
+def test_nothing_is_taken_away_from_a_tokenizer_that_works_and_the_reason_is_told(reason: str, code: int, busy: bool) -> None:
+    found = ran(_ENDS.format(reason=reason, busy=busy))
+    assert found["code"] == code
+    assert ("RuntimeError: decode failed\n" in found["words"]) == bool(code)
+    assert ("freed" in found["words"]) == (not busy)
+
+
 def test_where_nobody_may_wait_its_end_is_known_all_the_same() -> None:
     """A supervisor or a shell may have made SIGCHLD ignored, which programs inherit: the kernel then keeps no exit code."""
     script = """

@@ -19,6 +19,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,6 +236,20 @@ class EngineLoop:
                 self._timed = time.monotonic()
                 self.send({"totals": [self._busy_s, model.decode_s, scheduler.drafted, scheduler.accepted]})
 
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Whatever ends the loop ends the process at once while the tokenizer works: it reads what an orderly end takes away, and
+        the front would hear of that crash instead of the reason."""
+        try:
+            yield
+        except BaseException as e:
+            if self.texts is None or not self.texts.busy:
+                raise
+            gone = isinstance(e, FrontGone)
+            if not gone:
+                sys.excepthook(type(e), e, e.__traceback__)  # flushes
+            os._exit(0 if gone else 1)
+
     def _handle(self, message: dict[str, Any], scheduler: Scheduler, texts: Tokenizing) -> list[Event]:
         if (request := message.get("submit")) is not None:
             return scheduler.submit(GenerateRequest(params=as_params(request.pop("params")), **request))
@@ -333,13 +348,12 @@ def run(connection: socket.socket, parent: int) -> None:
     sys.setswitchinterval(usual_s)
     gc.freeze()  # modules stay: no collection looks at them again
     gc.enable()
-    try:
-        loop.run(model, scheduler)
-    except FrontGone:
-        scheduler.park()
-        if loop.texts is not None and loop.texts.busy:  # it reads what an orderly end takes away
-            os._exit(0)
-        raise
+    with loop.ending():
+        try:
+            loop.run(model, scheduler)
+        except FrontGone:
+            scheduler.park()
+            raise
 
 
 if __name__ == "__main__":  # ``child FD PARENT_PID``
