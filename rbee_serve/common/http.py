@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import re
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -31,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from rbee_serve.common import bad_requests
 from rbee_serve.common.bad_requests import BadRequests
 from rbee_serve.common.log import correlation
-from rbee_serve.contract.api import CORRELATION_HEADER
+from rbee_serve.contract.api import CORRELATION_HEADER, DEADLINE_HEADER
 from rbee_serve.contract.errors import (
     BodyTooLarge,
     HeadersTooLarge,
@@ -85,6 +86,20 @@ class JsonResponse(Response):
     def render(self, content: Any) -> bytes:
         """Return the body."""
         return orjson.dumps(content)
+
+
+def deadline_of(request: Request) -> float | None:
+    """Return the deadline that the request's header names, seconds since the epoch; raises InvalidRequest."""
+    value = request.headers.get(DEADLINE_HEADER)
+    if value is None:
+        return None
+    try:
+        deadline = float(value)
+    except ValueError:
+        deadline = math.nan
+    if not math.isfinite(deadline):
+        raise InvalidRequest(f"{DEADLINE_HEADER}: seconds since the epoch expected", field=DEADLINE_HEADER)
+    return deadline
 
 
 def error_headers(error: RbeeError) -> dict[str, str]:

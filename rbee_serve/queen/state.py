@@ -14,9 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rbee_serve.common.audit import AuditLog
 from rbee_serve.common.credentials import ClientKeys
-from rbee_serve.common.http import while_connected
-from rbee_serve.contract.api import DEADLINE_HEADER, InferenceRequest
-from rbee_serve.contract.errors import InvalidRequest, NoWorkerAvailable, OperationNotAllowed, WorkerDraining
+from rbee_serve.common.http import deadline_of, while_connected
+from rbee_serve.contract.api import InferenceRequest
+from rbee_serve.contract.errors import NoWorkerAvailable, OperationNotAllowed, WorkerDraining
 from rbee_serve.contract.keys import ClientKey
 from rbee_serve.contract.settings import QueenSettings
 from rbee_serve.queen.hives import Hives
@@ -69,7 +69,7 @@ class Queen:
         if self.draining:
             raise NoWorkerAvailable("the queen is shutting down", hint="try again in some seconds", retry_after_s=5)
         key = caller(http)
-        deadline = _deadline(http)
+        deadline = deadline_of(http)
         lease = self.limits.admit(key, request.model) if key is not None else None
         opening: asyncio.Future[Stream] | None = None
         try:
@@ -150,16 +150,6 @@ def caller(http: Request) -> ClientKey | None:
     """Return the key with which the request came; None where the queen asks for none."""
     found = getattr(http.state, "caller", None)
     return found if isinstance(found, ClientKey) else None
-
-
-def _deadline(http: Request) -> float | None:
-    value = http.headers.get(DEADLINE_HEADER)
-    if value is None:
-        return None
-    try:
-        return float(value)
-    except ValueError as e:
-        raise InvalidRequest(f"{DEADLINE_HEADER}: seconds since the epoch expected", field=DEADLINE_HEADER) from e
 
 
 async def collect(stream: Stream) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-import math
 import re
 import secrets
 import time
@@ -18,11 +17,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from rbee_serve.common.http import JsonResponse, correlation_id, read_json, sse, while_connected
+from rbee_serve.common.http import JsonResponse, correlation_id, deadline_of, read_json, sse, while_connected
 from rbee_serve.common.openapi import takes
 from rbee_serve.contract import events
 from rbee_serve.contract.api import (
-    DEADLINE_HEADER,
     REQUEST_ID_HEADER,
     WORKER_HEADER,
     InferenceRequest,
@@ -127,13 +125,8 @@ class InferenceApi:
     def _deadline(self, request: Request, wanted: InferenceRequest) -> float | None:
         """Return the earlier of header and ``timeout_s``: neither can lengthen the other (SPEC E-31)."""
         limits = []
-        if (header := request.headers.get(DEADLINE_HEADER)) is not None:
-            try:
-                limits.append(float(header))
-            except ValueError:
-                limits.append(math.nan)
-            if not math.isfinite(limits[0]):
-                raise InvalidRequest(f"{DEADLINE_HEADER}: seconds since the epoch expected", field=DEADLINE_HEADER)
+        if (deadline := deadline_of(request)) is not None:
+            limits.append(deadline)
         if wanted.timeout_s is not None:
             limits.append(self._worker.wall() + wanted.timeout_s)
         return min(limits, default=None)
