@@ -34,6 +34,11 @@ class FleetBackend:
         """Pause between comment pings on a silent stream."""
         return self._queen.settings.ping_interval_s
 
+    @property
+    def request_timeout_s(self) -> float | None:
+        """Longest time for a request that names none."""
+        return self._queen.settings.request_timeout_s
+
     async def open(self, http: Request, request: InferenceRequest, api: ApiName) -> Stream:
         """Open a stream at a worker; raises what ``Queen.open_stream`` raises."""
         return await self._queen.open_stream(http, request, api, correlation_id())

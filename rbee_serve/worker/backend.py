@@ -56,6 +56,11 @@ class WorkerBackend:
         """Pause between comment pings on a silent stream."""
         return self._worker.settings.ping_interval_s
 
+    @property
+    def request_timeout_s(self) -> float | None:
+        """Longest time for a request that names none."""
+        return None
+
     async def open(self, http: Request, request: InferenceRequest, api: ApiName) -> Stream:
         """Open a generation; raises ModelNotFound and what ``InferenceApi.open`` raises."""
         if request.model is not None:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
 from typing import Any, cast
 
 import pytest
+from starlette.requests import Request
 
-from rbee_serve.common.apis.streams import Backend, End, Failed, Generations
+from rbee_serve.common.apis.streams import Answer, Backend, End, Failed, Generations, Part, Reading, Text
 from rbee_serve.contract import events
-from rbee_serve.contract.api import InferenceRequest
-from rbee_serve.contract.errors import AllSlotsBusy, RateLimited, RbeeError
+from rbee_serve.contract.api import InferenceRequest, Tool
+from rbee_serve.contract.errors import AllSlotsBusy, RateLimited, RbeeError, RequestTimeout
 from rbee_serve.contract.events import Event
 
 STARTED = events.started("r", "m", seed=1, prompt_tokens=1, cached_tokens=0, worker_id="w")
 END = events.end(1, "EOS", prompt_ms=1, decode_ms=1, prompt_tokens=1)
 
 
+def http(**headers: str) -> Request:
+    named = [(name.replace("_", "-").lower().encode(), value.encode()) for name, value in headers.items()]
+    return Request({"type": "http", "headers": named})
+
+
 class Places:
     """A backend with one place. Others wait in line for it, or are refused by ``refusal``: at once or while they wait."""
+
+    request_timeout_s: float | None = None
 
     def __init__(self, refusal: RbeeError | None = None, *, at_once: bool = False) -> None:
         self.refusal, self.at_once = refusal, at_once
@@ -76,7 +85,7 @@ def read(places: Places, n: int = 4) -> tuple[list[int], list[RbeeError]]:
 
     async def run() -> tuple[list[int], list[RbeeError]]:
         requests = [InferenceRequest(prompt="x")] * n
-        generations = Generations(cast(Backend, places), cast(Any, None), requests, "openai")
+        generations = Generations(cast(Backend, places), http(), requests, "openai")
         ended: list[int] = []
         failed: list[RbeeError] = []
         try:
@@ -113,7 +122,7 @@ def test_the_first_is_refused_as_one_alone_would_be(refusal: RbeeError) -> None:
     async def at_once() -> None:
         places = Places(refusal, at_once=True)
         await places.place.acquire()
-        generations = Generations(cast(Backend, places), cast(Any, None), [InferenceRequest(prompt="x")] * 3, "openai")
+        generations = Generations(cast(Backend, places), http(), [InferenceRequest(prompt="x")] * 3, "openai")
         with pytest.raises(type(refusal)):
             await generations.open()
         await generations.aclose()
@@ -122,7 +131,7 @@ def test_the_first_is_refused_as_one_alone_would_be(refusal: RbeeError) -> None:
     async def later() -> None:
         places = Places(refusal)
         await places.place.acquire()
-        generations = Generations(cast(Backend, places), cast(Any, None), [InferenceRequest(prompt="x")] * 3, "openai")
+        generations = Generations(cast(Backend, places), http(), [InferenceRequest(prompt="x")] * 3, "openai")
         await generations.open()
         seen = [part async for _, parts in generations.parts() for part in parts]
         assert seen[-1] == Failed(refusal)
@@ -130,3 +139,103 @@ def test_the_first_is_refused_as_one_alone_would_be(refusal: RbeeError) -> None:
 
     asyncio.run(asyncio.wait_for(at_once(), 10))
     asyncio.run(asyncio.wait_for(later(), 10))
+
+
+@pytest.mark.parametrize(
+    "refusal", [AllSlotsBusy("busy"), RateLimited("a minute's", retry_after_s=0.2)], ids=lambda e: str(e.code)
+)
+def test_one_whose_place_another_client_has_taken_asks_now_and_then(refusal: RbeeError) -> None:
+    async def run() -> None:
+        places = Places(refusal, at_once=True)
+        generations = Generations(cast(Backend, places), http(), [InferenceRequest(prompt="x")] * 2, "openai")
+        await generations.open()
+
+        async def other() -> None:
+            async with places.place:
+                await asyncio.sleep(0.8)
+
+        taken = asyncio.create_task(other())
+        ended = [k async for k, parts in generations.parts() for part in parts if isinstance(part, End)]
+        await generations.aclose()
+        await taken
+        assert ended == [0, 1]
+        assert places.refused <= 6  # asked at once, when the first ended, and then less and less often
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+@pytest.mark.E31
+@pytest.mark.parametrize("refusal", [AllSlotsBusy("busy"), RateLimited("never", retry_after_s=600)], ids=lambda e: str(e.code))
+@pytest.mark.parametrize("named", ["timeout_s", "header", "settings"])
+def test_all_together_have_the_time_of_one(named: str, refusal: RbeeError) -> None:
+    async def run() -> None:
+        places = Places(refusal, at_once=True)
+        places.request_timeout_s = 0.2 if named == "settings" else 60.0
+        request = InferenceRequest(prompt="x", timeout_s=0.2 if named == "timeout_s" else None)
+        headers = {"X_Request_Deadline": str(time.time() + 0.2)} if named == "header" else {}
+        generations = Generations(cast(Backend, places), http(**headers), [request] * 2, "openai")
+        await generations.open()
+        other = asyncio.create_task(places.place.acquire())
+        with pytest.raises(RequestTimeout, match="1 of 2 answers"):
+            await generations.collect()
+        await generations.aclose()
+        await other
+
+    asyncio.run(asyncio.wait_for(run(), 10))
+
+
+def test_none_begins_after_one_has_failed() -> None:
+    broken = RbeeError("broken")
+
+    class Broken(Places):
+        opened = 0
+
+        async def open(self, http: object, request: InferenceRequest, api: str) -> Any:
+            self.opened += 1
+            return Batches([[STARTED], [events.error(broken)]], broken)
+
+    places = Broken()
+
+    assert read(places) == ([], [broken])
+    assert places.opened == 1
+
+
+class Batches:
+    """A stream of given batches."""
+
+    id = model = "x"
+
+    def __init__(self, batches: list[list[Event]], error: RbeeError | None = None) -> None:
+        self.batches, self.error = batches, error
+
+    async def events(self) -> AsyncGenerator[Sequence[tuple[str, Event]], None]:
+        for batch in self.batches:
+            yield [("", event) for event in batch]
+
+    async def aclose(self) -> None:
+        """Nothing to free."""
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 20])
+def test_after_the_one_call_that_is_wanted_nothing_comes_however_many_tokens_arrive_at_once(size: int) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    request = InferenceRequest(messages=[{"role": "user", "content": "x"}], tools=[Tool.model_validate(tool)])  # type: ignore[list-item]
+    call = ["<tool_call>", '{"name": "f", ', '"arguments": {', '"a": 1', "}}", "</tool_call>"]
+    tokens = [events.token(text, n, n) for n, text in enumerate(["I will.", *call, *call, "Done."])]
+    rest = [*tokens, END]
+    batches = [[STARTED], *(rest[n : n + size] for n in range(0, len(rest), size))]
+
+    async def run() -> tuple[Answer, list[Part]]:
+        reading = Reading(Batches(batches), request, parallel_calls=False)
+        answer, seen = Answer(reading), list[Part]()
+        async for parts in reading.parts():
+            answer.add(parts)
+            seen += parts
+        return answer, seen
+
+    answer, seen = asyncio.run(run())
+
+    assert [(call["name"], call["arguments"]) for call in answer.calls] == [("f", '{"a": 1}')]
+    assert answer.text == "I will."
+    assert [n for n, part in enumerate(seen) if isinstance(part, End)] == [len(seen) - 1]
+    assert not isinstance(seen[-2], Text)

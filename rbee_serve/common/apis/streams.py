@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -16,9 +17,9 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rbee_serve.common.apis.tool_calls import Arguments, Call, Parser, Text, parser_of
-from rbee_serve.common.http import while_connected
+from rbee_serve.common.http import deadline_of, while_connected
 from rbee_serve.contract.api import InferenceRequest
-from rbee_serve.contract.errors import AllSlotsBusy, RateLimited, RbeeError
+from rbee_serve.contract.errors import AllSlotsBusy, RateLimited, RbeeError, RequestTimeout
 from rbee_serve.contract.events import Event
 
 ApiName = Literal["native", "openai", "ollama", "anthropic"]
@@ -27,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 #: What is read ahead of several streams together.
 _QUEUE_MAX = 64
-#: How often a request that has lost its last slot to another client, and has answers to give yet, asks for one.
-_ASK_S = 0.1
+#: Pauses in which an answer that was refused a slot asks again, seconds: the first, and the longest of those that double.
+#: Each time is a whole request to whoever places it.
+_ASK_S, _ASK_MAX_S = 0.1, 2.0
 
 
 class Stream(Protocol):
@@ -80,6 +82,10 @@ class Backend(Protocol):
     @property
     def ping_interval_s(self) -> float:
         """Pause between comment pings on a silent stream."""
+
+    @property
+    def request_timeout_s(self) -> float | None:
+        """Longest time for a request that names none; None: there is no limit."""
 
     async def open(self, http: Request, request: InferenceRequest, api: ApiName) -> Stream:
         """Open a stream while watching the client; raises RbeeError."""
@@ -158,16 +164,18 @@ class Reading:
         self._parser: Parser | None = None
 
     async def parts(self) -> AsyncGenerator[list[Part], None]:
-        """Yield what each batch brings; the last part is End or Failed. Closes the stream."""
+        """Yield what each batch brings; the very last part is End or Failed. Closes the stream."""
         try:
             async with aclosing(self.stream.events()) as batches:
                 async for batch in batches:
                     parts: list[Part] = []
                     for _, event in batch:
                         parts += self._part(event)
+                        if _is_last(parts):  # also before the stream's own end: what follows is not for the client
+                            break
                     if parts:
                         yield parts
-                        if isinstance(parts[-1], End | Failed):
+                        if _is_last(parts):
                             return
         finally:
             await self.stream.aclose()
@@ -214,6 +222,10 @@ class Reading:
         return parts
 
 
+def _is_last(parts: Sequence[Part]) -> bool:
+    return bool(parts) and isinstance(parts[-1], End | Failed)
+
+
 @dataclass
 class Answer:
     """A generation that was read to its end."""
@@ -247,7 +259,8 @@ class Generations:
     """One generation or several of one HTTP request, each placed, queued and failed over on its own.
 
     Of several the first needs a slot at once, as one alone does. The others begin in turn, as slots become free: at the latest
-    when one of them ends. ``open`` first, then ``parts``; ``aclose`` in any case.
+    when one of them ends. All of them together have the time that one alone has. ``open`` first, then ``parts``; ``aclose`` in
+    any case.
     """
 
     def __init__(
@@ -269,9 +282,9 @@ class Generations:
         """
         if len(self._requests) == 1:
             return (await self._open(0)).stream
-        self._tasks = [asyncio.create_task(self._begin_all())]
+        self._tasks = [asyncio.create_task(self._run_all(self._deadline()))]
         await self._until(lambda: self._failure is not None or not self._queue.empty())
-        if self._failure is not None:
+        if self._failure is not None and 0 not in self.readings:
             raise self._failure
         return self.readings[0].stream
 
@@ -280,41 +293,64 @@ class Generations:
             self._news.clear()
             await self._news.wait()
 
+    def _deadline(self) -> float | None:
+        """Return when one answer alone would have to be complete, by the clock of the running loop."""
+        timeout_s = self._requests[0].timeout_s
+        left = [self._backend.request_timeout_s if timeout_s is None else timeout_s]
+        if (deadline := deadline_of(self._http)) is not None:
+            left.append(deadline - time.time())
+        left_s = min((s for s in left if s is not None), default=None)
+        return None if left_s is None else asyncio.get_running_loop().time() + left_s
+
+    async def _run_all(self, deadline: float | None) -> None:
+        limit = asyncio.timeout_at(deadline)
+        try:
+            async with limit:
+                await self._begin_all()
+                await self._until(lambda: self._failure is not None or self._ended == len(self._requests))
+        except Exception as e:
+            await self._fail(self._late() if limit.expired() else e)
+
+    def _late(self) -> RbeeError:
+        n = len(self._requests)
+        return RequestTimeout(
+            f"the deadline of the request has passed after {self._ended} of {n} answers",
+            hint="ask for fewer answers at once, for fewer tokens, or with a later deadline",
+        )
+
     async def _begin_all(self) -> None:
         """Let one begin after the other: at most one of them waits in a queue, where it would be in others' way."""
-        n = 0
-        try:
-            while n < len(self._requests):
-                if await self._begin(n):
-                    n += 1
-                else:
-                    await self._one_ends()
-        except Exception as e:
-            await self._fail(n, e)
+        n, pause_s = 0, _ASK_S
+        while n < len(self._requests) and self._failure is None:
+            refusal = await self._begin(n)
+            if refusal is None:
+                n, pause_s = n + 1, _ASK_S
+                continue
+            least_s = refusal.details.get("retry_after_s", 0) if isinstance(refusal, RateLimited) else 0
+            await self._one_ends(max(pause_s, least_s))
+            pause_s = min(2 * pause_s, _ASK_MAX_S)
 
-    async def _begin(self, n: int) -> bool:
-        """Return when it has its slot or has ended, False where it was refused one that another of us gives back in time."""
+    async def _begin(self, n: int) -> RbeeError | None:
+        """Return when it has its slot or has ended; or why it was refused one that it may get later."""
         try:
             reading = await self._open(n)
         except (AllSlotsBusy, RateLimited) as e:
             if self._may_wait(e):
-                return False
+                return e
             raise
-        begun: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        begun: asyncio.Future[RbeeError | None] = asyncio.get_running_loop().create_future()
         self._tasks.append(asyncio.create_task(self._run(n, reading, begun)))
         return await begun
 
     def _may_wait(self, refusal: RbeeError) -> bool:
-        if isinstance(refusal, AllSlotsBusy):
-            return self._running + self._ended > 0
-        return isinstance(refusal, RateLimited) and self._running > 0  # by what a key may run at once
+        """Whether an answer may ask again: the first is refused as one alone is, the others take what becomes free."""
+        return isinstance(refusal, AllSlotsBusy | RateLimited) and self._running + self._ended > 0
 
-    async def _one_ends(self) -> None:
-        if not self._running:  # somebody else was faster when the last one ended
-            await asyncio.sleep(_ASK_S)
-            return
+    async def _one_ends(self, within_s: float) -> None:
         ended = self._ended
-        await self._until(lambda: self._ended > ended)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._until(lambda: self._failure is not None or self._ended > ended)
 
     async def _open(self, n: int) -> Reading:
         request = self._requests[n]
@@ -322,7 +358,8 @@ class Generations:
         self.readings[n] = Reading(stream, request, parallel_calls=self._parallel_calls)
         return self.readings[n]
 
-    async def _run(self, n: int, reading: Reading, begun: asyncio.Future[bool]) -> None:
+    async def _run(self, n: int, reading: Reading, begun: asyncio.Future[RbeeError | None]) -> None:
+        """Read it; ``begun``: None, or why it was refused a slot that it may get later."""
         try:
             async with aclosing(reading.parts()) as batches:
                 async for parts in batches:
@@ -330,28 +367,31 @@ class Generations:
                     if not begun.done():
                         if isinstance(last, Failed) and self._may_wait(last.error):
                             del self.readings[n]
-                            begun.set_result(False)
+                            begun.set_result(last.error)
                             return
                         if not isinstance(last, Waiting):
                             self._running += 1
-                            begun.set_result(True)
+                            begun.set_result(None)
+                    if isinstance(last, Failed):
+                        self._failure = self._failure or last.error  # no other one begins
                     await self._queue.put((n, parts))
                     self._news.set()
         except Exception as e:
-            await self._fail(n, e)
+            await self._fail(e, n)
         finally:
             if not begun.done():
-                begun.set_result(True)
-            elif begun.result():
+                begun.set_result(None)
+            elif not begun.cancelled() and begun.result() is None:
                 self._running -= 1
                 self._ended += 1
                 self._news.set()
 
-    async def _fail(self, n: int, error: Exception) -> None:
+    async def _fail(self, error: Exception, n: int = 0) -> None:
+        """End all with the failure of one; what concerns none more than the others is told as the first one's."""
         if not isinstance(error, RbeeError):
             logger.error("one generation of several failed", exc_info=error)
             error = RbeeError("internal error; the log of the service has the details under this correlation id")
-        self._failure = error
+        self._failure = self._failure or error
         self._news.set()
         await self._queue.put((n, [Failed(error)]))
 
@@ -376,6 +416,8 @@ class Generations:
         answers: dict[int, Answer] = {}
         async with aclosing(self.parts()) as batches:
             async for n, parts in batches:
+                if isinstance(parts[-1], Waiting):  # it may be refused yet, and ask again
+                    continue
                 if n not in answers and n in self.readings:
                     answers[n] = Answer(self.readings[n])
                 if n not in answers:
