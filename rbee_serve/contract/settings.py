@@ -137,7 +137,7 @@ class WorkerSettings(Settings):
         description="prompt tokens evaluated in one call; smaller ones are taken where stream_gap_s asks for it",
     )
     stream_gap_s: Seconds = Field(
-        0.15,
+        0.14,
         description="longest pause that prompts of others make between two tokens of a running stream, "
         "as far as a block of 64 prompt tokens (32 with kv_type q8_0) takes no longer; between a stream's first two tokens up to "
         "60 times as long, for newcomers with short prompts",

@@ -18,7 +18,7 @@ _NUMBERS: dict[str, tuple[float, float, float]] = {
     "context_tokens": (4096, 64, 1_048_576),
     "threads": (0, 0, 512),
     "prompt_block_tokens": (128, 32, 4096),
-    "stream_gap_s": (0.15, 0.001, 86400),
+    "stream_gap_s": (0.14, 0.001, 86400),
     "draft_tokens": (7, 0, 15),
     "prefix_store_max_bytes": (1 << 30, 1 << 20, 1 << 60),
 }

@@ -33,7 +33,7 @@ class EngineConfig:
     memory_check: bool = True  # refuse to load what has no room
     deterministic: bool = False  # refuse to load what can not be made exact
     lora: list[tuple[str, float]] = field(default_factory=list)  # adapter file, scale
-    stream_gap_s: float = 0.15  # longest pause that prompts make in running streams
+    stream_gap_s: float = 0.14  # longest pause that prompts make in running streams
     draft_tokens: int = 0  # tokens of a stream guessed from its text so far and checked in one call
     prefix_store_dir: str | None = None  # where prefixes are kept for the next process; None: nowhere
     prefix_store_max_bytes: int = 0
