@@ -95,6 +95,30 @@ def test_engine_deterministic_goes_on_exactly_from_every_cut(model_path: Path) -
     asyncio.run(run())
 
 
+def test_engine_f16_goes_on_exactly_from_every_cut_it_promises(model_path: Path) -> None:
+    """The default cache: long runs alone on one worker, eight tokens from every cut of each on another with guesses."""
+    runs = [run for run in RUNS if run[0] != ITEMS][:2]  # greedy and drawn
+    length, more = 70, 5
+
+    async def run() -> None:
+        async with running(model_path, slots=1, kv_type="f16") as engine:
+            assert engine.info is not None
+            assert engine.info.metadata["exact_context_tokens"] == 256
+            whole = [await ask(engine, prompt, max_tokens=length, **params) for prompt, params in runs]
+        cuts = [(n, cut) for n, answer in enumerate(whole) for cut in range(1, len(answer.tokens))]
+        assert len(cuts) > 100
+        async with running(model_path, slots=8, queue_max=len(cuts), kv_type="f16", draft_tokens=7) as other:
+
+            async def rest(n: int, cut: int) -> Answer:
+                prompt, params = runs[n]
+                return await ask(other, prompt, whole[n].ids[:cut], max_tokens=min(cut + more, length), **params)
+
+            for (n, cut), answer in zip(cuts, await asyncio.gather(*(rest(*c) for c in cuts)), strict=True):
+                assert said(answer) == said(whole[n])[cut : cut + more], (runs[n], cut)
+
+    asyncio.run(run())
+
+
 def _k_quant(model: Path, target: Path) -> Path:
     """The demonstration model with its weights in another format, as llama.cpp itself converts them."""
     program = """
