@@ -334,7 +334,7 @@ class Generations:
         """Return when it has its slot or has ended; or why it was refused one that it may get later."""
         try:
             reading = await self._open(n)
-        except (AllSlotsBusy, RateLimited) as e:
+        except RbeeError as e:
             if self._may_wait(e):
                 return e
             raise

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _NEVER = -9999.0
 #: Below this a temperature is none: divided by it logits would leave the range of their type.
 _COLDEST = 1e-6
-#: Tokens that a grammar refuses before all that it allows are looked for, which costs some ten milliseconds.
+#: Tokens that a grammar refuses before all that it allows are looked for: 3 ms, up to 40 where the ways to go on are many.
 _TRIES = 6
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
 
